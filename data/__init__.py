@@ -1,0 +1,23 @@
+"""COCO-format data sets, their transforms, samplers and loader, and the built-in generated data set."""
+
+from data.coco import CocoDataset
+from data.config import DataConfig, Split
+from data.errors import DataError
+from data.loader import build_dataset, build_loader, collate
+from data.paths import find_data
+from data.samplers import EvalBatchSampler, TrainBatchSampler
+from data.scenes import generate_scenes
+
+__all__ = [
+    "CocoDataset",
+    "DataConfig",
+    "DataError",
+    "EvalBatchSampler",
+    "Split",
+    "TrainBatchSampler",
+    "build_dataset",
+    "build_loader",
+    "collate",
+    "find_data",
+    "generate_scenes",
+]

@@ -1,0 +1,149 @@
+"""A COCO-format data set."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.annotations import read_annotations
+from data.errors import DataError
+from data.paths import find_data
+from data.transforms import (
+    flip_boxes,
+    flip_image,
+    padded_size,
+    read_image,
+    resize_boxes,
+    resize_image,
+    resized_size,
+)
+
+
+class CocoDataset(Dataset):
+    """Images with their boxes, resized, and in training flipped and scaled at random.
+
+    Args:
+        images: folder of the images; relative ones are looked up by `find_data`, as is the next.
+        annotations: COCO-format JSON file.
+        training: whether to augment, and to apply `skip_empty`.
+        scale: images are resized to fit it; (long edge, short edge) in pixels.
+        multi_scale: in training, scales to draw from per image and epoch, in place of `scale`.
+        flip: probability of a horizontal flip in training.
+        skip_empty: leave out images without a usable box in training; crowds alone do not count.
+        antialias: smooth when shrinking.
+        seed: of the augmentation.
+
+    Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
+    `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
+    `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
+
+    Raises DataError (one line) for annotations that cannot be used, see `read_annotations`, a missing image folder, or
+    nothing left after `skip_empty`; `dataset[...]` raises it for an image that cannot be read, or whose size is not the
+    one in the annotations.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        training: bool,
+        scale: tuple[int, int] = (1333, 800),
+        multi_scale: list[tuple[int, int]] | None = None,
+        flip: float = 0.5,
+        skip_empty: bool = False,
+        antialias: bool = False,
+        seed: int = 0,
+    ):
+        self.image_folder = find_data(images)
+        self.annotation_file = find_data(annotations)
+        self.training = training
+        self.scale = tuple(scale)
+        self.multi_scale = [tuple(choice) for choice in multi_scale] if multi_scale else [self.scale]
+        self.flip = flip
+        self.antialias = antialias
+        self.seed = seed
+
+        read = read_annotations(self.annotation_file)
+        if not self.image_folder.is_dir():
+            raise DataError(
+                f"image folder {self.image_folder} does not exist: correct the path, or set DENSEKD_DATA to the "
+                "folder that relative paths start from"
+            )
+        self.classes, self.category_ids = read.classes, read.category_ids
+        self.num_classes = len(self.classes)
+        self.num_dropped_boxes = read.num_dropped_boxes
+
+        kept = [i for i, labels in enumerate(read.labels) if len(labels) or not (training and skip_empty)]
+        if not kept:
+            raise DataError(f"annotation file {self.annotation_file} has no image with a usable box: add boxes")
+        self.num_skipped_images = len(read.image_ids) - len(kept)
+        self.image_ids = [read.image_ids[i] for i in kept]
+        self.file_names = [read.file_names[i] for i in kept]
+        self.sizes = [read.sizes[i] for i in kept]
+        self.boxes = [read.boxes[i] for i in kept]
+        self.labels = [read.labels[i] for i in kept]
+        self.ignored_boxes = [read.ignored_boxes[i] for i in kept]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
+        """Return the image and target that belong to `key`: (epoch, index), or an index alone for epoch 0.
+
+        The epoch comes with the index because loader workers outlive an epoch and would not hear of the next.
+
+        Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
+            the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
+            32, `original_size` (h, w) and `image_id`.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        scale, flip = self._draw_augmentation(epoch, index)
+        original_size = self.sizes[index]
+        image = self._read_image(index)
+        size = resized_size(original_size, scale)
+        image = resize_image(image, size, self.antialias)
+        boxes = resize_boxes(torch.from_numpy(self.boxes[index]), original_size, size)
+        ignored_boxes = resize_boxes(torch.from_numpy(self.ignored_boxes[index]), original_size, size)
+        if flip:
+            image = flip_image(image)
+            boxes = flip_boxes(boxes, size[1])
+            ignored_boxes = flip_boxes(ignored_boxes, size[1])
+        target = {
+            "boxes": boxes,
+            # a copy, so that whoever changes a target does not change the data set
+            "labels": torch.tensor(self.labels[index]),
+            "image_size": size,
+            "pad_size": padded_size(size),
+            "original_size": original_size,
+            "image_id": self.image_ids[index],
+            "ignored_boxes": ignored_boxes,
+        }
+        return image, target
+
+    def _draw_augmentation(self, epoch: int, index: int) -> tuple[tuple[int, int], bool]:
+        """Draw the scale and the flip from (seed, epoch, image) alone, so that neither worker nor order matters."""
+        if not self.training:
+            return self.scale, False
+        image_id = self.image_ids[index]
+        # A generator is seeded with natural numbers only.
+        image_key = image_id if isinstance(image_id, int) and image_id >= 0 else index
+        rng = np.random.default_rng([self.seed, epoch, image_key])
+        flip = rng.random() < self.flip
+        return self.multi_scale[rng.integers(len(self.multi_scale))], flip
+
+    def _read_image(self, index: int) -> Tensor:
+        path = self.image_folder / self.file_names[index]
+        image = read_image(path)
+        (h, w), (stated_h, stated_w) = image.shape[1:], self.sizes[index]
+        if (h, w) != (stated_h, stated_w):
+            raise DataError(
+                f"image {path} is {w} x {h} pixels (EXIF orientation applied) but {stated_w} x {stated_h} in "
+                f"{self.annotation_file}: correct the annotations' width, height and boxes"
+            )
+        return image
+
+    def eval_sizes(self) -> list[tuple[int, int]]:
+        """The (h, w) of each image after the resize of evaluation, without reading the images."""
+        return [resized_size(size, self.scale) for size in self.sizes]

@@ -1,0 +1,97 @@
+"""From a configuration to batches."""
+
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.coco import CocoDataset
+from data.config import DataConfig, read_data_config
+from data.errors import DataError
+from data.samplers import EvalBatchSampler, TrainBatchSampler
+from data.transforms import padded_size
+
+
+def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: int = 0) -> CocoDataset:
+    """Build one split of the `data` section of a configuration.
+
+    Args:
+        config: the section.
+        split: "train" or "val", the key whose images and annotations are read.
+        training: whether to augment them.
+        seed: of the augmentation.
+
+    Raises DataError if the section has no such split, or for data that cannot be used.
+    """
+    config = read_data_config(config)
+    source = {"train": config.train, "val": config.val}[split]
+    if source is None:
+        raise DataError(f"data.{split} is not set: give it images and annotations")
+    return CocoDataset(
+        source.images,
+        source.annotations,
+        training,
+        scale=config.scale,
+        multi_scale=config.multi_scale,
+        flip=config.flip,
+        skip_empty=config.skip_empty,
+        antialias=config.antialias,
+        seed=seed,
+    )
+
+
+def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
+    """Put samples together, images zero-padded at right and bottom to the largest, rounded up to a multiple of 32.
+
+    Returns: images, uint8 (N, 3, H, W), and the list of N targets as they are.
+    """
+    sizes = [padded_size(image.shape[-2:]) for image, _ in samples]
+    images = torch.zeros(len(samples), 3, max(h for h, _ in sizes), max(w for _, w in sizes), dtype=torch.uint8)
+    for padded, (image, _) in zip(images, samples, strict=True):
+        padded[:, : image.shape[1], : image.shape[2]] = image
+    return images, [target for _, target in samples]
+
+
+def build_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    training: bool,
+    workers: int = 2,
+    seed: int = 0,
+    group_by_aspect: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Build the loader of `(images, targets)` batches, see `collate`.
+
+    In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
+    on; otherwise every image once. What it yields depends on `seed`, not on `workers`, nor on the global random state,
+    which it leaves alone.
+    """
+    if training:
+        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world)
+    else:
+        sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(_init_worker, seed=seed, rank=rank),
+        # without one, each epoch would take a number from the global generator
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _init_worker(worker: int, seed: int, rank: int) -> None:
+    """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread."""
+    worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
+    random.seed(worker_seed)
+    np.random.seed(worker_seed)
+    torch.manual_seed(worker_seed)
+    torch.set_num_threads(1)

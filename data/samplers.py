@@ -1,0 +1,106 @@
+"""Batch samplers. A batch is a list of (epoch, index) pairs, the keys that CocoDataset takes."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from data.transforms import padded_size
+
+Batch = list[tuple[int, int]]
+
+
+class TrainBatchSampler(Sampler[Batch]):
+    """Shuffled batches of images, landscape apart from portrait, sharded over processes.
+
+    Batches are cut for all processes together, `world * batch_size` images at a time, and then shared out: step k of N
+    processes with batch size B sees the images of step k of one process with batch size N * B. Every image occurs once
+    per epoch and every process gets the same number of batches, of equal size within a step; for that, the last batch is
+    filled up to a multiple of `world` with up to `world - 1` images from the epoch's beginning.
+
+    Args:
+        sizes: (h, w) of each image.
+        batch_size: images per process and step; the last step of an epoch may have fewer.
+        seed: of the permutation, together with the epoch.
+        group_by_aspect: keep landscape (w >= h) and portrait images in batches apart; what is left over at the end of an
+            epoch is put together.
+        rank, world: this process and the number of processes.
+
+    Attributes, to be set before iterating:
+        epoch: number that the permutation and the keys are made of.
+        start: first batch to yield, to go on in the middle of an epoch; it applies once and is 0 afterwards.
+    """
+
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        batch_size: int,
+        seed: int,
+        group_by_aspect: bool = True,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_by_aspect = group_by_aspect
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Batches of this process in a whole epoch, whatever `start` is."""
+        return math.ceil(len(self.sizes) / (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        # This is a generator because DataLoader asks for an iterator that it never advances before the one it uses:
+        # only the latter may use `start` up.
+        epoch, start, self.start = self.epoch, self.start, 0
+        for batch in self._global_batches()[start:]:
+            yield [(epoch, index) for index in batch[self.rank :: self.world]]
+
+    def _global_batches(self) -> list[list[int]]:
+        """The epoch's batches of all processes together."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes)).tolist()
+        global_size = self.batch_size * self.world
+        batches: list[list[int]] = []
+        groups: dict[bool, list[int]] = {False: [], True: []}
+        for index in order:
+            h, w = self.sizes[index]
+            group = groups[self.group_by_aspect and w < h]
+            group.append(index)
+            if len(group) == global_size:
+                batches.append(group.copy())
+                group.clear()
+        leftovers = groups[True] + groups[False]
+        # np.resize repeats the order where there are fewer images than processes
+        leftovers += np.resize(order, -len(leftovers) % self.world).tolist()
+        return batches + [leftovers[i : i + global_size] for i in range(0, len(leftovers), global_size)]
+
+
+class EvalBatchSampler(Sampler[Batch]):
+    """Every image once, in batches of one padded size, sharded over processes.
+
+    No image is padded further than it would be alone, so that the detections depend neither on the batch size nor on the
+    number of processes. Processes may get different numbers of batches.
+
+    Args:
+        sizes: (h, w) of each image as the detector gets it, after the resize.
+        batch_size: images per batch, at most.
+        rank, world: this process and the number of processes.
+    """
+
+    def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world: int = 1):
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(sizes):
+            groups.setdefault(padded_size(size), []).append(index)
+        batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+        self.batches: list[Batch] = [[(0, index) for index in batch] for batch in batches[rank::world]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)

@@ -1,0 +1,73 @@
+"""Reading, resizing and flipping images with their boxes. Images are uint8 tensors (3, h, w), RGB."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from data.errors import DataError
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode a JPEG, PNG, WebP or still GIF to RGB, turned upright by its EXIF orientation, alpha dropped.
+
+    Raises DataError if the file is missing, damaged or of another format.
+    """
+    try:
+        image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError as error:
+        if not path.is_file():
+            raise DataError(f"image {path} does not exist: correct the images folder or the file_name") from None
+        # torchvision's message starts with the place in its own source, and a C++ backtrace may follow
+        reason = re.sub(r".*\.cpp:\d+, ", "", str(error).splitlines()[0])
+        raise DataError(f"image {path} cannot be read ({reason}): replace the file") from error
+    if image.ndim != 3:
+        raise DataError(f"image {path} cannot be read (it is animated): replace the file by a still image")
+    if image.dtype == torch.uint16:  # a PNG of 16 bits per channel
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
+    """The size (h, w) at which an image of `size` (h, w) just fits `scale`, its proportions kept.
+
+    `scale` bounds the long and the short edge, in either order: (1333, 800) means a long edge of at most 1333 pixels
+    and a short one of at most 800.
+    """
+    h, w = size
+    factor = min(max(scale) / max(h, w), min(scale) / min(h, w))
+    # At least one pixel is left of a very thin image.
+    return max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
+
+
+def padded_size(size: tuple[int, int], divisor: int = 32) -> tuple[int, int]:
+    """`size` (h, w) with each edge rounded up to a multiple of `divisor`."""
+    h, w = size
+    return -(-h // divisor) * divisor, -(-w // divisor) * divisor
+
+
+def resize_image(image: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Bilinear resize of an image (3, h, w) to `size` (h, w)."""
+    return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+
+
+def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Scale boxes (n, 4) from an image of `old_size` (h, w) to one of `new_size`, and clip them to the latter."""
+    (old_h, old_w), (new_h, new_w) = old_size, new_size
+    ratios = boxes.new_tensor([new_w / old_w, new_h / old_h, new_w / old_w, new_h / old_h])
+    return (boxes * ratios).clamp(min=boxes.new_zeros(4), max=boxes.new_tensor([new_w, new_h, new_w, new_h]))
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Mirror boxes (n, 4) left to right in an image of `width` pixels."""
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+def flip_image(image: Tensor) -> Tensor:
+    """Mirror an image (3, h, w) left to right."""
+    return F.horizontal_flip(image)

@@ -1,0 +1,61 @@
+"""What the scripts share: common arguments, and errors as one line and an exit code."""
+import argparse
+import os
+import sys
+from typing import Callable
+
+import torch
+
+from data import DataError
+from models import ConfigError
+from models.weights import CheckpointError
+
+from .distributed import stop_processes
+from .log import TrainingError
+from .signals import Stopped
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as it was given."""
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser with --cfg, --device and overrides, whose help ends with an example."""
+    result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--cfg", required=True, metavar="FILE", help="configuration, see configs/")
+    result.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    return result
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n stopped by signal n."""
+    code = 0
+    try:
+        main()
+    except (ConfigError, DataError, CheckpointError, UsageError) as error:
+        code, message = 2, f"error: {error}"
+    except TrainingError as error:
+        code, message = 1, f"error: {error}"
+    except Stopped as error:
+        code, message = 128 + error.signum, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code:
+        print(message, file=sys.stderr)
+    stop_processes()
+    sys.exit(code)

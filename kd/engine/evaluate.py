@@ -1,0 +1,141 @@
+"""COCO figures of a detector on a data set."""
+import contextlib
+import io
+import json
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from tqdm import tqdm
+
+from data import CocoDataset, build_dataset, build_loader
+from models import ConfigError, build_detector
+from models.weights import load_weights
+
+from . import distributed
+from .settings import EvalConfig
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@torch.no_grad()
+def detect(model: nn.Module, preprocess: nn.Module, loader, device: torch.device, amp: str = "none",
+           progress: str = "eval") -> list[dict]:
+    """Detections on every image of a loader, in original pixels, gathered from all processes.
+
+    Returns:
+        COCO results: dicts of image_id, label, bbox (x, y, width, height), score.
+    """
+    was_training = model.training
+    model.eval()
+    results = []
+    for images, targets in tqdm(loader, progress, leave=False, disable=None if distributed.rank() == 0 else True):
+        images = preprocess(images.to(device, non_blocking=True), targets)
+        with autocast(device, amp):
+            found = model.predict(images, targets)
+        for target, detections in zip(targets, found):
+            boxes = detections["boxes"].double().cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            results += [{"image_id": target["image_id"], "label": label, "bbox": box, "score": score}
+                        for box, score, label in zip(boxes.tolist(), detections["scores"].tolist(),
+                                                     detections["labels"].tolist())]
+    model.train(was_training)
+    return distributed.gather(results)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision as the `train.amp` setting says: none, fp16 or bf16."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "none")
+
+
+def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
+    """The twelve COCO figures and AP per class, as fractions; None where the data set has no such object.
+
+    Args:
+        results: what `detect` returned.
+        dataset: whose annotation file the figures are computed against.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO()
+        truth.dataset = read_truth(dataset)
+        truth.createIndex()
+        detections = np.array([[r["image_id"], *r["bbox"], r["score"], dataset.category_ids[r["label"]]]
+                               for r in results]).reshape(-1, 7)
+        found = truth.loadRes(detections) if len(detections) else COCO()
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.imgIds = list(dataset.image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = {name: known(value) for name, value in zip(FIGURES, evaluation.stats)}
+    # precision: IoU threshold, recall, class, area range (first is all), most detections (last is 100)
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_class = {}
+    for k, name in enumerate(dataset.classes):
+        reached = precision[:, :, k]
+        per_class[name] = known(reached[reached > -1].mean()) if (reached > -1).any() else None
+    return figures | {"per_class": per_class}
+
+
+def known(value: float) -> float | None:
+    """A figure, or None for pycocotools' -1: nothing to measure it on."""
+    return None if value < 0 else float(value)
+
+
+def read_truth(dataset: CocoDataset) -> dict:
+    """The annotation file with what pycocotools needs and COCO-like files may leave out; ids in the labels' order."""
+    truth = json.loads(dataset.annotation_file.read_text(encoding="utf-8"))
+    for annotation in truth["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return truth
+
+
+def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
+    """The figures on data.val of the configuration's model with a checkpoint's weights.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input, before anything is run.
+    """
+    device = distributed.start_processes(device)
+    if cfg.get("data") is None:
+        raise ConfigError("data", "missing: what is to be evaluated on?")
+    loader = build_val_loader(cfg)
+    model = build_detector(with_classes(cfg, loader.dataset)["model"])
+    load_weights(model, checkpoint, part)
+    model.to(device)
+    return coco_figures(detect(model, model.preprocess, loader, device), loader.dataset)
+
+
+def build_val_loader(cfg: dict, train_set: CocoDataset | None = None) -> torch.utils.data.DataLoader:
+    """The loader of data.val; with a training set, its classes must be the same."""
+    dataset = build_dataset(cfg["data"], "val", training=False)
+    if train_set is not None and dataset.classes != train_set.classes:
+        raise ConfigError("data.val", f"has classes {dataset.classes}, and data.train {train_set.classes}")
+    size = EvalConfig(**cfg.get("eval", {})).batch_size or cfg["data"].get("batch_size", 2)
+    return build_loader(dataset, size, False, cfg["data"].get("workers", 2), rank=distributed.rank(),
+                        world=distributed.world_size())
+
+
+def with_classes(cfg: dict, dataset: CocoDataset) -> dict:
+    """The configuration with the head's class count taken from the annotations, unless it says one itself."""
+    model = cfg["model"]
+    given = model["head"].get("num_classes")
+    if given not in (None, dataset.num_classes):
+        raise ConfigError("model.head.num_classes", f"is {given}, and {dataset.annotation_file} has "
+                                                    f"{dataset.num_classes} classes")
+    return cfg | {"model": model | {"head": model["head"] | {"num_classes": dataset.num_classes}}}
+
+
+def format_figures(figures: dict) -> str:
+    """The figures in points, as a table for people."""
+
+    def points(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    lines = ["  ".join(f"{name:>5}" for name in FIGURES), "  ".join(f"{points(figures[n]):>5}" for n in FIGURES), ""]
+    width = max(map(len, figures["per_class"]))
+    return "\n".join(lines + [f"{name:<{width}}  {points(ap):>5}" for name, ap in figures["per_class"].items()])

@@ -1,0 +1,128 @@
+"""What a run leaves behind: metrics.jsonl, a text log, and where it came from."""
+import hashlib
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class TqdmHandler(logging.StreamHandler):
+    """Log lines that a progress bar does not break."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def open_log(work_dir: Path | None, rank: int) -> logging.Logger:
+    """A logger to the terminal and, with a work dir, to its train.log; silent but on rank 0."""
+    log = logging.getLogger("densekd")
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    if rank == 0:
+        handlers = [TqdmHandler()] + ([logging.FileHandler(work_dir / "train.log", encoding="utf-8")] if work_dir else [])
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+            log.addHandler(handler)
+    return log
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on."""
+
+
+class Meter:
+    """Means of the losses and images per second since the last look, without asking the device at every step."""
+
+    def __init__(self):
+        self.sums, self.steps, self.images, self.start = {}, 0, 0, time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.steps += 1
+        self.images += images
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingError(f"{', '.join(broken)} within the last {self.steps} steps: lower optimizer.lr, set "
+                                "train.grad_clip, or train without train.amp; the last checkpoint is from before")
+        speed = self.images / (time.perf_counter() - self.start)
+        self.__init__()
+        return means | {"images_per_second": speed}
+
+
+class Metrics:
+    """metrics.jsonl: a line per record. Lines of steps that a resumed run does again are dropped."""
+
+    def __init__(self, path: Path | None, from_step: int = 0):
+        self.path = path
+        if path is not None:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if from_step and 0 <= _step(line) <= from_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _step(line: str) -> int:
+    """The step of a line, -1 where it was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return -1
+
+
+def provenance(cfg: dict, device: torch.device) -> dict:
+    """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
+    teachers = cfg["distill"]["teacher"] if cfg.get("distill") else []
+    paths = [teacher["checkpoint"] for teacher in (teachers if isinstance(teachers, list) else [teachers])]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {
+            name: version(name) for name in ("torch", "torchvision", "numpy", "pycocotools")},
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
+        "teachers": {path: file_hash(Path(path)) for path in paths if path is not None and Path(path).is_file()}}
+
+
+def commit() -> str | None:
+    """The code's commit, with a + where files have changed since; None outside a checkout."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,22 @@
+"""The sections that the training loop and the evaluation read."""
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainConfig:
+    """The `train` section."""
+
+    epochs: int = 12
+    seed: int = 0                                   # of the initial weights, the order and the augmentation
+    amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
+    grad_clip: float | None = None                  # largest norm of the whole gradient; null does not clip
+    log_every: int = 10                             # steps between lines of metrics.jsonl and the log
+
+
+@dataclass
+class EvalConfig:
+    """The `eval` section."""
+
+    every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
+    batch_size: int | None = None  # images per step; null is data.batch_size. The figures do not depend on it

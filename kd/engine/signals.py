@@ -1,0 +1,31 @@
+"""Stopping a run politely."""
+import signal
+
+
+class Stopped(Exception):
+    """A run that a signal has stopped, after its state was saved."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopSignals:
+    """Remembers SIGINT and SIGTERM while the context is open; a second one ends the program at once.
+
+    `asked` is the number of the signal that came, 0 before.
+    """
+
+    def __enter__(self) -> "StopSignals":
+        self.asked = 0
+        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        self.asked = number
+        for known, handler in self._previous.items():
+            signal.signal(known, handler)

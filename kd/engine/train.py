@@ -1,0 +1,223 @@
+"""The training loop. Everything that happens in a step is in `train_epoch`, in order."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import build_dataset, build_loader
+from models import ConfigError, Detector, build_detector
+from models.weights import CheckpointError
+
+from ..distiller import Distiller, build_distiller
+from . import distributed
+from .checkpoint import read_checkpoint, save_checkpoint
+from .evaluate import autocast, build_val_loader, coco_figures, detect, format_figures, with_classes
+from .log import Meter, Metrics, open_log, provenance
+from .optim import ScheduleConfig, build_optimizer, lr_factor
+from .settings import EvalConfig, TrainConfig
+from .signals import Stopped, StopSignals
+
+
+@dataclass
+class Run:
+    """Everything that a training run consists of."""
+
+    cfg: dict
+    settings: TrainConfig
+    schedule: ScheduleConfig
+    device: torch.device
+    work_dir: Path
+    model: Detector | Distiller
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train_loader: torch.utils.data.DataLoader
+    val_loader: torch.utils.data.DataLoader | None
+    step: int = 0              # optimiser steps done
+    evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
+    best: float = -1.0         # AP of the best evaluation
+
+    @property
+    def student(self) -> Detector:
+        return student_of(self.model)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+
+def student_of(model: Detector | Distiller) -> Detector:
+    return model.student if isinstance(model, Distiller) else model
+
+
+def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
+    """Train what a configuration describes, to the end of its epochs.
+
+    Returns:
+        The figures of the last evaluation, empty without data.val.
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input, before anything is written.
+        TrainingError: a loss that is not finite.
+        Stopped: SIGINT or SIGTERM, after saving.
+    """
+    device = distributed.start_processes(device)
+    run = build_run(cfg, work_dir, device)
+    if resume_from is not None:
+        restore(run, read_checkpoint(resume_from), resume_from)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    first = distributed.rank() == 0
+    log = open_log(work_dir, distributed.rank())
+    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step)
+    if first:
+        (work_dir / "run.json").write_text(json.dumps(provenance(run.cfg, device), indent=1), encoding="utf-8")
+    log.info(describe(run))
+    model = run.model
+    if distributed.world_size() > 1:
+        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+    figures, last = {}, run.settings.epochs - 1
+    every = EvalConfig(**cfg.get("eval", {})).every
+    with StopSignals() as signals:
+        for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.settings.epochs):
+            train_epoch(run, model, epoch, metrics, log, signals)
+            due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
+            if due and run.val_loader is not None and not run.evaluated:
+                figures = evaluate_epoch(run, epoch, metrics, log)
+    return figures
+
+
+def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, signals: StopSignals) -> None:
+    """What is left of one epoch, and a checkpoint at its end."""
+    done = run.step - epoch * run.steps_per_epoch
+    if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
+        return
+    settings, device, preprocess = run.settings, run.device, run.student.preprocess
+    model.train()
+    run.evaluated = False
+    run.train_loader.batch_sampler.epoch, run.train_loader.batch_sampler.start = epoch, done
+    meter = Meter()
+    bar = tqdm(run.train_loader, f"epoch {epoch + 1}/{settings.epochs}", run.steps_per_epoch, initial=done, leave=False,
+               disable=None if distributed.rank() == 0 else True)
+    for images, targets in bar:
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(run.schedule, run.step, run.steps_per_epoch)
+        images = preprocess(images.to(device, non_blocking=True), targets)
+        targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
+                   for t in targets]
+        with autocast(device, settings.amp):
+            losses = model(images, targets)
+            total = sum(value for name, value in losses.items() if "loss" in name)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(total).backward()
+        run.scaler.unscale_(run.optimizer)
+        if settings.grad_clip is not None:
+            nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.step += 1
+
+        meter.add(losses | {"loss": total}, len(images))
+        if run.step % settings.log_every == 0:
+            record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
+            metrics.write(record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}")
+            log.info("epoch %d step %d/%d %s", epoch + 1, run.step, settings.epochs * run.steps_per_epoch,
+                     " ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "step")))
+        asked = distributed.any_process(signals.asked)
+        if asked:
+            meter.read()
+            save(run, "last.pth")
+            raise Stopped(asked, f"stopped at step {run.step} after saving {run.work_dir / 'last.pth'}: the same "
+                                 "command with --resume goes on from there")
+    if meter.steps:
+        meter.read()
+    save(run, "last.pth")
+
+
+def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
+    """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
+    results = detect(run.student, run.student.preprocess, run.val_loader, run.device, run.settings.amp)
+    figures = coco_figures(results, run.val_loader.dataset)
+    metrics.write({"epoch": epoch, "step": run.step} | figures)
+    log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
+    run.evaluated = True
+    if (figures["AP"] or 0) > run.best:
+        run.best = figures["AP"] or 0
+        save(run, "best.pth")
+    save(run, "last.pth")
+    return figures
+
+
+def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
+    """Data, models and optimiser of a run, at its first step."""
+    settings, rank, world = TrainConfig(**cfg.get("train", {})), distributed.rank(), distributed.world_size()
+    if cfg.get("data") is None:
+        raise ConfigError("data", "missing: what is to be trained on?")
+    data = cfg["data"]
+    train_set = build_dataset(data, "train", training=True, seed=settings.seed)
+    cfg = with_classes(cfg, train_set)
+    torch.manual_seed(settings.seed)
+    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device)
+    batch_size, workers = data.get("batch_size", 2), data.get("workers", 2)
+    optimizer = build_optimizer(cfg.get("optimizer", {}), model, batch_size * world)
+    train_loader = build_loader(train_set, batch_size, True, workers, settings.seed, data.get("group_by_aspect", True),
+                                rank, world)
+    return Run(cfg, settings, ScheduleConfig(**cfg.get("schedule", {})), device, work_dir, model, optimizer,
+               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
+               build_val_loader(cfg, train_set) if data.get("val") else None)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save(run: Run, name: str) -> None:
+    """Write the run's state into its work dir."""
+    if distributed.rank() != 0:
+        return
+    methods = run.model.methods.state_dict() if isinstance(run.model, Distiller) else {}
+    save_checkpoint(run.work_dir / name, {
+        "model": run.student.state_dict(), "methods": methods, "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "step": run.step, "steps_per_epoch": run.steps_per_epoch,
+        "evaluated": run.evaluated, "best": run.best, "config": run.cfg, "classes": run.train_loader.dataset.classes})
+
+
+def restore(run: Run, state: dict, path: Path) -> None:
+    """Put a run where a checkpoint left it.
+
+    Raises:
+        CheckpointError: it belongs to another model, method or batch size.
+    """
+    if state["steps_per_epoch"] != run.steps_per_epoch:
+        raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps an epoch and this run "
+                              f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
+    try:
+        run.student.load_state_dict(state["model"])
+        if isinstance(run.model, Distiller):
+            run.model.methods.load_state_dict(state["methods"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
+
+
+def describe(run: Run) -> str:
+    """What is about to run, in a few lines."""
+    data = run.train_loader.dataset
+    lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
+             f"{run.settings.epochs} epochs on {run.device}",
+             f"student: {sum(p.numel() for p in run.student.parameters()) / 1e6:.2f} M parameters"]
+    if isinstance(run.model, Distiller):
+        for teacher, methods in zip(run.model.teachers, run.model.methods):
+            lines.append(f"teacher: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
+                         f"distilled by {', '.join(type(m).__name__ for m in methods)}")
+    if data.num_dropped_boxes:
+        lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")
+    if run.step:
+        lines.append(f"resumed at step {run.step}")
+    return "\n".join(lines)

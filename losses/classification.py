@@ -1,0 +1,99 @@
+"""Losses of dense classification scores."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .reduce import at_least_float32, reduce_loss
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Boolean one-hot of (...) labels as (..., C); a label outside [0, C), background say, gives a row of zeros."""
+    return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
+
+
+def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = None, gamma: float = 2.0,
+                       alpha: float = 0.25, reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
+    """Focal loss (RetinaNet, arXiv:1708.02002, eq. 5) over sigmoid scores.
+
+    Args:
+        pred: (..., C) logits.
+        labels: (...) int64 in [0, C]; C is background.
+        weight: (...) or (..., C).
+    """
+    pred = at_least_float32(pred)
+    target = one_hot(labels, pred.shape[-1]).to(pred.dtype)
+    prob = pred.sigmoid()
+    miss = prob + target - 2 * prob * target  # 1 - p_t
+    focal = (target * (2 * alpha - 1) + (1 - alpha)) * miss.pow(gamma)
+    loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
+    return reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None, beta: float = 2.0,
+                       reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
+    """Quality focal loss (GFL, arXiv:2006.04388, eq. 4): the positive class is taught the box's IoU, the others zero.
+
+    Args:
+        pred: (..., C) logits.
+        target: labels (...) int64 in [0, C], C is background; and quality scores (...).
+        weight: (...).
+    Returns:
+        With reduction "none", (...): the sum over classes.
+    """
+    pred = at_least_float32(pred)
+    labels, score = target
+    quality = one_hot(labels, pred.shape[-1]) * score.to(pred.dtype).unsqueeze(-1)
+    loss = F.binary_cross_entropy_with_logits(pred, quality, reduction="none")
+    loss = loss * (quality - pred.sigmoid()).abs().pow(beta)
+    return reduce_loss(loss.sum(-1), weight, reduction, avg_factor)
+
+
+def binary_cross_entropy(pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
+                         avg_factor: float | Tensor | None = None) -> Tensor:
+    """Cross-entropy of (...) logits against (...) targets in [0, 1]: FCOS's centerness loss (arXiv:1904.01355, 3.3)."""
+    pred = at_least_float32(pred)
+    loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")
+    return reduce_loss(loss, weight, reduction, avg_factor)
+
+
+class FocalLoss(nn.Module):
+    """`sigmoid_focal_loss` times `loss_weight`."""
+
+    def __init__(self, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 1.0):
+        super().__init__()
+        if not use_sigmoid:
+            raise ValueError("FocalLoss: only use_sigmoid: true is supported, as in every reference configuration")
+        self.gamma, self.alpha, self.loss_weight = gamma, alpha, loss_weight
+
+    def forward(self, pred: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean",
+                avg_factor: float | Tensor | None = None) -> Tensor:
+        return self.loss_weight * sigmoid_focal_loss(
+            pred, labels, weight, self.gamma, self.alpha, reduction, avg_factor)
+
+
+class QualityFocalLoss(nn.Module):
+    """`quality_focal_loss` times `loss_weight`."""
+
+    def __init__(self, use_sigmoid: bool = True, beta: float = 2.0, loss_weight: float = 1.0):
+        super().__init__()
+        if not use_sigmoid:
+            raise ValueError("QualityFocalLoss: only use_sigmoid: true is supported, as in every reference")
+        self.beta, self.loss_weight = beta, loss_weight
+
+    def forward(self, pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None,
+                reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
+        return self.loss_weight * quality_focal_loss(pred, target, weight, self.beta, reduction, avg_factor)
+
+
+class CrossEntropyLoss(nn.Module):
+    """`binary_cross_entropy` times `loss_weight`."""
+
+    def __init__(self, use_sigmoid: bool = True, loss_weight: float = 1.0):
+        super().__init__()
+        if not use_sigmoid:
+            raise ValueError("CrossEntropyLoss: only use_sigmoid: true is supported, as centerness needs")
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
+                avg_factor: float | Tensor | None = None) -> Tensor:
+        return self.loss_weight * binary_cross_entropy(pred, target, weight, reduction, avg_factor)

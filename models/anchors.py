@@ -1,0 +1,96 @@
+"""What predictions are made from: anchor boxes on every cell of every level."""
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .build import ConfigError
+
+
+class Priors(NamedTuple):
+    """Anchors of all levels in one row, in the order of flattened head outputs: level, then y, x, anchor."""
+
+    boxes: Tensor        # (P, 4) xyxy in input pixels
+    cells: Tensor        # (P, 2) x, y of the cell's corner that image sizes are compared with, in pixels
+    strides: Tensor      # (P,) in pixels
+    level_sizes: tuple[int, ...]  # anchors per level, P in all
+
+    def take(self, index: Tensor) -> "Priors":
+        """The anchors at `index`, without their levels."""
+        return Priors(self.boxes[index], self.cells[index], self.strides[index], ())
+
+    @property
+    def centers(self) -> Tensor:
+        """(P, 2) x, y in pixels."""
+        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+
+
+class AnchorGenerator:
+    """Anchors of some scales and ratios on every cell, as in RetinaNet (arXiv:1708.02002, section 4).
+
+    Args:
+        strides: pixels per cell, for each level.
+        ratios: height over width of the anchors.
+        octave_base_scale, scales_per_octave: scales are octave_base_scale * 2^(i / scales_per_octave).
+        scales: scales said outright, in place of the two.
+        base_sizes: the size in pixels that a scale multiplies, for each level; the stride when not given.
+        center_offset: where in its cell an anchor is centred, in strides.
+        order: which of ratio and scale changes slowest among a cell's anchors: `ratio` is mmdet's and torchvision's,
+            `scale` detectron2's.
+        rounding: torchvision's: scales times base size cut to whole pixels, corners rounded.
+    """
+
+    def __init__(self, strides: list[int], ratios: list[float], octave_base_scale: float | None = None,
+                 scales_per_octave: int | None = None, scales: list[float] | None = None,
+                 base_sizes: list[float] | None = None, center_offset: float = 0.0,
+                 order: Literal["ratio", "scale"] = "ratio", rounding: bool = False):
+        if (scales is None) == (octave_base_scale is None or scales_per_octave is None):
+            raise ConfigError("anchor_generator", "needs either scales, or octave_base_scale with scales_per_octave")
+        if base_sizes is not None and len(base_sizes) != len(strides):
+            raise ConfigError("anchor_generator.base_sizes", f"needs one per stride, {len(strides)}")
+        if scales is None:
+            scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
+        self.strides, self.center_offset, self.rounding = list(strides), center_offset, rounding
+        self.num_anchors = len(ratios) * len(scales)
+        self.base_anchors = [self._base_anchors(size, torch.tensor(ratios, dtype=torch.float64),
+                                                torch.tensor(scales, dtype=torch.float64), order)
+                             for size in base_sizes or strides]
+        self._cache: dict[tuple, Priors] = {}
+
+    def _base_anchors(self, size: float, ratios: Tensor, scales: Tensor, order: str) -> Tensor:
+        """(A, 4) xyxy of one cell's anchors around its centre."""
+        heights = ratios.sqrt()
+        sides = (size * scales).floor() if self.rounding else size * scales
+        if order == "ratio":
+            w, h = (sides[None, :] / heights[:, None]).flatten(), (sides[None, :] * heights[:, None]).flatten()
+        else:
+            w, h = (sides[:, None] / heights[None, :]).flatten(), (sides[:, None] * heights[None, :]).flatten()
+        boxes = torch.stack([-w, -h, w, h], dim=1) / 2
+        return boxes.round() if self.rounding else boxes
+
+    def __call__(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
+        """Anchors for feature maps of the given (height, width), kept for the next batch of the same shape."""
+        if len(sizes) != len(self.strides):
+            raise ConfigError("anchor_generator.strides", f"gives {len(self.strides)} levels and the features have "
+                                                          f"{len(sizes)}")
+        key = (tuple(map(tuple, sizes)), dtype, device)
+        if key not in self._cache:
+            if len(self._cache) >= 64:  # multi-scale training meets many shapes
+                self._cache.clear()
+            self._cache[key] = self._grid(sizes, dtype, device)
+        return self._cache[key]
+
+    def _grid(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
+        boxes, cells, strides, counts = [], [], [], []
+        for (height, width), stride, base in zip(sizes, self.strides, self.base_anchors):
+            y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
+            cell = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).double()
+            boxes.append((cell.repeat(1, 1, 2) + self.center_offset * stride + base).reshape(-1, 4))
+            cells.append(cell.expand(-1, len(base), 2).reshape(-1, 2))
+            counts.append(len(boxes[-1]))
+            strides.append(torch.full((counts[-1],), stride))
+        return Priors(torch.cat(boxes).to(device, dtype), torch.cat(cells).to(device, dtype),
+                      torch.cat(strides).to(device, dtype), tuple(counts))
+
+
+PRIORS = {"AnchorGenerator": AnchorGenerator}

@@ -1,0 +1,174 @@
+"""Which anchor learns which box. Whole batches at once, on padded boxes.
+
+Every assigner takes
+    priors: `Priors` with P anchors
+    valid: (N, P) bool, anchors that take part
+    boxes: (N, G, 4) xyxy in pixels, padded, G at least 1; real: (N, G) bool, which of them are boxes
+    ignored: (N, M, 4) and ignored_real (N, M), regions that are neither object nor background
+and returns (N, P) int64: the index of the anchor's box, or NEGATIVE, or IGNORED.
+"""
+import torch
+from torch import Tensor
+
+from .anchors import Priors
+from .build import ConfigError
+
+NEGATIVE, IGNORED = -1, -2
+FAR = 1e8  # the references' distance of an ignored anchor: chosen only where nothing else is left
+
+
+def pairwise_overlap(boxes: Tensor, others: Tensor, mode: str = "iou", eps: float = 1e-6) -> Tensor:
+    """IoU (..., G, P) of boxes (..., G, 4) and others (..., P, 4); with mode "iof" over the area of `boxes` alone."""
+    a, b = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    width = (torch.min(a[..., 2], b[..., 2]) - torch.max(a[..., 0], b[..., 0])).clamp(min=0)
+    height = (torch.min(a[..., 3], b[..., 3]) - torch.max(a[..., 1], b[..., 1])).clamp(min=0)
+    inter = width * height
+    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
+    if mode == "iof":
+        return inter / area_a.clamp(min=eps)
+    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
+    return inter / (area_a + area_b - inter).clamp(min=eps)
+
+
+def in_ignored_region(priors: Tensor, ignored: Tensor, ignored_real: Tensor, threshold: float,
+                      wrt_priors: bool = True) -> Tensor:
+    """(N, P) bool: anchors whose share (or with `wrt_priors=False` the share of the region) in one is above threshold."""
+    if wrt_priors:
+        share = pairwise_overlap(priors, ignored, "iof").transpose(-1, -2)
+    else:
+        share = pairwise_overlap(ignored, priors, "iof")
+    return ((share > threshold) & ignored_real.unsqueeze(-1)).any(1)
+
+
+class MaxIoUAssigner:
+    """By IoU thresholds (Faster R-CNN, arXiv:1506.01497, section 3.1.2; RetinaNet's values).
+
+    Args:
+        pos_iou_thr: from this IoU an anchor is positive.
+        neg_iou_thr: below this it is negative, between the two ignored; a pair gives negatives a lower bound too.
+        min_pos_iou: with `match_low_quality`, a box whose best anchor reaches this takes that anchor all the same.
+        match_low_quality: see above.
+        gt_max_assign_all: all anchors that tie for best are taken, not the first alone.
+        low_quality_to_best: such an anchor turns positive for the box that it overlaps most, as in detectron2 and
+            torchvision, and not for the box that took it, as in mmdet.
+        ignore_iof_thr: anchors whose share in an ignored region exceeds this are ignored; -1 turns it off.
+        ignore_wrt_candidates: the share is of the anchor, otherwise of the region.
+    """
+
+    def __init__(self, pos_iou_thr: float = 0.5, neg_iou_thr: float | tuple[float, float] = 0.4,
+                 min_pos_iou: float = 0.0, match_low_quality: bool = True, gt_max_assign_all: bool = True,
+                 low_quality_to_best: bool = False, ignore_iof_thr: float = -1, ignore_wrt_candidates: bool = True):
+        self.pos_iou_thr, self.min_pos_iou = pos_iou_thr, min_pos_iou
+        self.neg_iou_thr = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, (int, float)) else tuple(neg_iou_thr)
+        if self.neg_iou_thr[1] > pos_iou_thr:
+            raise ConfigError("assigner.neg_iou_thr", f"{neg_iou_thr} is above pos_iou_thr {pos_iou_thr}")
+        self.match_low_quality, self.gt_max_assign_all = match_low_quality, gt_max_assign_all
+        self.low_quality_to_best = low_quality_to_best
+        self.ignore_iof_thr, self.ignore_wrt_candidates = ignore_iof_thr, ignore_wrt_candidates
+
+    @torch.no_grad()
+    def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
+                 ignored_real: Tensor) -> Tensor:
+        usable = valid
+        if self.ignore_iof_thr > 0 and ignored.shape[1]:
+            usable = usable & ~in_ignored_region(
+                priors.boxes, ignored, ignored_real, self.ignore_iof_thr, self.ignore_wrt_candidates)
+        overlaps = pairwise_overlap(boxes, priors.boxes)
+        overlaps.masked_fill_(~(real.unsqueeze(-1) & usable.unsqueeze(1)), -1)
+        best, best_box = overlaps.max(dim=1)
+        assigned = torch.full_like(best_box, IGNORED)
+        assigned.masked_fill_((best >= self.neg_iou_thr[0]) & (best < self.neg_iou_thr[1]), NEGATIVE)
+        assigned = torch.where(best >= self.pos_iou_thr, best_box, assigned)
+        if self.match_low_quality:
+            assigned = self._low_quality(overlaps, best_box, assigned)
+        # An image without boxes is all background, its ignored regions too.
+        return assigned.masked_fill(~real.any(1, keepdim=True), NEGATIVE)
+
+    def _low_quality(self, overlaps: Tensor, best_box: Tensor, assigned: Tensor) -> Tensor:
+        best, best_anchor = overlaps.max(dim=2, keepdim=True)
+        if self.gt_max_assign_all:
+            taken = overlaps == best
+        else:
+            taken = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(2, best_anchor, True)
+        taken &= best >= max(self.min_pos_iou, 0)  # -1 marks what takes no part
+        if self.low_quality_to_best:
+            return torch.where(taken.any(1), best_box, assigned)
+        # Where several boxes take one anchor the last one has it.
+        order = torch.arange(1, taken.shape[1] + 1, device=taken.device).view(1, -1, 1)
+        last = (taken * order).amax(dim=1) - 1
+        return torch.where(last >= 0, last, assigned)
+
+
+class ATSSAssigner:
+    """Adaptive training sample selection (ATSS, arXiv:1912.02424, algorithm 1).
+
+    Args:
+        topk: candidates per box and level.
+        ignore_iof_thr: anchors whose share in an ignored region exceeds this are ignored; -1 turns it off.
+    """
+
+    def __init__(self, topk: int = 9, ignore_iof_thr: float = -1):
+        self.topk, self.ignore_iof_thr = topk, ignore_iof_thr
+
+    @torch.no_grad()
+    def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
+                 ignored_real: Tensor) -> Tensor:
+        if not valid.is_cuda and not valid.all():
+            return self._per_image(priors, valid, boxes, real, ignored, ignored_real)
+        assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long, device=valid.device)
+        box_centers = (boxes[..., :2] + boxes[..., 2:]) / 2
+        distances = (priors.centers - box_centers.unsqueeze(2)).pow(2).sum(-1).sqrt()  # (N, G, P)
+        if self.ignore_iof_thr > 0 and ignored.shape[1]:
+            region = in_ignored_region(priors.boxes, ignored, ignored_real, self.ignore_iof_thr)
+            region &= real.any(1, keepdim=True)
+            distances.masked_fill_(region.unsqueeze(1), FAR)
+            assigned.masked_fill_(region, IGNORED)
+        distances.masked_fill_(~valid.unsqueeze(1), float("inf"))
+
+        candidates = self._nearest(distances, priors.level_sizes)  # (N, G, C)
+        chosen = valid.unsqueeze(1).expand_as(distances).gather(2, candidates)
+        overlaps = pairwise_overlap(boxes.unsqueeze(2), priors.boxes[candidates]).squeeze(2)  # (N, G, C)
+        positive = chosen & (overlaps >= self._threshold(overlaps, chosen).unsqueeze(-1))
+        points = priors.centers[candidates]
+        sides = torch.cat([points - boxes[:, :, None, :2], boxes[:, :, None, 2:] - points], dim=-1)
+        positive &= (sides.amin(-1) > 0.01) & real.unsqueeze(-1)
+
+        # An anchor wanted by several boxes goes to the one that it overlaps most.
+        best = overlaps.new_full(distances.shape, -1).scatter_(
+            2, candidates, torch.where(positive, overlaps, overlaps.new_tensor(-1)))
+        best, best_box = best.max(dim=1)
+        return torch.where(best >= 0, best_box, assigned)
+
+    def _per_image(self, priors: Priors, valid: Tensor, *truth: Tensor) -> Tensor:
+        """The same, image by image, on each image's valid anchors alone.
+
+        Anchors at equal distance are common (coordinates are often whole), and which of them `topk` takes depends on
+        what else it is given. The references give it the valid anchors only, so on the CPU, where their values can be
+        compared with ours, we do too.
+        """
+        assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long)
+        for i, keep in enumerate(valid):
+            counts = tuple(int(level.sum()) for level in keep.split(priors.level_sizes))
+            own = priors.take(keep)._replace(level_sizes=counts)
+            assigned[i, keep] = self(own, keep[keep].unsqueeze(0), *(t[i:i + 1] for t in truth))[0]
+        return assigned
+
+    def _nearest(self, distances: Tensor, level_sizes: tuple[int, ...]) -> Tensor:
+        """Indices (N, G, C) of the `topk` anchors of each level that are nearest to each box."""
+        found, start = [], 0
+        for size in level_sizes:
+            level = distances[:, :, start:start + size]
+            found.append(level.topk(min(self.topk, size), dim=2, largest=False).indices + start)
+            start += size
+        return torch.cat(found, dim=2)
+
+    @staticmethod
+    def _threshold(overlaps: Tensor, chosen: Tensor) -> Tensor:
+        """Mean plus unbiased deviation (N, G) of each box's candidates (N, G, C), over those chosen."""
+        count = chosen.sum(-1)
+        mean = (overlaps * chosen).sum(-1) / count
+        square = ((overlaps - mean.unsqueeze(-1)) * chosen).pow(2).sum(-1)
+        return mean + (square / (count - 1)).sqrt()
+
+
+ASSIGNERS = {"ATSSAssigner": ATSSAssigner, "MaxIoUAssigner": MaxIoUAssigner}

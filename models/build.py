@@ -1,0 +1,174 @@
+"""From a configuration to objects: a table says which classes a `type` may name, a signature says what they take.
+
+A parameter that is itself built from a configuration says so in its annotation, `Annotated[dict, OneOf(ASSIGNERS)]`.
+So one walk over signatures checks a whole tree before anything is built.
+"""
+import difflib
+import inspect
+import types
+from functools import cache
+from typing import Annotated, Any, Callable, Iterable, Literal, Mapping, Union, get_args, get_origin, get_type_hints
+
+Table = Mapping[str, Callable]
+
+# Short spellings of the references' argument names.
+ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
+
+
+class OneOf:
+    """Marks a parameter that takes a `{type: ...}` mapping, naming one of a table.
+
+    Args:
+        table: the classes by name.
+        derived: arguments that the program gives, so that the configuration need not.
+        common: a dataclass of options that go with every one of them and are not its own arguments.
+        default: the type meant where none is said.
+    """
+
+    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None):
+        self.table, self.derived, self.common, self.default = table, derived, common, default
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. `key` is the dotted path of what is wrong."""
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {problem}" if key else problem)
+        self.key, self.problem = key, problem
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Advice on a wrong name: the nearest valid one, or all of them where none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    return f'did you mean "{close[0]}"?' if close else "valid: " + ", ".join(valid)
+
+
+@cache
+def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
+    """What a class or function takes: name -> (type hint, default; inspect.Parameter.empty without one)."""
+    function = call.__init__ if inspect.isclass(call) else call
+    hints = get_type_hints(function, include_extras=True)
+    found = inspect.signature(function).parameters.values()
+    return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self"}
+
+
+def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = ()) -> None:
+    """Check that `call(**args)` makes sense; `derived` are the parameters that the program itself gives.
+
+    Raises:
+        ConfigError: an unknown argument, a value of the wrong type, or a missing required argument.
+    """
+    if not isinstance(args, dict):
+        raise ConfigError(key, f"must be a mapping of keys to values, not {describe(args)}")
+    known = {name: hint for name, (hint, _) in parameters(call).items() if name not in derived or name in args}
+    for name, value in args.items():
+        path = f"{key}.{name}" if key else str(name)
+        full = ALIASES.get(name, name)
+        if full not in known:
+            raise ConfigError(path, f"unknown key; {nearest(name, known)}")
+        check_value(value, known[full], path)
+    given = {ALIASES.get(name, name) for name in args} | set(derived)
+    for name, (_, default) in parameters(call).items():
+        if default is inspect.Parameter.empty and name not in given:
+            raise ConfigError(f"{key}.{name}" if key else name, "missing; it has no default")
+
+
+def check_component(cfg: Any, choice: OneOf, key: str) -> None:
+    """Check a `{type: ..., argument: value}` mapping against the class that its type names."""
+    table = choice.table
+    kind = cfg.get("type", choice.default) if isinstance(cfg, dict) else None
+    if kind is None:
+        raise ConfigError(key, f"must be a mapping with a type; {nearest('', table)}")
+    if kind not in table:
+        raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
+    options, args = split_options(cfg, choice.common)
+    if choice.common is not None:
+        check_arguments(choice.common, options, key)
+    check_arguments(table[kind], args, key, choice.derived)
+
+
+def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
+    """The entries of a `{type: ...}` mapping that are `common`'s, and those that are its type's own arguments."""
+    shared = set(parameters(common)) if common is not None else set()
+    return ({k: v for k, v in cfg.items() if k in shared},
+            {k: v for k, v in cfg.items() if k not in shared and k != "type"})
+
+
+def describe(value: Any) -> str:
+    """A value and its kind, for a message."""
+    kinds = {bool: "true/false", int: "an integer", float: "a number", str: "text", dict: "a mapping",
+             list: "a list", tuple: "a list"}
+    if value is None:
+        return "null"
+    return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
+
+
+def check_value(value: Any, hint: Any, key: str) -> None:
+    """Check one value against one type hint.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return check_component(value, get_args(hint)[1], key)
+    if origin in (Union, types.UnionType):
+        return _check_union(value, get_args(hint), key)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(key, f"must be one of {', '.join(map(str, get_args(hint)))}, not {describe(value)}")
+    elif origin in (list, tuple):
+        _check_sequence(value, hint, key)
+    elif hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(key, f"must be a number, not {describe(value)}")
+    elif hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(key, f"must be an integer, not {describe(value)}")
+    elif inspect.isclass(hint) and not isinstance(value, hint):
+        if hint not in (str, bool, dict, type(None)):  # a dataclass or class whose arguments the mapping gives
+            return check_arguments(hint, value, key)
+        names = {str: "text", bool: "true or false", dict: "a mapping", type(None): "null"}
+        raise ConfigError(key, f"must be {names[hint]}, not {describe(value)}")
+
+
+def _check_union(value: Any, choices: tuple, key: str) -> None:
+    if value is None and type(None) in choices:
+        return
+    choices = [c for c in choices if c is not type(None)]
+    errors = []
+    for choice in choices:
+        try:
+            return check_value(value, choice, key)
+        except ConfigError as error:
+            errors.append(error)
+    deepest = max(len(error.key) for error in errors)  # an error deeper in the tree says more than "does not fit"
+    errors = [error for error in errors if len(error.key) == deepest]
+    raise ConfigError(errors[0].key, ", or ".join(error.problem for error in errors))
+
+
+def _check_sequence(value: Any, hint: Any, key: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(key, f"must be a list, not {describe(value)}")
+    items = get_args(hint)
+    if get_origin(hint) is tuple and items[-1] is not Ellipsis:
+        if len(value) != len(items):
+            raise ConfigError(key, f"must have {len(items)} entries, not {len(value)}")
+    else:
+        items = items[:1] * len(value)
+    for i, (item, item_hint) in enumerate(zip(value, items)):
+        check_value(item, item_hint, f"{key}.{i}")
+
+
+def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
+    """Build what `cfg` describes: `table[cfg["type"]]` called with the rest, and with `derived` where cfg is silent.
+
+    Raises:
+        ConfigError: naming the key under `key` that is unknown, missing or of the wrong type.
+    """
+    check_component(cfg, OneOf(table, *derived), key)
+    call = table[cfg["type"]]
+    args = {ALIASES.get(k, k): v for k, v in cfg.items() if k != "type"}
+    args |= {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}
+    return call(**args)

@@ -1,0 +1,89 @@
+"""Where a checkpoint comes from: a path, a URL, or a name that stands for a URL. Downloads go to torch hub's cache."""
+
+import http.client
+import os
+import re
+from difflib import get_close_matches
+from urllib.parse import quote, unquote, urlparse
+
+import torch
+
+from .checkpoint_unpickler import CheckpointError, one_line
+
+# The end of a name, as torch hub and OpenMMLab put it: the start of the file's SHA-256, unless it reads as a date.
+_CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
+
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
+_OPEN_MMLAB = {
+    "detectron2/resnet50_caffe": "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth",
+    "detectron2/resnet101_caffe": "https://download.openmmlab.com/pretrain/third_party/resnet101_msra-6cc46731.pth",
+}
+
+
+def local_path(source: str | os.PathLike) -> str:
+    """The file behind `source`: a path as it is, or a URL's file in torch hub's cache, downloaded if need be.
+
+    Besides http(s) it knows the names `torchvision://resnet50` (ImageNet weights, version 1, as in mmdet's
+    configurations), `detectron2://ImageNetPretrained/MSRA/R-50.pkl` and `open-mmlab://detectron2/resnet50_caffe`.
+    Raises `CheckpointError` for an unknown name, and if the download fails.
+    """
+    source = os.fspath(source)
+    scheme, separator, name = source.partition("://")
+    if not separator:
+        return os.path.expanduser(source)
+    if scheme in ("http", "https"):
+        return _download(source)
+    if scheme == "torchvision":
+        return _download(_torchvision_url(name))
+    if scheme == "detectron2":
+        return _download(_DETECTRON2 + name)
+    if scheme == "open-mmlab":
+        if name not in _OPEN_MMLAB:
+            raise CheckpointError(
+                f"unknown checkpoint {source}: known are {', '.join(f'open-mmlab://{name}' for name in _OPEN_MMLAB)}"
+            )
+        return _download(_OPEN_MMLAB[name])
+    raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
+
+
+def _torchvision_url(name: str) -> str:
+    import torchvision  # here, because reading a local file needs none of its models
+
+    known = torchvision.models.list_models(module=torchvision.models, include="resnet*")
+    if name not in known:
+        near = get_close_matches(name, known, 1) or known
+        raise CheckpointError(f"torchvision has no ResNet {one_line(name, 60)!r}; known: {', '.join(near)}")
+    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+
+
+def _download(url: str) -> str:
+    path, checksum = _cache_entry(url)
+    if os.path.isfile(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        # Written to a temporary file, and moved when it is complete and its checksum is right.
+        torch.hub.download_url_to_file(url, path, hash_prefix=checksum, progress=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the download of {url} does not have the checksum in its name: {one_line(error)}"
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = one_line(getattr(error, "reason", None) or error)
+        raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
+    return path
+
+
+def _cache_entry(url: str) -> tuple[str, str | None]:
+    """The path of a URL's file in the cache, and the checksum in its name.
+
+    A name with a checksum is the file's own. Others (two different backbones are called R-50.pkl) lie in folders as on
+    their server.
+    """
+    address = urlparse(url)
+    parts = [quote(part, safe=" +=@") for part in unquote(address.path).split("/") if part not in ("", ".", "..")]
+    if not parts:
+        raise CheckpointError(f"no file name in {one_line(url)}")
+    checksum = _CHECKSUM.search(parts[-1])
+    folders = [] if checksum else [quote(address.netloc.rpartition("@")[2].replace(":", "_")), *parts[:-1]]
+    return os.path.join(torch.hub.get_dir(), "checkpoints", *folders, parts[-1]), checksum[1] if checksum else None

@@ -1,0 +1,61 @@
+"""Boxes to regression targets and back. All boxes are (..., 4) xyxy."""
+import math
+
+import torch
+from torch import Tensor
+
+
+class DeltaXYWHBBoxCoder:
+    """Shifts and log sizes relative to an anchor (R-CNN, arXiv:1311.2524, appendix C).
+
+    Args:
+        target_means, target_stds: normalisation of the four deltas.
+        wh_ratio_clip: decoded sizes stay within this factor of the anchor's, and its inverse.
+    """
+
+    encode_size = 4
+
+    def __init__(self, target_means: list[float] = (0.0, 0.0, 0.0, 0.0),
+                 target_stds: list[float] = (1.0, 1.0, 1.0, 1.0), wh_ratio_clip: float = 16 / 1000):
+        self.means, self.stds = list(target_means), list(target_stds)
+        self.max_log_ratio = abs(math.log(wh_ratio_clip))
+
+    def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas (..., 4) that lead from anchors to boxes of positive size."""
+        size, target_size = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
+        shift = ((boxes[..., :2] + boxes[..., 2:]) / 2 - (anchors[..., :2] + anchors[..., 2:]) / 2) / size
+        deltas = torch.cat([shift, (target_size / size).log()], dim=-1)
+        return (deltas - deltas.new_tensor(self.means)) / deltas.new_tensor(self.stds)
+
+    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """Boxes (..., 4) from anchors (..., 4) and deltas (..., 4)."""
+        deltas = deltas * deltas.new_tensor(self.stds) + deltas.new_tensor(self.means)
+        size = anchors[..., 2:] - anchors[..., :2]
+        center = (anchors[..., :2] + anchors[..., 2:]) / 2 + size * deltas[..., :2]
+        half = size * deltas[..., 2:].clamp(-self.max_log_ratio, self.max_log_ratio).exp() / 2
+        return torch.cat([center - half, center + half], dim=-1)
+
+
+class DistancePointBBoxCoder:
+    """Distances from a point to the four sides (FCOS, arXiv:1904.01355, eq. 1)."""
+
+    encode_size = 4
+
+    def encode(self, points: Tensor, boxes: Tensor, max_dis: float | None = None, eps: float = 0.1) -> Tensor:
+        """Distances (..., 4) left, top, right, bottom from points (..., 2); clamped to [0, max_dis - eps] if given."""
+        distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+        return distances if max_dis is None else distances.clamp(min=0, max=max_dis - eps)
+
+    def decode(self, points: Tensor, distances: Tensor) -> Tensor:
+        """Boxes (..., 4) from points (..., 2) and distances (..., 4)."""
+        return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+CODERS = {"DeltaXYWHBBoxCoder": DeltaXYWHBBoxCoder, "DistancePointBBoxCoder": DistancePointBBoxCoder}
+
+
+def clip_boxes(boxes: Tensor, size: tuple[float, float]) -> Tensor:
+    """Boxes (..., 4) cut to an image of (height, width)."""
+    height, width = size
+    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)

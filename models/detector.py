@@ -1,0 +1,145 @@
+"""A dense detector: backbone, neck, head."""
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from .build import ConfigError, OneOf, build, check_arguments
+from .fpn import FPN
+from .heads import HEADS, DenseHead, HeadOutputs
+from .postprocess import TestConfig, postprocess
+from .preprocess import Preprocess
+from .resnet import ResNet
+from .targets import Assignment
+
+BACKBONES = {"ResNet": ResNet}
+NECKS = {"FPN": FPN}
+
+
+@dataclass
+class ModelConfig:
+    """The `model` section."""
+
+    backbone: Annotated[dict, OneOf(BACKBONES)]
+    head: Annotated[dict, OneOf(HEADS, "num_classes", "in_channels")]
+    neck: Annotated[dict, OneOf(NECKS, "in_channels")] | None = None
+    preprocess: Preprocess = field(default_factory=dict)
+    test: TestConfig = field(default_factory=dict)
+
+
+@dataclass
+class DetectorPass:
+    """One run of a detector over a batch: what its own losses and every distillation method share."""
+
+    detector: "Detector"
+    images: Tensor                # (N, 3, H, W), normalised for this detector
+    targets: list[dict]
+    features: list[Tensor]        # neck outputs (N, C, H_l, W_l), finest first
+    outputs: HeadOutputs | None   # None where no method needs this detector's head
+    assignment: Assignment | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the modules asked for, by name
+
+    @property
+    def head(self) -> DenseHead:
+        return self.detector.bbox_head
+
+
+class Detector(nn.Module):
+    """Backbone, optional neck, dense head and pixel statistics.
+
+    `forward` gives losses in training and detections in evaluation; `loss` and `predict` do the same by name.
+    """
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
+                 test: TestConfig):
+        super().__init__()
+        self.preprocess, self.backbone, self.neck, self.bbox_head, self.test = preprocess, backbone, neck, head, test
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of each of `extract_features`' maps."""
+        return (self.backbone if self.neck is None else self.neck).out_channels
+
+    def extract_features(self, images: Tensor) -> list[Tensor]:
+        """Maps (N, C, H_l, W_l) that the head works on, finest first."""
+        features = self.backbone(images)
+        return features if self.neck is None else self.neck(features)
+
+    def run(self, images: Tensor, targets: list[dict], cuts: Sequence[int] = (), modules: Sequence[str] = (),
+            with_head: bool = True) -> DetectorPass:
+        """Run over a batch.
+
+        Args:
+            cuts: tower layers whose features are kept, see `DenseHead.run_from`.
+            modules: names of submodules whose outputs are kept.
+            with_head: run the head too.
+        """
+        with self._watch(modules) as seen:
+            features = self.extract_features(images)
+            outputs = self.bbox_head(features, cuts) if with_head else None
+        return DetectorPass(self, images, targets, features, outputs, modules=seen)
+
+    @contextmanager
+    def _watch(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Collect the outputs of submodules, by name, while the context is open."""
+        seen, hooks = {}, []
+        for name in names:
+            def keep(module, args, output, name=name):
+                seen[name] = output
+            hooks.append(self.get_submodule(name).register_forward_hook(keep))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        """Training losses, scalars; those with "loss" in their name are to be summed.
+
+        Args:
+            images: (N, 3, H, W), normalised by `preprocess`, zero-padded to a multiple of 32.
+            targets: a dict per image, see the README's "Targets".
+        """
+        return self.losses(self.run(images, targets))
+
+    def losses(self, run: DetectorPass) -> dict[str, Tensor]:
+        """The losses of a pass; leaves its assignment in it."""
+        run.assignment = self.bbox_head.assign(run.outputs, run.targets)
+        return self.bbox_head.losses(run.outputs, run.assignment)
+
+    def predict(self, images: Tensor, targets: list[dict], rescale: bool = True, with_nms: bool = True) -> list[dict]:
+        """Detections of every image: dicts of boxes (n, 4) xyxy in original pixels, scores (n,) and labels (n,).
+
+        Args:
+            targets: a dict per image with `image_size` and, to rescale, `original_size`.
+            rescale, with_nms: see `postprocess`.
+        """
+        run = self.run(images, targets)
+        return postprocess(self.bbox_head, run.outputs, targets, self.test, rescale, with_nms)
+
+    def forward(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor] | list[dict]:
+        return self.loss(images, targets) if self.training else self.predict(images, targets)
+
+
+def build_detector(cfg: dict) -> Detector:
+    """Build a detector from the `model` section; channels that follow from another part are filled in.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or parts that do not fit together.
+    """
+    check_arguments(ModelConfig, cfg, "model")
+    backbone = build(cfg["backbone"], BACKBONES, "model.backbone")
+    channels, neck = backbone.out_channels, None
+    if cfg.get("neck") is not None:
+        neck = build(cfg["neck"], NECKS, "model.neck", in_channels=channels)
+        channels = neck.out_channels
+    if len(set(channels)) != 1:
+        raise ConfigError("model.head", f"one head needs features of one width, and without a neck they have {channels}")
+    head = build(cfg["head"], HEADS, "model.head", in_channels=channels[0])
+    if head.in_channels != channels[0]:
+        raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")
+    test = TestConfig(**(head.test_defaults | cfg.get("test", {})))
+    if test.nms_iou_threshold is None:
+        test.nms_iou_threshold = head.test_defaults["nms_iou_threshold"]
+    return Detector(backbone, neck, head, Preprocess(**cfg.get("preprocess", {})), test)

@@ -1,0 +1,84 @@
+"""Feature pyramid network (arXiv:1612.03144) with the references' parameter names."""
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .build import ConfigError
+from .layers import ActCfg, ConvModule, NormCfg
+
+
+class FPN(nn.Module):
+    """Top-down pyramid over backbone levels.
+
+    Args:
+        in_channels: channels of every backbone level (derived from the backbone when not given).
+        out_channels: channels of every output.
+        num_outs: number of outputs; beyond the backbone's levels they come from strided convolutions or max-pooling.
+        start_level, end_level: first and last backbone level used; -1 is the last there is.
+        add_extra_convs: what the extra convolutions start from: the last backbone level, its lateral, or the last
+            output; off takes max-pooling in their place. True is on_input.
+        relu_before_extra_convs: ReLU before each extra convolution but the first.
+        no_norm_on_lateral: the lateral convolutions have no norm.
+        norm_cfg, act_cfg: norm and activation of every convolution; none by default.
+        upsample_cfg: arguments of `interpolate`; with `scale_factor` the upsampling is by factor, otherwise to the
+            size of the level below.
+    """
+
+    def __init__(self, in_channels: list[int], out_channels: int, num_outs: int, start_level: int = 0,
+                 end_level: int = -1,
+                 add_extra_convs: bool | Literal["off", "on_input", "on_lateral", "on_output"] = "off",
+                 relu_before_extra_convs: bool = False, no_norm_on_lateral: bool = False, norm_cfg: NormCfg = None,
+                 act_cfg: ActCfg = None, upsample_cfg: dict | None = None):
+        super().__init__()
+        last = len(in_channels) - 1
+        end_level = last if end_level == -1 else end_level
+        levels = end_level - start_level + 1
+        if not 0 <= start_level <= end_level <= last:
+            raise ConfigError("neck.end_level", f"levels {start_level}..{end_level} are not among the backbone's 0..{last}")
+        if num_outs < levels or (end_level < last and num_outs != levels):
+            raise ConfigError("neck.num_outs", f"{num_outs} outputs cannot be made of backbone levels "
+                                               f"{start_level}..{end_level} of 0..{last}")
+        self.start_level, self.end_level, self.num_outs = start_level, end_level, num_outs
+        self.num_ins = len(in_channels)
+        self.out_channels = [out_channels] * num_outs
+        self.extra_source = {True: "on_input", False: "off"}.get(add_extra_convs, add_extra_convs)
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.upsample_cfg = {"mode": "nearest"} | (upsample_cfg or {})
+
+        def conv(channels: int, kernel: int, stride: int = 1, norm: NormCfg = norm_cfg) -> ConvModule:
+            return ConvModule(channels, out_channels, kernel, stride, kernel // 2, norm_cfg=norm, act_cfg=act_cfg)
+
+        lateral_norm = None if no_norm_on_lateral else norm_cfg
+        self.lateral_convs = nn.ModuleList(
+            conv(in_channels[i], 1, norm=lateral_norm) for i in range(start_level, end_level + 1))
+        self.fpn_convs = nn.ModuleList(conv(out_channels, 3) for _ in range(levels))
+        if self.extra_source != "off":
+            for i in range(num_outs - levels):
+                from_input = i == 0 and self.extra_source == "on_input"
+                self.fpn_convs.append(conv(in_channels[end_level] if from_input else out_channels, 3, 2))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """`num_outs` maps of (N, out_channels, H_l, W_l) from the backbone's levels, finest first."""
+        if len(inputs) != self.num_ins:
+            raise ValueError(f"FPN was built for {self.num_ins} backbone levels and got {len(inputs)}")
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[self.start_level:])]
+        for i in range(len(laterals) - 1, 0, -1):
+            size = None if "scale_factor" in self.upsample_cfg else laterals[i - 1].shape[-2:]
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=size, **self.upsample_cfg)
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
+        if self.extra_source == "off":
+            while len(outs) < self.num_outs:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+            return outs
+        source = {"on_input": inputs[self.end_level], "on_lateral": laterals[-1], "on_output": outs[-1]}
+        for i, conv in enumerate(self.fpn_convs[len(laterals):]):
+            if i == 0:
+                x = source[self.extra_source]
+            else:
+                x = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
+            outs.append(conv(x))
+        return outs

@@ -1,0 +1,99 @@
+"""Generalized focal loss head (arXiv:2006.04388)."""
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from losses import LOSSES, aligned_iou, at_least_float32, mean_over_processes
+
+from ..anchors import PRIORS, Priors
+from ..assigners import ASSIGNERS
+from ..build import ConfigError, OneOf, build
+from ..coders import DistancePointBBoxCoder
+from ..layers import NormCfg, Scale, prior_bias
+from ..targets import Assignment
+from .dense import DenseHead, HeadOutputs
+
+
+class GFLHead(DenseHead):
+    """Class scores that are taught the IoU, and a distribution over each side's distance. Defaults are mmdet's GFL.
+
+    Args:
+        reg_max: the largest distance, in strides; each side has reg_max + 1 logits.
+        Others: see `DenseHead`.
+    """
+
+    test_defaults = {"nms_iou_threshold": 0.6}
+    kd_defaults = {
+        "loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
+        "loss_reg_kd": {"type": "KnowledgeDistillationKLDivLoss", "class_reduction": "sum", "T": 1, "loss_weight": 4.0}}
+
+    def __init__(
+            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, reg_max: int = 16,
+            anchor_generator: Annotated[dict, OneOf(PRIORS)] = {
+                "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,
+                "strides": [8, 16, 32, 64, 128]},
+            assigner: Annotated[dict, OneOf(ASSIGNERS)] = {"type": "ATSSAssigner", "topk": 9},
+            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "QualityFocalLoss", "beta": 2.0},
+            loss_dfl: Annotated[dict, OneOf(LOSSES)] = {"type": "DistributionFocalLoss", "loss_weight": 0.25},
+            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss", "loss_weight": 2.0},
+            pos_weight: float = -1, allowed_border: float = -1, restrict_to_pad: bool = True):
+        super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
+                         allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
+        self.reg_max, self.box_channels = reg_max, 4 * (reg_max + 1)
+        self.prior_generator = build(anchor_generator, PRIORS, "head.anchor_generator")
+        if self.prior_generator.num_anchors != 1:
+            raise ConfigError("head.anchor_generator", "GFLHead predicts one box per cell: one scale and one ratio")
+        self.bbox_coder = DistancePointBBoxCoder()
+        self.assigner = build(assigner, ASSIGNERS, "head.assigner")
+        self.loss_cls = build(loss_cls, LOSSES, "head.loss_cls")
+        self.loss_dfl = build(loss_dfl, LOSSES, "head.loss_dfl")
+        self.loss_bbox = build(loss_bbox, LOSSES, "head.loss_bbox")
+        self.gfl_cls = nn.Conv2d(self.tower_channels, num_classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(self.tower_channels, self.box_channels, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in self.prior_generator.strides)
+        self.init_weights(self.gfl_cls, prior_bias(0.01))
+
+    def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, None]:
+        return self.gfl_cls(cls_feat), at_least_float32(self.scales[level](self.gfl_reg(reg_feat))), None
+
+    def logits(self, box: Tensor) -> Tensor:
+        """(..., 4, reg_max + 1) from (..., 4 * (reg_max + 1))."""
+        return box.unflatten(-1, (4, self.reg_max + 1))
+
+    def distances(self, box: Tensor) -> Tensor:
+        """Expected distance (..., 4) of each side, in strides (eq. 5)."""
+        bins = torch.arange(self.reg_max + 1, dtype=box.dtype, device=box.device)
+        return self.logits(box).softmax(-1) @ bins
+
+    def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
+        box = at_least_float32(outputs.box)
+        stride = assignment.priors.strides.unsqueeze(-1)
+        points = assignment.priors.centers / stride
+        target = assignment.box_targets / stride
+        decoded = self.bbox_coder.decode(points, self.distances(box))
+
+        quality = aligned_iou(decoded.detach(), target) * assignment.positive
+        loss_cls = self.loss_cls(outputs.cls, (assignment.labels, quality), assignment.label_weights,
+                                 avg_factor=assignment.avg_factor)
+        # Boxes count as much as their anchor is already believed to be an object.
+        weight = at_least_float32(outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
+        normalizer = mean_over_processes(weight.sum()).clamp(min=1)
+        loss_bbox = self.loss_bbox(decoded, target, weight, avg_factor=1.0) / normalizer
+        sides = self.bbox_coder.encode(points, target, self.reg_max)
+        loss_dfl = self.loss_dfl(self.logits(box), sides, weight.unsqueeze(-1), avg_factor=4.0) / normalizer
+        return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss_dfl": loss_dfl}
+
+    def decode(self, box: Tensor, priors: Priors) -> Tensor:
+        distances = self.distances(at_least_float32(box)) * priors.strides.unsqueeze(-1)
+        return self.bbox_coder.decode(priors.centers, distances)
+
+    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+        return self.logits(at_least_float32(outputs.box))
+
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
+                loss: nn.Module) -> Tensor:
+        # The reference does not clamp this; the least positive number only keeps an all-zero weight from 0/0.
+        total = mean_over_processes(weight.sum()).clamp(min=torch.finfo(weight.dtype).tiny)
+        return loss(box, reference, weight.unsqueeze(-1), avg_factor=4.0) / total

@@ -1,0 +1,123 @@
+"""Layers that backbones, necks and heads share."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .build import ConfigError, nearest
+
+NormCfg = str | dict | None
+ActCfg = str | dict | None
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch norm that never learns: running statistics, weight and bias stay as loaded, in training too."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(channels, eps=eps)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
+
+
+NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm, "GN": nn.GroupNorm}
+
+
+def build_norm(cfg: str | dict, channels: int) -> tuple[str, nn.Module]:
+    """A normalisation layer and the name that the references give it, `gn` or `bn`.
+
+    Args:
+        cfg: "BN", "SyncBN", "FrozenBN", "GN" or a mapping with such a `type` and `num_groups`, `eps`, `momentum`,
+            `requires_grad`.
+    """
+    args = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    kind = args.pop("type", None)
+    if kind not in NORMS:
+        raise ConfigError("norm_cfg.type", f'unknown norm "{kind}"; {nearest(kind, NORMS)}')
+    trained = args.pop("requires_grad", True)
+    valid = {"GN": {"num_groups", "eps"}, "FrozenBN": {"eps"}}.get(kind, {"eps", "momentum"})
+    for name in args:
+        if name not in valid:
+            raise ConfigError(f"norm_cfg.{name}", f"unknown key; {nearest(name, valid)}")
+    if kind == "GN":
+        groups = args.pop("num_groups", 32)
+        if channels % groups:
+            raise ConfigError("norm_cfg.num_groups", f"{channels} channels cannot be split into {groups} groups")
+        norm = nn.GroupNorm(groups, channels, **args)
+    else:
+        norm = NORMS[kind](channels, **args)
+    if not trained:
+        norm.requires_grad_(False)
+    return ("gn" if kind == "GN" else "bn"), norm
+
+
+ACTIVATIONS = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "SiLU": nn.SiLU, "GELU": nn.GELU}
+
+
+def build_activation(cfg: ActCfg) -> nn.Module:
+    """An activation by name, or by a mapping with its `type` and arguments; None is the identity."""
+    if cfg is None:
+        return nn.Identity()
+    args = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    kind = args.pop("type", None)
+    if kind not in ACTIVATIONS:
+        raise ConfigError("act_cfg.type", f'unknown activation "{kind}"; {nearest(kind, ACTIVATIONS)}')
+    return ACTIVATIONS[kind](**args)
+
+
+class ConvModule(nn.Module):
+    """Convolution, norm, activation; with parameters named as mmcv's: `conv.*`, and `gn.*` or `bn.*`.
+
+    `bias=None` gives the convolution a bias where no norm follows.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
+                 bias: bool | None = None, norm_cfg: NormCfg = None, act_cfg: ActCfg = "ReLU"):
+        super().__init__()
+        if bias is None:
+            bias = norm_cfg is None
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        kaiming_init(self.conv)
+        self.norm_name = None
+        if norm_cfg is not None:
+            self.norm_name, norm = build_norm(norm_cfg, out_channels)
+            self.add_module(self.norm_name, norm)
+        self.activate = build_activation(act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.norm_name is not None:
+            x = getattr(self, self.norm_name)(x)
+        return self.activate(x)
+
+
+class Scale(nn.Module):
+    """A learned factor."""
+
+    def __init__(self, value: float = 1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def kaiming_init(conv: nn.Conv2d, mode: str = "fan_out") -> None:
+    """He initialisation (arXiv:1502.01852) for ReLU; bias at zero."""
+    nn.init.kaiming_normal_(conv.weight, mode=mode, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def normal_init(conv: nn.Conv2d, std: float = 0.01, bias: float = 0.0) -> None:
+    """Weights from a normal distribution, bias at a constant."""
+    nn.init.normal_(conv.weight, std=std)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, bias)
+
+
+def prior_bias(prob: float = 0.01) -> float:
+    """The bias with which a sigmoid starts at `prob` (RetinaNet, arXiv:1708.02002, section 3.3)."""
+    return -math.log((1 - prob) / prob)

@@ -1,0 +1,95 @@
+"""From dense predictions to detections."""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from losses import at_least_float32
+
+from .anchors import Priors
+from .coders import clip_boxes
+from .heads import DenseHead, HeadOutputs
+
+
+@dataclass
+class TestConfig:
+    """How detections are chosen."""
+
+    score_thr: float = 0.05                   # a class score must exceed this
+    nms_pre: int = 1000                       # best scores kept per level; -1 keeps all
+    nms_iou_threshold: float | None = None    # null: the head's own, 0.5 of RetinaNet, 0.6 of the others
+    max_per_img: int = 100                    # detections kept per image; -1 keeps all
+    min_bbox_size: float = 0                  # sides must exceed this, in output pixels; negative keeps all boxes
+    clip: Literal["before", "after"] = "before"  # clip to the image before NMS (mmdet, torchvision) or after (detectron2)
+
+
+def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test: TestConfig, rescale: bool = True,
+                with_nms: bool = True) -> list[dict]:
+    """Detections of every image.
+
+    Args:
+        targets: one dict per image with `image_size` and, to rescale, `original_size`.
+        rescale: give boxes in the original image's pixels, otherwise in the input's.
+        with_nms: suppress overlaps and cap the number; otherwise all candidates are returned, level by level.
+    Returns:
+        A dict per image: boxes (n, 4) xyxy, scores (n,), labels (n,) int64, best score first.
+    """
+    priors = head.priors(outputs)
+    scores = at_least_float32(outputs.cls).sigmoid()
+    found = []
+    for i, target in enumerate(targets):
+        index, labels = _candidates(scores[i], priors, test)
+        score = scores[i][index, labels]
+        if outputs.centerness is not None:
+            score = score * at_least_float32(outputs.centerness[i][index]).sigmoid()
+        boxes = head.decode(outputs.box[i][index], priors.take(index))
+        found.append(_finish(boxes, score, labels, target, test, rescale, with_nms))
+    return found
+
+
+def _candidates(scores: Tensor, priors: Priors, test: TestConfig) -> tuple[Tensor, Tensor]:
+    """Anchor and class of the best scores (P, C) above the threshold: at most `nms_pre` a level, best first."""
+    indices, labels, start = [], [], 0
+    for size in priors.level_sizes:
+        level = scores[start:start + size]
+        anchor, label = (level > test.score_thr).nonzero(as_tuple=True)
+        order = level[anchor, label].sort(descending=True, stable=True).indices
+        if test.nms_pre > 0:
+            order = order[:test.nms_pre]
+        indices.append(anchor[order] + start)
+        labels.append(label[order])
+        start += size
+    return torch.cat(indices), torch.cat(labels)
+
+
+def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: TestConfig, rescale: bool,
+            with_nms: bool) -> dict:
+    """Clip, rescale, drop what is too small, suppress, cap; in the order that `test.clip` says."""
+
+    def to_output(boxes: Tensor) -> Tensor:
+        boxes = clip_boxes(boxes, target["image_size"])
+        if rescale:
+            (h, w), (full_h, full_w) = target["image_size"], target["original_size"]
+            boxes = boxes * boxes.new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
+        return boxes
+
+    def large(boxes: Tensor) -> Tensor:
+        size = boxes[:, 2:] - boxes[:, :2]
+        return (size > test.min_bbox_size).all(-1) if test.min_bbox_size >= 0 else torch.ones_like(size[:, 0]).bool()
+
+    if test.clip == "before":
+        boxes = to_output(boxes)
+        keep = large(boxes)
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    if with_nms:
+        keep = batched_nms(boxes, scores, labels, test.nms_iou_threshold)
+        if test.max_per_img >= 0:
+            keep = keep[:test.max_per_img]
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    if test.clip == "after":
+        boxes = to_output(boxes)
+        keep = large(boxes)
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    return {"boxes": boxes, "scores": scores, "labels": labels}

@@ -1,0 +1,53 @@
+"""Pixel statistics of a detector."""
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Preprocess(nn.Module):
+    """From uint8 RGB batches to what the detector was trained on.
+
+    Args:
+        mean, std: per channel, in 0..255, in the order of `channel_order`.
+        channel_order: what the detector takes; data is read as RGB.
+    """
+
+    def __init__(self, mean: list[float] = (123.675, 116.28, 103.53), std: list[float] = (58.395, 57.12, 57.375),
+                 channel_order: Literal["rgb", "bgr"] = "rgb"):
+        super().__init__()
+        self.channel_order = channel_order
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
+
+    def _apply(self, fn):
+        # The statistics keep their float64: they are cast to the images' dtype where they are used.
+        super()._apply(fn)
+        self.mean, self.std = self.mean.double(), self.std.double()
+        return self
+
+    def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalise a uint8 RGB batch (N, 3, H, W); what lies beyond each `image_size` becomes zero."""
+        if self.channel_order == "bgr":
+            images = images.flip(1)
+        images = (images.to(dtype) - self.mean.to(dtype)) / self.std.to(dtype)
+        return zero_padding(images, targets)
+
+    def convert(self, images: Tensor, targets: list[dict], source: "Preprocess") -> Tensor:
+        """What `source` normalised, as this detector takes it."""
+        same_order = self.channel_order == source.channel_order
+        if same_order and torch.equal(self.mean, source.mean) and torch.equal(self.std, source.std):
+            return images
+        images = images * source.std.to(images.dtype) + source.mean.to(images.dtype)
+        if not same_order:
+            images = images.flip(1)
+        return zero_padding((images - self.mean.to(images.dtype)) / self.std.to(images.dtype), targets)
+
+
+def zero_padding(images: Tensor, targets: list[dict]) -> Tensor:
+    """Set everything beyond each image's `image_size` to zero, in place."""
+    for image, target in zip(images, targets):
+        height, width = target["image_size"]
+        image[:, int(height):] = 0
+        image[:, :, int(width):] = 0
+    return images

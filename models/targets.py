@@ -1,0 +1,66 @@
+"""Ground truth of a batch as padded tensors, and what an assignment makes of it."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .anchors import Priors
+
+STRIDE_MULTIPLE = 32
+
+
+@dataclass
+class Truth:
+    """Boxes of N images, padded to one count."""
+
+    boxes: Tensor         # (N, G, 4) xyxy in input pixels, G at least 1
+    labels: Tensor        # (N, G) int64
+    real: Tensor          # (N, G) bool: a box, not padding
+    ignored: Tensor       # (N, M, 4), M may be 0
+    ignored_real: Tensor  # (N, M) bool
+    image_sizes: Tensor   # (N, 2) height, width before padding
+    pad_sizes: Tensor     # (N, 2) height, width of the image's own padded size
+
+
+@dataclass
+class Assignment:
+    """What every anchor of every image learns."""
+
+    priors: Priors
+    matched: Tensor        # (N, P) int64, index of the box, negative where there is none
+    labels: Tensor         # (N, P) int64 in [0, C]; C is background
+    label_weights: Tensor  # (N, P), zero where ignored or invalid
+    box_targets: Tensor    # (N, P, 4) xyxy in input pixels; the anchor itself where not positive
+    positive: Tensor       # (N, P) in the weights' dtype, one where a box is learnt
+    avg_factor: Tensor     # scalar: positives of the batch, averaged over processes
+
+
+def pad_size(target: dict) -> tuple[int, int]:
+    """Height and width up to which an image's anchors are valid."""
+    if "pad_size" in target:
+        return target["pad_size"]
+    return tuple(-(-int(side) // STRIDE_MULTIPLE) * STRIDE_MULTIPLE for side in target["image_size"])
+
+
+def pad_targets(targets: list[dict], dtype: torch.dtype, device: torch.device) -> Truth:
+    """A batch's targets as padded tensors of one dtype on one device."""
+    boxes = [t["boxes"].to(device, dtype).reshape(-1, 4) for t in targets]
+    ignored = [t["ignored_boxes"].to(device, dtype).reshape(-1, 4) if "ignored_boxes" in t else boxes[0].new_zeros(0, 4)
+               for t in targets]
+    labels = [t["labels"].to(device) for t in targets]
+    most = max(1, *map(len, boxes))
+
+    def real(rows: list[Tensor], width: int) -> Tensor:
+        counts = torch.tensor([len(r) for r in rows], device=device)
+        return torch.arange(width, device=device) < counts.unsqueeze(1)
+
+    def sizes(pairs: list) -> Tensor:
+        return torch.tensor([[int(h), int(w)] for h, w in pairs], dtype=dtype, device=device)
+
+    padded, padded_labels = boxes[0].new_zeros(len(boxes), most, 4), labels[0].new_zeros(len(boxes), most)
+    for i, (b, l) in enumerate(zip(boxes, labels)):
+        padded[i, :len(b)], padded_labels[i, :len(l)] = b, l
+    padded_ignored = pad_sequence(ignored, batch_first=True)
+    return Truth(padded, padded_labels, real(boxes, most), padded_ignored, real(ignored, padded_ignored.shape[1]),
+                 sizes([t["image_size"] for t in targets]), sizes([pad_size(t) for t in targets]))

@@ -1,0 +1,195 @@
+"""Loading weights of any known format into a model, with an account of every tensor.
+
+    report = load_weights(detector, "runs/teacher/last.pth")
+    report = load_weights(student, "fgd.pth", part="student", allow_missing=["bbox_head.gfl_cls.*"])
+    report = load_backbone_weights(detector.backbone, "torchvision://resnet50")
+
+A load that does not fill the whole model is an error unless the caller names what may stay as it is. Reading is in
+`checkpoint_reader`, the formats are in `checkpoint_formats`, and addresses in `checkpoint_sources`.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_formats import Checkpoint, Weights, parse_checkpoint
+from .checkpoint_reader import read_checkpoint
+from .checkpoint_sources import local_path
+from .checkpoint_unpickler import CheckpointError, one_line
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "load_backbone_weights",
+    "load_weights",
+    "open_checkpoint",
+    "read_checkpoint",
+]
+
+# State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions.
+_OPTIONAL = re.compile(r"(.*\.)?(num_batches_tracked|loss_normalizer|integral\.project)")
+_SUBMODULES = ("backbone.", "neck.", "bbox_head.")
+_SHOWN = 4  # names in a message
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class LoadReport:
+    """What a checkpoint gave to a model. `matched` and `total` count parameters and running statistics."""
+
+    format: str
+    source: str
+    matched: int
+    total: int
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, Shape, Shape]] = field(default_factory=list)  # name, model's shape, file's shape
+
+    def __str__(self) -> str:
+        line = f"loaded {self.format} checkpoint {self.source}: {self.matched} of {self.total} tensors"
+        kept = self.missing + [name for name, _, _ in self.mismatched]
+        if kept:
+            line += f"; left as they were: {_summary(kept)}"
+        if self.unexpected:
+            line += f"; in the file only: {_summary(self.unexpected)}"
+        return line
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | os.PathLike | Mapping,
+    part: str | None = None,
+    allow_missing: str | Iterable[str] = (),
+) -> LoadReport:
+    """Copies the weights of a checkpoint into `model`, in the model's own precision; prints and returns the account.
+
+    Args:
+        model: a detector, or one of its parts (backbone, neck, head), which then takes its own share of the file.
+        source: a path, a URL or name (see `checkpoint_sources.local_path`), or the content of a checkpoint.
+        part: `student` or `teacher` of an FGD checkpoint.
+        allow_missing: patterns (as in fnmatch) for names of the model that may be missing from the file, or have
+            another shape there.
+
+    The format is recognised by itself. A backbone's file fills the backbone of a detector; the rest of it is then
+    missing. Raises `CheckpointError`, in one line and before the model is touched, if the file cannot be read, if it
+    asks for anything that weights do not need, or if a parameter or running statistic of the model is missing or has
+    another shape and no pattern covers it.
+    """
+    label, checkpoint = open_checkpoint(source, part)
+    wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    weights = _align(checkpoint.weights, wanted)
+    report = _compare(checkpoint.format, label, weights, wanted)
+    _check(report, [allow_missing] if isinstance(allow_missing, str) else list(allow_missing))
+    refused = {name for name, _, _ in report.mismatched}
+    with torch.no_grad():
+        for name, value in wanted.items():
+            if name in weights and name not in refused:
+                value.copy_(weights[name])
+    _say(str(report))
+    return report
+
+
+def load_backbone_weights(backbone: nn.Module, source: str | os.PathLike | Mapping) -> LoadReport:
+    """Loads a backbone's weights, all of them: what `backbone.weights` in a configuration names.
+
+    `source` is as in `load_weights`, or the bare name of a torchvision ResNet (`resnet18`), meaning its ImageNet
+    weights.
+    """
+    if isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source):
+        source = f"torchvision://{source}"
+    return load_weights(backbone, source)
+
+
+def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None) -> tuple[str, Checkpoint]:
+    """A label for messages, and the checkpoint behind `source` with its weights under our names. Errors as in
+    `load_weights`."""
+    if isinstance(source, Mapping):
+        label, content = "(given as a dict)", dict(source)
+    else:
+        label = os.fspath(source)
+        path = local_path(source)
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            if "://" not in label:
+                raise
+            raise CheckpointError(
+                f"{error}; it was downloaded from {label}: delete the file to download it again"
+            ) from None
+    try:
+        return label, parse_checkpoint(content, part)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {label}: {error}") from None
+
+
+def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
+    """Puts a part's file under a whole model's names, or a whole model's file under a part's, whichever matches most
+    names."""
+
+    def matches(candidate: Weights) -> int:
+        return len(candidate.keys() & wanted.keys())
+
+    def renamed(new_name: Callable[[str], str]) -> Weights:
+        return {new_name(name): value for name, value in weights.items()}
+
+    candidates = [weights, renamed(lambda name: f"backbone.{name}")]
+    candidates += [renamed(lambda name, prefix=prefix: name.removeprefix(prefix)) for prefix in _SUBMODULES]
+    return max(candidates, key=matches)  # the first of equals: the names as they are
+
+
+def _compare(format_name: str, label: str, weights: Weights, wanted: Mapping[str, Tensor]) -> LoadReport:
+    required = [name for name in wanted if not _OPTIONAL.fullmatch(name)]
+    mismatched = [
+        (name, tuple(value.shape), tuple(weights[name].shape))
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    wrong = {name for name, _, _ in mismatched}
+    return LoadReport(
+        format=format_name,
+        source=label,
+        matched=sum(name in weights and name not in wrong for name in required),
+        total=len(required),
+        missing=[name for name in required if name not in weights],
+        unexpected=[name for name in weights if name not in wanted and not _OPTIONAL.fullmatch(name)],
+        mismatched=mismatched,
+    )
+
+
+def _check(report: LoadReport, allow_missing: list[str]) -> None:
+    def is_allowed(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in allow_missing)
+
+    missing = [name for name in report.missing if not is_allowed(name)]
+    mismatched = [item for item in report.mismatched if not is_allowed(item[0])]
+    if not missing and not mismatched:
+        return
+    shapes = [f"{name} (model {ours}, file {theirs})" for name, ours, theirs in mismatched]
+    groups = {"missing": missing, "other shapes for": shapes, "in the file only": report.unexpected}
+    problems = "; ".join(f"{what} {_summary(names)}" for what, names in groups.items() if names)
+    raise CheckpointError(
+        f"{report.format} checkpoint {report.source} does not fit the model, "
+        f"{report.matched} of {report.total} tensors match: {problems}. "
+        "Use the model that it was made with, or name in allow_missing what may stay as it is"
+    )
+
+
+def _summary(names: list[str]) -> str:
+    """`3 (a, b, c)`, cut after a few; names come from files, so each is kept to one line."""
+    shown = ", ".join(one_line(name, 120) for name in names[:_SHOWN])
+    return f"{len(names)} ({shown}{', ...' if len(names) > _SHOWN else ''})"
+
+
+def _say(line: str) -> None:
+    """Prints once, not once per process."""
+    if (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or torch.distributed.get_rank() == 0
+    ):
+        print(line, flush=True)

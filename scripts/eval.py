@@ -1,0 +1,26 @@
+"""COCO figures of a checkpoint on data.val."""
+import json
+from pathlib import Path
+
+from kd.engine import cli
+from kd.engine.config import load_config
+from kd.engine.evaluate import evaluate_checkpoint, format_figures
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, "python scripts/eval.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    args = parser.parse_intermixed_args()
+    figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
+                                  cli.choose_device(args.device), args.part)
+    print(format_figures(figures))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,25 @@
+"""Train a detector, alone or distilled from a teacher."""
+from pathlib import Path
+
+from kd.engine import cli
+from kd.engine.checkpoint import newest_checkpoint
+from kd.engine.config import load_config
+from kd.engine.train import train
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, "python scripts/train.py --cfg configs/bccd/student_gfl_r18w16.yaml train.epochs=3")
+    parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go; default: runs/ and the cfg's name")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
+    parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    work_dir = args.work_dir or Path("runs") / Path(args.cfg).stem
+    resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)
+    if resume_from is None and (work_dir / "last.pth").exists():
+        raise cli.UsageError(f"{work_dir} holds a run already: --resume goes on with it, or give another --work-dir")
+    train(cfg, work_dir, cli.choose_device(args.device), resume_from)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,21 @@
+"""densekd: knowledge distillation for dense object detectors."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="densekd",
+    version="0.1.0",
+    description="Knowledge distillation for dense object detectors (RetinaNet, GFL) in plain PyTorch",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data"]),
+    install_requires=["torch>=2.4", "torchvision>=0.20", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
+    extras_require={
+        "test": ["pytest>=8", "ruff"],
+        "viz": ["matplotlib", "tensorboard"],
+        "export": ["onnx", "onnxruntime"],
+    },
+)
