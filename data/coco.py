@@ -33,6 +33,7 @@ class CocoDataset(Dataset):
         flip: probability of a horizontal flip in training.
         skip_empty: leave out images without a usable box in training; crowds alone do not count.
         antialias: smooth when shrinking.
+        first: use only so many images, the file's first.
         seed: of the augmentation.
 
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
@@ -54,6 +55,7 @@ class CocoDataset(Dataset):
         flip: float = 0.5,
         skip_empty: bool = False,
         antialias: bool = False,
+        first: int | None = None,
         seed: int = 0,
     ):
         self.image_folder = find_data(images)
@@ -75,7 +77,7 @@ class CocoDataset(Dataset):
         self.num_classes = len(self.classes)
         self.num_dropped_boxes = read.num_dropped_boxes
 
-        kept = [i for i, labels in enumerate(read.labels) if len(labels) or not (training and skip_empty)]
+        kept = [i for i, labels in enumerate(read.labels) if len(labels) or not (training and skip_empty)][:first]
         if not kept:
             raise DataError(f"annotation file {self.annotation_file} has no image with a usable box: add boxes")
         self.num_skipped_images = len(read.image_ids) - len(kept)

@@ -11,6 +11,7 @@ class Split:
 
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file
+    first: int | None = None  # use only so many images, the file's first
 
 
 @dataclass

@@ -39,6 +39,7 @@ def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: i
         flip=config.flip,
         skip_empty=config.skip_empty,
         antialias=config.antialias,
+        first=source.first,
         seed=seed,
     )
 

@@ -1,12 +1,13 @@
 """Student, frozen teachers and any list of methods."""
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from models import ConfigError, Detector, ModelConfig, build_detector
+from models import ConfigError, Detector, ModelConfig, build_detector, without_pretraining
 from models.build import OneOf, build, check_arguments, split_options
 from models.weights import load_weights
 
@@ -127,10 +128,24 @@ def build_distiller(cfg: dict) -> Distiller:
     entries = distill["teacher"] if isinstance(distill["teacher"], list) else [distill["teacher"]]
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
     methods = [build_methods(distill["methods"], student, teacher) for teacher in teachers]
-    own = [entry.get("name") or f"{entry['type']}{i}" for i, entry in enumerate(distill["methods"])]
-    names = [own if len(entries) == 1 else [f"{entry.get('name') or f'teacher{i}'}/{name}" for name in own]
-             for i, entry in enumerate(entries)]
+    of_methods = unique_names(distill["methods"], "distill.methods", [entry["type"] for entry in distill["methods"]])
+    of_teachers = unique_names(entries, "distill.teacher", ["teacher"] * len(entries))
+    names = [of_methods if len(entries) == 1 else [f"{teacher}/{method}" for method in of_methods]
+             for teacher in of_teachers]
     return Distiller(student, teachers, methods, names, distill.get("eval_teacher", True))
+
+
+def unique_names(entries: list[dict], key: str, kinds: list[str]) -> list[str]:
+    """Each entry's `name`, or its kind and number.
+
+    Raises:
+        ConfigError: two are the same, so that one's losses would hide the other's.
+    """
+    names = [entry.get("name") or f"{kind}{i}" for i, (entry, kind) in enumerate(zip(entries, kinds))]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"{key}.{i}.name", f'"{name}" names two of them; give each its own')
+    return names
 
 
 def build_teacher(entry: dict, num_classes: int) -> Detector:
@@ -139,30 +154,26 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
         raise ConfigError("distill.teacher", "needs either cfg, a configuration file, or model, the section itself")
     model = entry["model"] if entry.get("cfg") is None else teacher_model(entry["cfg"])
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
-    # Its backbone's starting weights would be overwritten at once.
-    model["backbone"] = {k: v for k, v in model["backbone"].items() if k != "weights"}
-    teacher = build_detector(model)
+    teacher = build_detector(without_pretraining(model))
     if entry["checkpoint"] is not None:
         load_weights(teacher, entry["checkpoint"])
     return teacher
 
 
 def teacher_model(path: str) -> dict:
-    """The `model` section of a teacher's configuration file."""
+    """The `model` section of a teacher's configuration file, looked up from here and from the project's folder."""
     from .engine.config import load_config  # which checks `distill` sections against this module
-    return load_config(path)["model"]
+    project = Path(__file__).resolve().parents[1]
+    try:
+        return load_config(path if Path(path).exists() else project / path)["model"]
+    except ConfigError as error:
+        raise ConfigError("distill.teacher.cfg", str(error)) from None
 
 
 def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> list[nn.Module]:
     """The methods of one student-teacher pair."""
     methods = []
     for i, entry in enumerate(entries):
-        arguments = split_options(entry, MethodOptions)[1]
-        try:
-            method = build({"type": entry["type"]} | arguments, METHODS, f"distill.methods.{i}", student=student, teacher=teacher)
-        except ConfigError as error:
-            if error.key.startswith("distill."):
-                raise
-            raise ConfigError(f"distill.methods.{i}" + (f".{error.key}" if error.key else ""), error.problem) from None
-        methods.append(method)
+        own = {"type": entry["type"]} | split_options(entry, MethodOptions)[1]
+        methods.append(build(own, METHODS, f"distill.methods.{i}", student=student, teacher=teacher))
     return methods

@@ -1,11 +1,16 @@
 """Losses: functions with `weight`, `reduction` and `avg_factor`, and small modules that carry their settings."""
-from .classification import (CrossEntropyLoss, FocalLoss, QualityFocalLoss, binary_cross_entropy, quality_focal_loss,
-                             sigmoid_focal_loss)
+from .classification import (
+                             CrossEntropyLoss,
+                             FocalLoss,
+                             QualityFocalLoss,
+                             binary_cross_entropy,
+                             quality_focal_loss,
+                             sigmoid_focal_loss,
+)
 from .distill import KDQualityFocalLoss, KnowledgeDistillationKLDivLoss, kd_kl_div_loss, kd_quality_focal_loss
-from .iou import (CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, diou_loss, giou_loss, iou_loss)
+from .iou import CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, diou_loss, giou_loss, iou_loss
 from .reduce import at_least_float32, mean_over_processes, reduce_loss
-from .regression import (DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss,
-                         smooth_l1_loss)
+from .regression import DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss, smooth_l1_loss
 
 # What a configuration may name.
 LOSSES = {loss.__name__: loss for loss in (

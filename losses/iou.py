@@ -1,6 +1,6 @@
 """IoU of aligned boxes and the losses made of it. All boxes are (..., 4) xyxy, any unit."""
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from .reduce import at_least_float32, reduce_loss
 
 def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Intersection and union areas (...), and the width and height (..., 2) of the smallest enclosing box."""
+    pred, target = at_least_float32(pred), at_least_float32(target)
     size = (torch.min(pred[..., 2:], target[..., 2:]) - torch.max(pred[..., :2], target[..., :2])).clamp(min=0)
     inter = size[..., 0] * size[..., 1]
     pred_size, target_size = pred[..., 2:] - pred[..., :2], target[..., 2:] - target[..., :2]
@@ -27,7 +28,7 @@ def aligned_iou(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
 def iou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, mode: str = "log", eps: float = 1e-6,
              reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
     """IoU loss (UnitBox, arXiv:1608.01471): -log IoU, or with mode "linear" 1 - IoU, "square" 1 - IoU^2."""
-    iou = aligned_iou(at_least_float32(pred), target).clamp(min=eps)
+    iou = aligned_iou(pred, target).clamp(min=eps)
     if mode == "log":
         loss = -iou.log()
     elif mode == "linear":
@@ -42,7 +43,7 @@ def iou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, mode: s
 def giou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: float = 1e-6,
               reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
     """1 - GIoU (arXiv:1902.09630, algorithm 1)."""
-    inter, union, enclose = _overlap(at_least_float32(pred), target)
+    inter, union, enclose = _overlap(pred, target)
     union = union.clamp(min=eps)
     area = (enclose[..., 0] * enclose[..., 1]).clamp(min=eps)
     loss = 1 - inter / union + (area - union) / area
@@ -52,6 +53,7 @@ def giou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 def _distance_terms(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """IoU, and the squared distance of the centres over the squared diagonal of the enclosing box."""
     inter, union, enclose = _overlap(pred, target)
+    pred, target = at_least_float32(pred), at_least_float32(target)
     diagonal = (enclose ** 2).sum(-1) + eps
     centre_shift = (target[..., :2] + target[..., 2:] - pred[..., :2] - pred[..., 2:]) / 2
     return inter / (union + eps), (centre_shift ** 2).sum(-1) / diagonal
@@ -60,14 +62,14 @@ def _distance_terms(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, T
 def diou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: float = 1e-6,
               reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
     """1 - DIoU (arXiv:1911.08287, eq. 7)."""
-    iou, distance = _distance_terms(at_least_float32(pred), target, eps)
+    iou, distance = _distance_terms(pred, target, eps)
     return reduce_loss(1 - iou + distance, weight, reduction, avg_factor)
 
 
 def ciou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: float = 1e-6,
               reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
     """1 - CIoU (arXiv:1911.08287, eq. 10); its aspect term counts above IoU 0.5 only and its factor has no gradient."""
-    pred = at_least_float32(pred)
+    pred, target = at_least_float32(pred), at_least_float32(target)
     iou, distance = _distance_terms(pred, target, eps)
 
     def angle(box: Tensor) -> Tensor:
@@ -75,7 +77,8 @@ def ciou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 
     aspect = 4 / math.pi ** 2 * (angle(target) - angle(pred)) ** 2
     with torch.no_grad():
-        alpha = (iou > 0.5) * aspect / (1 - iou + aspect)
+        # Without the clamp a perfect box is 0/0 where eps is lost in its area.
+        alpha = (iou > 0.5) * aspect / (1 - iou + aspect).clamp(min=torch.finfo(iou.dtype).tiny)
     ciou = iou - distance - alpha * aspect
     return reduce_loss(1 - ciou.clamp(-1, 1), weight, reduction, avg_factor)
 

@@ -30,6 +30,7 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None 
         weight: (...).
     """
     log_prob = at_least_float32(pred).log_softmax(-1)
+    target = at_least_float32(target)
     left = target.long()
     to_left = log_prob.gather(-1, left.unsqueeze(-1)).squeeze(-1)
     to_right = log_prob.gather(-1, left.unsqueeze(-1) + 1).squeeze(-1)

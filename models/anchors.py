@@ -35,43 +35,43 @@ class AnchorGenerator:
         scales: scales said outright, in place of the two.
         base_sizes: the size in pixels that a scale multiplies, for each level; the stride when not given.
         center_offset: where in its cell an anchor is centred, in strides.
-        order: which of ratio and scale changes slowest among a cell's anchors: `ratio` is mmdet's and torchvision's,
-            `scale` detectron2's.
-        rounding: torchvision's: scales times base size cut to whole pixels, corners rounded.
+        style: whose anchors to match. mmdet orders a cell's anchors by ratio, then scale; detectron2 by scale, then
+            ratio; torchvision as mmdet, but with sizes cut and corners rounded to whole pixels, and with each level's
+            stride measured as the padded image's size over the map's, which can be less than the nominal one.
     """
 
     def __init__(self, strides: list[int], ratios: list[float], octave_base_scale: float | None = None,
                  scales_per_octave: int | None = None, scales: list[float] | None = None,
                  base_sizes: list[float] | None = None, center_offset: float = 0.0,
-                 order: Literal["ratio", "scale"] = "ratio", rounding: bool = False):
+                 style: Literal["mmdet", "detectron2", "torchvision"] = "mmdet"):
         if (scales is None) == (octave_base_scale is None or scales_per_octave is None):
-            raise ConfigError("anchor_generator", "needs either scales, or octave_base_scale with scales_per_octave")
+            raise ConfigError("", "needs either scales, or octave_base_scale with scales_per_octave")
         if base_sizes is not None and len(base_sizes) != len(strides):
-            raise ConfigError("anchor_generator.base_sizes", f"needs one per stride, {len(strides)}")
+            raise ConfigError("base_sizes", f"needs one per stride, {len(strides)}")
         if scales is None:
             scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
-        self.strides, self.center_offset, self.rounding = list(strides), center_offset, rounding
+        self.strides, self.center_offset, self.style = list(strides), center_offset, style
         self.num_anchors = len(ratios) * len(scales)
         self.base_anchors = [self._base_anchors(size, torch.tensor(ratios, dtype=torch.float64),
-                                                torch.tensor(scales, dtype=torch.float64), order)
+                                                torch.tensor(scales, dtype=torch.float64))
                              for size in base_sizes or strides]
         self._cache: dict[tuple, Priors] = {}
 
-    def _base_anchors(self, size: float, ratios: Tensor, scales: Tensor, order: str) -> Tensor:
+    def _base_anchors(self, size: float, ratios: Tensor, scales: Tensor) -> Tensor:
         """(A, 4) xyxy of one cell's anchors around its centre."""
-        heights = ratios.sqrt()
-        sides = (size * scales).floor() if self.rounding else size * scales
-        if order == "ratio":
-            w, h = (sides[None, :] / heights[:, None]).flatten(), (sides[None, :] * heights[:, None]).flatten()
-        else:
-            w, h = (sides[:, None] / heights[None, :]).flatten(), (sides[:, None] * heights[None, :]).flatten()
+        whole = self.style == "torchvision"
+        sides = (size * scales).floor() if whole else size * scales
+        sides, heights = torch.broadcast_tensors(sides[None, :], ratios.sqrt()[:, None])  # (ratios, scales)
+        if self.style == "detectron2":
+            sides, heights = sides.T, heights.T
+        w, h = (sides / heights).flatten(), (sides * heights).flatten()
         boxes = torch.stack([-w, -h, w, h], dim=1) / 2
-        return boxes.round() if self.rounding else boxes
+        return boxes.round() if whole else boxes
 
     def __call__(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
         """Anchors for feature maps of the given (height, width), kept for the next batch of the same shape."""
         if len(sizes) != len(self.strides):
-            raise ConfigError("anchor_generator.strides", f"gives {len(self.strides)} levels and the features have "
+            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels and the features have "
                                                           f"{len(sizes)}")
         key = (tuple(map(tuple, sizes)), dtype, device)
         if key not in self._cache:
@@ -82,8 +82,12 @@ class AnchorGenerator:
 
     def _grid(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
         boxes, cells, strides, counts = [], [], [], []
+        image = [side * self.strides[0] for side in sizes[0]]  # height, width with padding
         for (height, width), stride, base in zip(sizes, self.strides, self.base_anchors):
-            y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
+            step_y, step_x = stride, stride
+            if self.style == "torchvision":
+                step_y, step_x = image[0] // height, image[1] // width
+            y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
             cell = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).double()
             boxes.append((cell.repeat(1, 1, 2) + self.center_offset * stride + base).reshape(-1, 4))
             cells.append(cell.expand(-1, len(base), 2).reshape(-1, 2))

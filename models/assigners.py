@@ -61,7 +61,7 @@ class MaxIoUAssigner:
         self.pos_iou_thr, self.min_pos_iou = pos_iou_thr, min_pos_iou
         self.neg_iou_thr = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, (int, float)) else tuple(neg_iou_thr)
         if self.neg_iou_thr[1] > pos_iou_thr:
-            raise ConfigError("assigner.neg_iou_thr", f"{neg_iou_thr} is above pos_iou_thr {pos_iou_thr}")
+            raise ConfigError("neg_iou_thr", f"{neg_iou_thr} is above pos_iou_thr {pos_iou_thr}")
         self.match_low_quality, self.gt_max_assign_all = match_low_quality, gt_max_assign_all
         self.low_quality_to_best = low_quality_to_best
         self.ignore_iof_thr, self.ignore_wrt_candidates = ignore_iof_thr, ignore_wrt_candidates

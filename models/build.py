@@ -6,8 +6,9 @@ So one walk over signatures checks a whole tree before anything is built.
 import difflib
 import inspect
 import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, Callable, Iterable, Literal, Mapping, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Table = Mapping[str, Callable]
 
@@ -40,8 +41,9 @@ class ConfigError(ValueError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Advice on a wrong name: the nearest valid one, or all of them where none is near."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    return f'did you mean "{close[0]}"?' if close else "valid: " + ", ".join(valid)
+    folded = {word.lower(): word for word in valid}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1)
+    return f'did you mean "{folded[close[0]]}"?' if close else "valid: " + ", ".join(valid)
 
 
 @cache
@@ -80,7 +82,7 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
     kind = cfg.get("type", choice.default) if isinstance(cfg, dict) else None
     if kind is None:
         raise ConfigError(key, f"must be a mapping with a type; {nearest('', table)}")
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
@@ -118,7 +120,7 @@ def check_value(value: Any, hint: Any, key: str) -> None:
     if origin is Literal:
         if value not in get_args(hint):
             raise ConfigError(key, f"must be one of {', '.join(map(str, get_args(hint)))}, not {describe(value)}")
-    elif origin in (list, tuple):
+    elif inspect.isclass(origin) and issubclass(origin, Sequence):
         _check_sequence(value, hint, key)
     elif hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -164,11 +166,18 @@ def _check_sequence(value: Any, hint: Any, key: str) -> None:
 def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
     """Build what `cfg` describes: `table[cfg["type"]]` called with the rest, and with `derived` where cfg is silent.
 
+    What a constructor refuses it names from itself (`num_outs`, say); the path down to it, `key`, is put before that.
+
     Raises:
-        ConfigError: naming the key under `key` that is unknown, missing or of the wrong type.
+        ConfigError: naming the key that is unknown, missing, of the wrong type, or refused by the constructor.
     """
     check_component(cfg, OneOf(table, *derived), key)
     call = table[cfg["type"]]
     args = {ALIASES.get(k, k): v for k, v in cfg.items() if k != "type"}
     args |= {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}
-    return call(**args)
+    try:
+        return call(**args)
+    except ConfigError as error:
+        raise ConfigError(".".join(filter(None, [key, error.key])), error.problem) from None
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from None

@@ -27,7 +27,7 @@ _NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+
 
 @dataclass
 class Checkpoint:
-    """Weights under our names, the format that they came in, and the file's `meta`, if it has one."""
+    """Weights under our names, the format that they came in, and what the file says beside them (`classes` in ours)."""
 
     format: str
     weights: Weights
@@ -47,9 +47,10 @@ def parse_checkpoint(content: Any, part: str | None = None) -> Checkpoint:
     format_name, translate = _recognise(weights, content)
     if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
         format_name = "fgd"
-    meta = content.get("meta")
-    ours = _rpn_to_bbox_head(translate(weights))
-    return Checkpoint(format_name, ours, dict(meta) if isinstance(meta, dict) else {})
+    meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
+    if format_name == OUR_FORMAT and "classes" in content:
+        meta["classes"] = content["classes"]
+    return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
 
 
 def _find_weights(content: dict) -> Weights:

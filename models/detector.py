@@ -1,7 +1,8 @@
 """A dense detector: backbone, neck, head."""
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Iterator, Sequence
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -130,16 +131,26 @@ def build_detector(cfg: dict) -> Detector:
     """
     check_arguments(ModelConfig, cfg, "model")
     backbone = build(cfg["backbone"], BACKBONES, "model.backbone")
-    channels, neck = backbone.out_channels, None
+    channels, strides, neck = backbone.out_channels, backbone.out_strides, None
     if cfg.get("neck") is not None:
         neck = build(cfg["neck"], NECKS, "model.neck", in_channels=channels)
-        channels = neck.out_channels
+        if neck.in_channels != channels:
+            raise ConfigError("model.neck.in_channels", f"is {neck.in_channels} and the backbone gives {channels}")
+        channels, strides = neck.out_channels, neck.out_strides(strides)
     if len(set(channels)) != 1:
         raise ConfigError("model.head", f"one head needs features of one width, and without a neck they have {channels}")
     head = build(cfg["head"], HEADS, "model.head", in_channels=channels[0])
     if head.in_channels != channels[0]:
         raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")
+    if head.prior_generator.strides != strides:
+        raise ConfigError("model.head.anchor_generator.strides", f"are {head.prior_generator.strides}, and the "
+                                                                 f"features' are {strides}")
     test = TestConfig(**(head.test_defaults | cfg.get("test", {})))
     if test.nms_iou_threshold is None:
         test.nms_iou_threshold = head.test_defaults["nms_iou_threshold"]
     return Detector(backbone, neck, head, Preprocess(**cfg.get("preprocess", {})), test)
+
+
+def without_pretraining(cfg: dict) -> dict:
+    """A `model` section whose backbone starts from nothing: for a detector whose weights are loaded next."""
+    return cfg | {"backbone": {key: value for key, value in cfg["backbone"].items() if key != "weights"}}

@@ -35,12 +35,12 @@ class FPN(nn.Module):
         end_level = last if end_level == -1 else end_level
         levels = end_level - start_level + 1
         if not 0 <= start_level <= end_level <= last:
-            raise ConfigError("neck.end_level", f"levels {start_level}..{end_level} are not among the backbone's 0..{last}")
+            raise ConfigError("end_level", f"levels {start_level}..{end_level} are not among the backbone's 0..{last}")
         if num_outs < levels or (end_level < last and num_outs != levels):
-            raise ConfigError("neck.num_outs", f"{num_outs} outputs cannot be made of backbone levels "
+            raise ConfigError("num_outs", f"{num_outs} outputs cannot be made of backbone levels "
                                                f"{start_level}..{end_level} of 0..{last}")
         self.start_level, self.end_level, self.num_outs = start_level, end_level, num_outs
-        self.num_ins = len(in_channels)
+        self.in_channels = list(in_channels)
         self.out_channels = [out_channels] * num_outs
         self.extra_source = {True: "on_input", False: "off"}.get(add_extra_convs, add_extra_convs)
         self.relu_before_extra_convs = relu_before_extra_convs
@@ -61,10 +61,17 @@ class FPN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
 
+    def out_strides(self, in_strides: list[int]) -> list[int]:
+        """Pixels per cell of each output, from those of the backbone's levels."""
+        strides = in_strides[self.start_level:self.end_level + 1]
+        while len(strides) < self.num_outs:
+            strides = strides + [strides[-1] * 2]
+        return strides
+
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """`num_outs` maps of (N, out_channels, H_l, W_l) from the backbone's levels, finest first."""
-        if len(inputs) != self.num_ins:
-            raise ValueError(f"FPN was built for {self.num_ins} backbone levels and got {len(inputs)}")
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(f"FPN was built for {len(self.in_channels)} backbone levels and got {len(inputs)}")
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[self.start_level:])]
         for i in range(len(laterals) - 1, 0, -1):
             size = None if "scale_factor" in self.upsample_cfg else laterals[i - 1].shape[-2:]

@@ -64,7 +64,10 @@ def build_activation(cfg: ActCfg) -> nn.Module:
     kind = args.pop("type", None)
     if kind not in ACTIVATIONS:
         raise ConfigError("act_cfg.type", f'unknown activation "{kind}"; {nearest(kind, ACTIVATIONS)}')
-    return ACTIVATIONS[kind](**args)
+    try:
+        return ACTIVATIONS[kind](**args)
+    except TypeError as error:
+        raise ConfigError("act_cfg", str(error)) from None
 
 
 class ConvModule(nn.Module):

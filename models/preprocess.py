@@ -4,6 +4,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .build import ConfigError
+
 
 class Preprocess(nn.Module):
     """From uint8 RGB batches to what the detector was trained on.
@@ -13,17 +15,21 @@ class Preprocess(nn.Module):
         channel_order: what the detector takes; data is read as RGB.
     """
 
-    def __init__(self, mean: list[float] = (123.675, 116.28, 103.53), std: list[float] = (58.395, 57.12, 57.375),
+    def __init__(self, mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
+                 std: tuple[float, float, float] = (58.395, 57.12, 57.375),
                  channel_order: Literal["rgb", "bgr"] = "rgb"):
         super().__init__()
+        if min(std) <= 0:
+            raise ConfigError("model.preprocess.std", f"must be above zero, not {list(std)}")
         self.channel_order = channel_order
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
 
-    def _apply(self, fn):
-        # The statistics keep their float64: they are cast to the images' dtype where they are used.
-        super()._apply(fn)
-        self.mean, self.std = self.mean.double(), self.std.double()
+    def _apply(self, fn, recurse: bool = True):
+        # The statistics follow to another device but keep their float64: they are cast where they are used.
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
         return self
 
     def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:

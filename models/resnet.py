@@ -1,5 +1,5 @@
 """ResNet 18 to 152 (arXiv:1512.03385) with torchvision's parameter names."""
-from typing import Literal, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -83,16 +83,16 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, depth: int, base_channels: int = 64, stem_channels: int | None = None, num_stages: int = 4,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = True,
+                 out_indices: tuple[int, ...] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = True,
                  norm_cfg: str | dict = "BN", style: Literal["pytorch", "caffe"] = "pytorch",
                  zero_init_residual: bool = True, weights: str | None = None):
         super().__init__()
         if depth not in DEPTHS:
-            raise ConfigError("backbone.depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
+            raise ConfigError("depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
         if not 1 <= num_stages <= 4 or not -1 <= frozen_stages <= num_stages:
-            raise ConfigError("backbone.frozen_stages", f"{frozen_stages} of {num_stages} stages cannot be frozen")
+            raise ConfigError("frozen_stages", f"{frozen_stages} of {num_stages} stages cannot be frozen")
         if not out_indices or not all(0 <= i < num_stages for i in out_indices):
-            raise ConfigError("backbone.out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
+            raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
         block, counts = DEPTHS[depth]
         self.num_stages, self.out_indices = num_stages, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval

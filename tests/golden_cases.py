@@ -1,5 +1,6 @@
 """Reference values of the original code: reading them, their configurations in our form, and measuring agreement."""
 import json
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import HEADS, Detector, build_detector
+from models import HEADS, DenseHead, Detector, HeadOutputs, build_detector
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = [torch.float64, torch.float32]
@@ -103,3 +104,25 @@ def gradient_deviation(module: nn.Module, norms: dict) -> float:
     assert own.keys() == norms.keys()
     whole = np.sqrt(sum(float(norm) ** 2 for norm in norms.values()))
     return max(abs(own[name] - float(norm)) for name, norm in norms.items()) / whole
+
+
+def assign_in_float64(head: DenseHead, monkeypatch) -> None:
+    """Let a head assign as it does in float64, whatever its own precision.
+
+    Anchors that tie for a box's best overlap are taken as low-quality matches, and in RetinaNet's grid of regular
+    anchors there are many near-ties: the last bit of the overlap says which. So float32 gives other anchors, as it does
+    in the original, and losses could not be compared.
+    """
+    assign = head.assign
+
+    def exact(outputs, targets):
+        wide = HeadOutputs(outputs.cls.double(), outputs.box.double(), None, outputs.sizes)
+        found = assign(wide, [t | {"boxes": t["boxes"].double()} for t in targets])
+        dtype = outputs.box.dtype
+        cast = {f.name: getattr(found, f.name).to(dtype) for f in fields(found)
+                if isinstance(getattr(found, f.name), Tensor) and getattr(found, f.name).is_floating_point()}
+        priors = found.priors
+        return replace(found, **cast, priors=priors._replace(
+            boxes=priors.boxes.to(dtype), cells=priors.cells.to(dtype), strides=priors.strides.to(dtype)))
+
+    monkeypatch.setattr(head, "assign", exact)

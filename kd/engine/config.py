@@ -1,8 +1,9 @@
 """Configurations: YAML with inheritance and overrides, checked whole before anything is built."""
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Sequence
+from typing import Annotated, Any
 
 import yaml
 

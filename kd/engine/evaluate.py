@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CocoDataset, build_dataset, build_loader
-from models import ConfigError, build_detector
+from models import ConfigError, Detector, build_detector, without_pretraining
 from models.weights import load_weights
 
 from . import distributed
@@ -94,27 +95,30 @@ def read_truth(dataset: CocoDataset) -> dict:
     return truth
 
 
-def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
-    """The figures on data.val of the configuration's model with a checkpoint's weights.
+def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
+                  part: str | None = None) -> tuple[Detector, CocoDataset]:
+    """The configuration's detector with a checkpoint's weights, in evaluation mode, and its data.val.
 
     Raises:
-        ConfigError, DataError, CheckpointError: bad input, before anything is run.
+        ConfigError, DataError, CheckpointError: bad input.
     """
-    device = distributed.start_processes(device)
     if cfg.get("data") is None:
         raise ConfigError("data", "missing: what is to be evaluated on?")
-    loader = build_val_loader(cfg)
-    model = build_detector(with_classes(cfg, loader.dataset)["model"])
-    load_weights(model, checkpoint, part)
-    model.to(device)
-    return coco_figures(detect(model, model.preprocess, loader, device), loader.dataset)
-
-
-def build_val_loader(cfg: dict, train_set: CocoDataset | None = None) -> torch.utils.data.DataLoader:
-    """The loader of data.val; with a training set, its classes must be the same."""
     dataset = build_dataset(cfg["data"], "val", training=False)
-    if train_set is not None and dataset.classes != train_set.classes:
-        raise ConfigError("data.val", f"has classes {dataset.classes}, and data.train {train_set.classes}")
+    detector = build_detector(without_pretraining(with_classes(cfg, dataset)["model"]))
+    load_weights(detector, checkpoint, part)
+    return detector.to(device).eval(), dataset
+
+
+def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
+    """The figures on data.val of the configuration's model with a checkpoint's weights. Errors as in `load_detector`."""
+    device = distributed.start_processes(device)
+    detector, dataset = load_detector(cfg, checkpoint, device, part)
+    return coco_figures(detect(detector, detector.preprocess, eval_loader(cfg, dataset), device), dataset)
+
+
+def eval_loader(cfg: dict, dataset: CocoDataset) -> torch.utils.data.DataLoader:
+    """The loader that an evaluation goes through, this process's share."""
     size = EvalConfig(**cfg.get("eval", {})).batch_size or cfg["data"].get("batch_size", 2)
     return build_loader(dataset, size, False, cfg["data"].get("workers", 2), rank=distributed.rank(),
                         world=distributed.world_size())

@@ -101,8 +101,8 @@ def provenance(cfg: dict, device: torch.device) -> dict:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
         "commit": commit(),
-        "versions": {"python": platform.python_version()} | {
-            name: version(name) for name in ("torch", "torchvision", "numpy", "pycocotools")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
+            name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
         "teachers": {path: file_hash(Path(path)) for path in paths if path is not None and Path(path).is_file()}}

@@ -15,7 +15,7 @@ from models.weights import CheckpointError
 from ..distiller import Distiller, build_distiller
 from . import distributed
 from .checkpoint import read_checkpoint, save_checkpoint
-from .evaluate import autocast, build_val_loader, coco_figures, detect, format_figures, with_classes
+from .evaluate import autocast, coco_figures, detect, eval_loader, format_figures, with_classes
 from .log import Meter, Metrics, open_log, provenance
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import EvalConfig, TrainConfig
@@ -159,6 +159,9 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     data = cfg["data"]
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
     cfg = with_classes(cfg, train_set)
+    val_set = build_dataset(data, "val", training=False) if data.get("val") else None
+    if val_set is not None and val_set.classes != train_set.classes:
+        raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
     model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device)
     batch_size, workers = data.get("batch_size", 2), data.get("workers", 2)
@@ -167,7 +170,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
                                 rank, world)
     return Run(cfg, settings, ScheduleConfig(**cfg.get("schedule", {})), device, work_dir, model, optimizer,
                torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-               build_val_loader(cfg, train_set) if data.get("val") else None)
+               None if val_set is None else eval_loader(cfg, val_set))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

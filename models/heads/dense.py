@@ -1,6 +1,6 @@
 """What all dense heads share: two towers of convolutions, assignment, and what distillation asks of a head."""
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class DenseHead(nn.Module):
                  restrict_to_pad: bool = True):
         super().__init__()
         if stacked_convs < 0:
-            raise ConfigError("head.stacked_convs", f"must be 0 or more, not {stacked_convs}")
+            raise ConfigError("stacked_convs", f"must be 0 or more, not {stacked_convs}")
         if num_classes < 1:
-            raise ConfigError("head.num_classes", f"must be at least 1, not {num_classes}")
+            raise ConfigError("num_classes", f"must be at least 1, not {num_classes}")
         self.num_classes, self.stacked_convs = num_classes, stacked_convs
         self.pos_weight, self.allowed_border, self.restrict_to_pad = pos_weight, allowed_border, restrict_to_pad
 

@@ -46,11 +46,11 @@ class RetinaHead(DenseHead):
             allowed_border: float = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
-        self.prior_generator = build(anchor_generator, PRIORS, "head.anchor_generator")
-        self.bbox_coder = build(bbox_coder, CODERS, "head.bbox_coder")
-        self.assigner = build(assigner, ASSIGNERS, "head.assigner")
-        self.loss_cls = build(loss_cls, LOSSES, "head.loss_cls")
-        self.loss_bbox = build(loss_bbox, LOSSES, "head.loss_bbox")
+        self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
+        self.bbox_coder = build(bbox_coder, CODERS, "bbox_coder")
+        self.assigner = build(assigner, ASSIGNERS, "assigner")
+        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
+        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
         self.reg_decoded_bbox, self.ema_normalizer = reg_decoded_bbox, ema_normalizer
         anchors = self.prior_generator.num_anchors
         self.retina_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)

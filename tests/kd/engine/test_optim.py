@@ -1,0 +1,42 @@
+"""Parameter groups and the learning rate."""
+import pytest
+import torch
+from torch import nn
+
+from kd.engine.optim import ScheduleConfig, build_optimizer, lr_factor
+
+
+def model():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    net[0].requires_grad_(False)
+    return net
+
+
+def test_frozen_parameters_are_left_out_and_all_others_decay_by_default():
+    optimizer = build_optimizer({"lr": 0.1, "weight_decay": 0.01}, model(), batch=4)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [4]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_norm_and_bias_can_be_spared():
+    groups = build_optimizer({"decay_norm_and_bias": False, "weight_decay": 0.01}, model(), 4).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.01), (3, 0.0)]
+
+
+def test_the_learning_rate_scales_with_the_batch_if_asked():
+    assert build_optimizer({"lr": 0.01, "base_batch_size": 16}, model(), 4).param_groups[0]["lr"] == 0.0025
+    assert build_optimizer({"lr": 0.01}, model(), 4).param_groups[0]["lr"] == 0.01
+
+
+def test_adamw():
+    assert isinstance(build_optimizer({"type": "AdamW", "lr": 1e-4}, model(), 4), torch.optim.AdamW)
+
+
+def test_schedule():
+    schedule = ScheduleConfig(warmup_steps=5, warmup_factor=0.001, milestones=[2, 3], gamma=0.1)
+    factors = [lr_factor(schedule, step, steps_per_epoch=10) for step in range(40)]
+    assert factors[0] == 0.001
+    assert factors[2] == pytest.approx(0.001 + 0.999 * 2 / 4)
+    assert factors[4] == 1 and factors[19] == 1
+    assert factors[20] == pytest.approx(0.1) and factors[29] == pytest.approx(0.1)
+    assert factors[30] == pytest.approx(0.01)

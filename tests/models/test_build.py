@@ -1,0 +1,144 @@
+"""From configuration to detector: what is wrong is named, with its key and the nearest valid name."""
+from collections.abc import Sequence
+
+import pytest
+import torch
+from small_models import small_config
+
+from models import ConfigError, build_detector
+from models.build import check_value, nearest
+
+
+def change(path, value):
+    """The small configuration with one entry set, or with "DROP" taken out."""
+    cfg = small_config()
+    *parents, last = path.split(".")
+    section = cfg
+    for name in parents:
+        section = section.setdefault(name, {})
+    if value == "DROP":
+        del section[last]
+    else:
+        section[last] = value
+    return cfg
+
+
+UNKNOWN = [
+    ("bakbone", {}, "backbone"), ("backbone.detph", 18, "depth"), ("backbone.type", "ResNt", "ResNet"),
+    ("neck.out_chanels", 8, "out_channels"), ("neck.type", "FPM", "FPN"), ("head.num_class", 3, "num_classes"),
+    ("head.type", "GFLHeads", "GFLHead"), ("head.stacked_conv", 4, "stacked_convs"),
+    ("head.assigner", {"type": "ATSAssigner"}, "ATSSAssigner"),
+    ("head.assigner", {"type": "ATSSAssigner", "top_k": 9}, "topk"),
+    ("head.loss_cls", {"type": "QualityFocalLos"}, "QualityFocalLoss"),
+    ("head.loss_bbox", {"type": "GIoULoss", "loss_wight": 2.0}, "loss_weight"),
+    ("head.anchor_generator", {"type": "AnchorGenerator", "strides": [8], "ratio": [1.0]}, "ratios"),
+    ("test.score_threshold", 0.1, "score_thr"), ("preprocess.maen", [0, 0, 0], "mean"),
+]
+
+
+@pytest.mark.parametrize("path, value, valid", UNKNOWN)
+def test_unknown_keys_and_types_name_the_nearest(path, value, valid):
+    with pytest.raises(ConfigError) as error:
+        build_detector(change(path, value))
+    assert error.value.key.startswith(f"model.{path}") and f'did you mean "{valid}"?' in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+WRONG = [
+    ("backbone.depth", "18", "an integer"), ("backbone.depth", 18.0, "an integer"),
+    ("backbone.depth", True, "an integer"), ("backbone.norm_eval", 1, "true or false"),
+    ("backbone.style", "tensorflow", "pytorch, caffe"),
+    ("backbone.out_indices", 3, "a list"), ("backbone.out_indices", [0, "1"], "an integer"),
+    ("neck.add_extra_convs", "on_outputs", "on_output"), ("neck.num_outs", None, "an integer"),
+    ("neck", "FPN", "a mapping"), ("backbone", None, "a mapping"), ("head.loss_cls", "FocalLoss", "a mapping"),
+    ("head.pos_weight", "1", "a number"), ("head.reg_max", [16], "an integer"), ("test.nms_pre", 1.5, "an integer"),
+    ("test", [], "a mapping"), ("test.clip", "later", "before, after"),
+    ("preprocess.channel_order", "bgrr", "rgb, bgr"), ("preprocess.mean", [1, 2, "3"], "a number"),
+    ("head.assigner.neg_iou_thr", 0.4, "type"),
+]
+
+
+@pytest.mark.parametrize("path, value, wanted", WRONG)
+def test_wrong_types_are_refused(path, value, wanted):
+    with pytest.raises(ConfigError) as error:
+        build_detector(change(path, value))
+    message = str(error.value)
+    assert error.value.key.startswith("model." + path.rsplit(".neg_iou_thr")[0]) and wanted in message, message
+
+
+@pytest.mark.parametrize("path", ["backbone", "head", "backbone.depth", "neck.num_outs", "neck.out_channels",
+                                  "head.num_classes", "head.type", "backbone.type"])
+def test_missing_keys_are_named(path):
+    with pytest.raises(ConfigError) as error:
+        build_detector(change(path, "DROP"))
+    key = f"model.{path}"
+    assert str(error.value).startswith(key.removesuffix(".type"))
+
+
+def test_a_whole_number_is_a_number():
+    assert build_detector(change("head.pos_weight", 2)).bbox_head.pos_weight == 2
+
+
+def test_a_list_or_a_number():
+    for value in (0.4, (0.1, 0.4), [0.1, 0.4]):
+        cfg = small_config("RetinaHead", head={"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": value}})
+        assert build_detector(cfg).bbox_head.assigner.neg_iou_thr[1] == 0.4
+    cfg = small_config("RetinaHead", head={"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": [0.1, 0.2, 0.4]}})
+    with pytest.raises(ConfigError, match="neg_iou_thr.*2 entries, not 3"):
+        build_detector(cfg)
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ("head.in_channels", 99, "model.head.in_channels: is 99 and the features have 16"),
+    ("neck", None, "one width"),
+    ("head.stacked_convs", -1, "stacked_convs"), ("head.num_classes", 0, "num_classes"),
+    ("head.norm_cfg", {"type": "GN", "num_groups": 5}, "16 channels.*5 groups"),
+    ("head.anchor_generator", {"type": "AnchorGenerator", "strides": [8], "ratios": [0.5, 1.0], "scales": [4]},
+     "one scale and one ratio"),
+])
+def test_parts_that_do_not_fit(path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        build_detector(change(path, value))
+
+
+@pytest.mark.parametrize("path, value", [("neck.in_channels", [8, 16, 32]), ("neck.in_channels", [8, 16, 32, 65])])
+def test_a_neck_that_does_not_fit_its_backbone_is_refused_at_once(path, value):
+    with pytest.raises(ConfigError, match="in_channels"):
+        build_detector(change(path, value))
+
+
+def test_a_head_with_fewer_levels_than_there_are_features():
+    anchors = {"type": "AnchorGenerator", "strides": [8, 16, 32], "ratios": [1.0], "scales": [8]}
+    with pytest.raises(ConfigError, match="strides"):
+        build_detector(change("head.anchor_generator", anchors))
+
+
+def test_short_spellings():
+    cfg = small_config(neck={"norm": "BN", "act": "ReLU", "upsample": {"mode": "bilinear"}}, head={"norm": "BN"})
+    del cfg["head"]["norm_cfg"]
+    model = build_detector(cfg)
+    assert model.neck.upsample_cfg["mode"] == "bilinear" and "bbox_head.cls_convs.0.bn.weight" in model.state_dict()
+    assert isinstance(model.neck.fpn_convs[0].activate, torch.nn.ReLU)
+
+
+def test_what_follows_from_another_part_may_be_said():
+    cfg = small_config(neck={"in_channels": [8, 16, 32, 64]}, head={"in_channels": 16})
+    assert build_detector(cfg).state_dict().keys() == build_detector(small_config()).state_dict().keys()
+
+
+def test_nearest():
+    assert nearest("depht", ["depth", "style"]) == 'did you mean "depth"?'
+    assert nearest("xyz", ["depth", "style"]) == "valid: depth, style"
+
+
+@pytest.mark.parametrize("value, hint, fits", [
+    (1, float, True), (True, float, False), ("1e-3", float, False), (None, int | None, True), (None, int, False),
+    ([1, 2], list[int], True), ((1, 2), list[int], True), ([1, 2], tuple[int, int], True),
+    ([1], tuple[int, int], False), (1, Sequence[int], False), (["1"], Sequence[int], False),
+    ([1, 2, 3], tuple[int, ...], True), ("a", str | dict, True), ({}, str | dict, True), (1, str | dict, False)])
+def test_check_value(value, hint, fits):
+    if fits:
+        check_value(value, hint, "key")
+    else:
+        with pytest.raises(ConfigError, match="^key"):
+            check_value(value, hint, "key")

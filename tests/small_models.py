@@ -1,0 +1,68 @@
+"""Small detectors and batches for tests."""
+import copy
+
+import torch
+
+from models import build_detector
+
+CLASSES = 3
+HEADS = {"GFLHead": {"norm_cfg": {"type": "GN", "num_groups": 4}, "reg_max": 8}, "RetinaHead": {}}
+
+
+def small_config(kind="GFLHead", depth=18, width=16, **sections) -> dict:
+    """A `model` section; `backbone`, `neck`, `head`, `test` and `preprocess` add to it, `neck=None` takes it out."""
+    cfg = {
+        "backbone": {"type": "ResNet", "depth": depth, "base_channels": 8},
+        "neck": {"type": "FPN", "out_channels": width, "start_level": 1, "num_outs": 5,
+                 "add_extra_convs": "on_output"},
+        "head": {"type": kind, "num_classes": CLASSES, "stacked_convs": 2, "feat_channels": width, **HEADS[kind]}}
+    for name, section in copy.deepcopy(sections).items():
+        cfg[name] = None if section is None else cfg.get(name, {}) | section
+    return cfg
+
+
+def small_detector(kind="GFLHead", seed=0, dtype=torch.float64, **sections):
+    torch.manual_seed(seed)
+    return build_detector(small_config(kind, **sections)).to(dtype)
+
+
+def enliven(model, seed=0):
+    """Larger random weights and no fixed bias, so that an untrained head detects something everywhere."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.bbox_head.named_parameters():
+            if name.endswith("weight") and value.dim() == 4:
+                value.copy_(0.1 * torch.randn(value.shape, generator=g))
+            elif name.endswith("bias"):
+                value.copy_(0.1 * torch.randn(value.shape, generator=g))
+    return model
+
+
+def make_batch(sizes=((64, 96), (50, 70)), counts=(4, 2), dtype=torch.float64, seed=0, ignored=0):
+    """Images (N, 3, H, W), zero beyond each size, and their targets; originals are twice as high and thrice as wide."""
+    g = torch.Generator().manual_seed(seed)
+    height, width = (-(-max(side) // 32) * 32 for side in zip(*sizes))
+    images, targets = torch.zeros(len(sizes), 3, height, width, dtype=dtype), []
+
+    def boxes(n, h, w):
+        start = torch.rand(n, 2, generator=g) * torch.tensor([w, h]) * 0.6
+        return torch.cat([start, start + 6 + torch.rand(n, 2, generator=g) * torch.tensor([w, h]) * 0.3], 1).to(dtype)
+
+    for image, (h, w), n in zip(images, sizes, counts):
+        image[:, :h, :w] = torch.randn(3, h, w, generator=g).to(dtype)
+        targets.append({"boxes": boxes(n, h, w), "labels": torch.randint(0, CLASSES, (n,), generator=g),
+                        "image_size": (h, w), "original_size": (2 * h, 3 * w)})
+        if ignored:
+            targets[-1]["ignored_boxes"] = boxes(ignored, h, w)
+    return images, targets
+
+
+def same_losses(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def gradients(model, losses: dict) -> dict:
+    """Gradient of the losses' sum by parameter; None where there is none."""
+    model.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
