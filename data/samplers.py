@@ -16,15 +16,15 @@ class TrainBatchSampler(Sampler[Batch]):
 
     Batches are cut for all processes together, `world * batch_size` images at a time, and then shared out: step k of N
     processes with batch size B sees the images of step k of one process with batch size N * B. Every image occurs once
-    per epoch and every process gets the same number of batches, of equal size within a step; for that, the last batch is
-    filled up to a multiple of `world` with up to `world - 1` images from the epoch's beginning.
+    per epoch and every process gets the same number of batches, of equal size within a step; for that, the last batch
+    is filled up to a multiple of `world` with up to `world - 1` images from the epoch's beginning.
 
     Args:
         sizes: (h, w) of each image.
         batch_size: images per process and step; the last step of an epoch may have fewer.
         seed: of the permutation, together with the epoch.
-        group_by_aspect: keep landscape (w >= h) and portrait images in batches apart; what is left over at the end of an
-            epoch is put together.
+        group_by_aspect: keep landscape (w >= h) and portrait images in batches apart; what is left over at the end of
+            an epoch is put together.
         rank, world: this process and the number of processes.
 
     Attributes, to be set before iterating:
@@ -83,8 +83,8 @@ class TrainBatchSampler(Sampler[Batch]):
 class EvalBatchSampler(Sampler[Batch]):
     """Every image once, in batches of one padded size, sharded over processes.
 
-    No image is padded further than it would be alone, so that the detections depend neither on the batch size nor on the
-    number of processes. Processes may get different numbers of batches.
+    No image is padded further than it would be alone, so that the detections depend neither on the batch size nor on
+    the number of processes. Processes may get different numbers of batches.
 
     Args:
         sizes: (h, w) of each image as the detector gets it, after the resize.

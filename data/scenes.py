@@ -1,8 +1,8 @@
 """The built-in data set: rendered scenes of textured shapes in COCO format.
 
-It serves the demo and the tests where nothing can be downloaded. The scenes are made to tell detectors apart: colour and
-texture say nothing about the class, objects cover one another, are cut off by the border, come in COCO's proportion of
-small, medium and large boxes, and lie among lines, strokes and blobs that belong to no class.
+It serves the demo and the tests where nothing can be downloaded. The scenes are made to tell detectors apart: colour
+and texture say nothing about the class, objects cover one another, are cut off by the border, come in COCO's proportion
+of small, medium and large boxes, and lie among lines, strokes and blobs that belong to no class.
 """
 
 import json
@@ -131,7 +131,7 @@ def _add_objects(rng: np.random.Generator, canvas: ndarray, count: int) -> tuple
             continue  # it would hide another object or lie mostly outside
         owner, full_areas = proposal, areas
         labels.append(label)
-        _paint(rng, canvas[:, *window], distance, u, v)
+        _paint(rng, canvas[(slice(None), *window)], distance, u, v)
     return owner, labels
 
 
@@ -179,7 +179,7 @@ def _add_clutter(rng: np.random.Generator, canvas: ndarray, count: int, thin: bo
         else:
             wobble = 0.25 * np.sin(3 * np.arctan2(v, u) + rng.uniform(0, 6)) + 0.7
             distance = (np.hypot(u, v) - wobble) * min(radius, 4)  # at most this sharp, whatever its size
-        _paint(rng, canvas[:, *window], distance, u, v)
+        _paint(rng, canvas[(slice(None), *window)], distance, u, v)
 
 
 def _tight_box(mask: ndarray) -> tuple[int, int, int, int]:

@@ -7,12 +7,13 @@ from .reduce import at_least_float32, reduce_loss
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Boolean one-hot of (...) labels as (..., C); a label outside [0, C), background say, gives a row of zeros."""
+    """Boolean one-hot (..., C) of labels (...); one outside [0, C), background, gives zeros."""
     return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
 
 
 def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = None, gamma: float = 2.0,
-                       alpha: float = 0.25, reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
+                       alpha: float = 0.25, reduction: str = "mean",
+                       avg_factor: float | Tensor | None = None) -> Tensor:
     """Focal loss (RetinaNet, arXiv:1708.02002, eq. 5) over sigmoid scores.
 
     Args:

@@ -71,8 +71,8 @@ class AnchorGenerator:
     def __call__(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
         """Anchors for feature maps of the given (height, width), kept for the next batch of the same shape."""
         if len(sizes) != len(self.strides):
-            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels and the features have "
-                                                          f"{len(sizes)}")
+            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels and the features "
+                                                               f"have {len(sizes)}")
         key = (tuple(map(tuple, sizes)), dtype, device)
         if key not in self._cache:
             if len(self._cache) >= 64:  # multi-scale training meets many shapes

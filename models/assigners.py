@@ -32,7 +32,7 @@ def pairwise_overlap(boxes: Tensor, others: Tensor, mode: str = "iou", eps: floa
 
 def in_ignored_region(priors: Tensor, ignored: Tensor, ignored_real: Tensor, threshold: float,
                       wrt_priors: bool = True) -> Tensor:
-    """(N, P) bool: anchors whose share (or with `wrt_priors=False` the share of the region) in one is above threshold."""
+    """(N, P) bool: anchors whose share (or the region's, with `wrt_priors=False`) in a region exceeds the threshold."""
     if wrt_priors:
         share = pairwise_overlap(priors, ignored, "iof").transpose(-1, -2)
     else:

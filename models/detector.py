@@ -138,7 +138,7 @@ def build_detector(cfg: dict) -> Detector:
             raise ConfigError("model.neck.in_channels", f"is {neck.in_channels} and the backbone gives {channels}")
         channels, strides = neck.out_channels, neck.out_strides(strides)
     if len(set(channels)) != 1:
-        raise ConfigError("model.head", f"one head needs features of one width, and without a neck they have {channels}")
+        raise ConfigError("model.head", f"one head needs features of one width; without a neck they have {channels}")
     head = build(cfg["head"], HEADS, "model.head", in_channels=channels[0])
     if head.in_channels != channels[0]:
         raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")

@@ -22,7 +22,7 @@ class TestConfig:
     nms_iou_threshold: float | None = None    # null: the head's own, 0.5 of RetinaNet, 0.6 of the others
     max_per_img: int = 100                    # detections kept per image; -1 keeps all
     min_bbox_size: float = 0                  # sides must exceed this, in output pixels; negative keeps all boxes
-    clip: Literal["before", "after"] = "before"  # clip to the image before NMS (mmdet, torchvision) or after (detectron2)
+    clip: Literal["before", "after"] = "before"  # clip boxes before NMS (mmdet, torchvision) or after (detectron2)
 
 
 def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test: TestConfig, rescale: bool = True,

@@ -9,7 +9,7 @@ from kd.engine.train import train
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/train.py --cfg configs/bccd/student_gfl_r18w16.yaml train.epochs=3")
-    parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go; default: runs/ and the cfg's name")
+    parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go; default: runs/ and --cfg's name")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
     args = parser.parse_intermixed_args()

@@ -13,7 +13,8 @@ def model(channels: int = 8, head: str = "GFLHead") -> dict:
     """A detector that takes a step in milliseconds."""
     norm = {"type": "GN", "num_groups": 4}
     return {"backbone": {"type": "ResNet", "depth": 18, "base_channels": channels, "norm_eval": False},
-            "neck": {"type": "FPN", "out_channels": 16, "start_level": 1, "num_outs": 5, "add_extra_convs": "on_output"},
+            "neck": {"type": "FPN", "out_channels": 16, "start_level": 1, "num_outs": 5,
+                     "add_extra_convs": "on_output"},
             "head": {"type": head, "stacked_convs": 1, "feat_channels": 16, "norm_cfg": norm}}
 
 

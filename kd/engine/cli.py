@@ -41,7 +41,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n stopped by signal n."""
+    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n by signal n."""
     code = 0
     try:
         main()

@@ -150,5 +150,6 @@ def position(node: dict | list, name: str, key: str, override: str) -> str | int
     if isinstance(node, dict):
         return name
     if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(key, f'override "{override}" must name an entry of this list, {nearest(name, map(str, range(len(node))))}')
+        entries = nearest(name, map(str, range(len(node))))
+        raise ConfigError(key, f'override "{override}" must name an entry of this list; {entries}')
     return int(name)

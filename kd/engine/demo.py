@@ -41,7 +41,8 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         detectors[title], dataset = load_detector(cfg, work_dir / part / "last.pth", device)
         rows.append(describe(title, detectors[title], figures, minutes, dataset))
     table = "\n".join([
-        "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+        "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *rows])
     (work_dir / "table.md").write_text(table + "\n", encoding="utf-8")
     write_png(compare(detectors, dataset, device), str(work_dir / "detections.png"))
     return table

@@ -111,7 +111,7 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
 
 
 def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
-    """The figures on data.val of the configuration's model with a checkpoint's weights. Errors as in `load_detector`."""
+    """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
     return coco_figures(detect(detector, detector.preprocess, eval_loader(cfg, dataset), device), dataset)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models.checkpoint_sources import local_path
+
 
 class TqdmHandler(logging.StreamHandler):
     """Log lines that a progress bar does not break."""
@@ -22,8 +24,8 @@ class TqdmHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def open_log(work_dir: Path | None, rank: int) -> logging.Logger:
-    """A logger to the terminal and, with a work dir, to its train.log; silent but on rank 0."""
+def open_log(work_dir: Path, rank: int) -> logging.Logger:
+    """A logger to the terminal and to the work dir's train.log; silent but on rank 0."""
     log = logging.getLogger("densekd")
     for handler in list(log.handlers):
         handler.close()
@@ -31,8 +33,7 @@ def open_log(work_dir: Path | None, rank: int) -> logging.Logger:
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
     if rank == 0:
-        handlers = [TqdmHandler()] + ([logging.FileHandler(work_dir / "train.log", encoding="utf-8")] if work_dir else [])
-        for handler in handlers:
+        for handler in (TqdmHandler(), logging.FileHandler(work_dir / "train.log", encoding="utf-8")):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             log.addHandler(handler)
     return log
@@ -105,7 +106,7 @@ def provenance(cfg: dict, device: torch.device) -> dict:
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
-        "teachers": {path: file_hash(Path(path)) for path in paths if path is not None and Path(path).is_file()}}
+        "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None}}
 
 
 def commit() -> str | None:

@@ -151,7 +151,8 @@ class DenseHead(nn.Module):
             weights = torch.where(positive, self.pos_weight, weights)
         gathered = truth.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
         return Assignment(priors, matched, labels, weights, torch.where(positive.unsqueeze(-1), gathered, priors.boxes),
-                          positive.to(weights.dtype), mean_over_processes(self.count_positives(positive, weights.dtype)))
+                          positive.to(weights.dtype),
+                          mean_over_processes(self.count_positives(positive, weights.dtype)))
 
     @staticmethod
     def count_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,60 @@
+"""Every configuration builds, takes a step, and distils what it says."""
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT
+from small_models import make_batch
+
+from kd import METHODS, build_distiller
+from kd.engine.config import load_config
+from models import build_detector, without_pretraining
+
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "_base_")
+CLASSES = 3
+
+
+def shrunk(model: dict) -> dict:
+    """The same model, narrow and without weights to download."""
+    model = without_pretraining(model)
+    return model | {"backbone": model["backbone"] | {"base_channels": 4}, "neck": model["neck"] | {"out_channels": 32},
+                    "head": model["head"] | {"feat_channels": 32, "num_classes": CLASSES}}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_config(path):
+    cfg = load_config(path)
+    cfg["model"] = shrunk(cfg["model"])
+    expected = {"loss_cls", "loss_bbox"} | ({"loss_dfl"} if cfg["model"]["head"]["type"] == "GFLHead" else set())
+    if cfg.get("distill"):
+        teacher = cfg["distill"]["teacher"]
+        assert teacher["checkpoint"]
+        cfg["distill"]["teacher"] = {"model": shrunk(load_config(ROOT / teacher["cfg"])["model"]), "checkpoint": None}
+        method = cfg["distill"]["methods"][0]["type"]
+        expected |= {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "FGD": {"loss_fgd"}}[method]
+    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).train()
+    images, targets = make_batch(dtype=torch.float32)
+    losses = model.loss(images, targets)
+    assert set(losses) == expected
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_the_readme_of_the_configurations_names_each_folder():
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    folders = {path.parent.name for path in CONFIGS}
+    assert all(f"`{folder}/" in text for folder in folders)
+
+
+def test_published_pairs_are_as_in_the_papers():
+    configs = ROOT / "configs"
+    cfg = load_config(configs / "crosskd/crosskd_r18_gfl_r50_1x.yaml")
+    assert cfg["model"]["backbone"]["depth"] == 18 and cfg["train"]["epochs"] == 12
+    assert cfg["distill"]["methods"][0]["loss_reg_kd"] == {
+        "type": "KnowledgeDistillationKLDivLoss", "class_reduction": "sum", "T": 1, "loss_weight": 4.0}
+    cfg = load_config(configs / "fgd/fgd_r50_retinanet_r101_2x.yaml")
+    assert cfg["train"]["epochs"] == 24 and cfg["schedule"]["milestones"] == [16, 22]
+    assert load_config(Path(ROOT, cfg["distill"]["teacher"]["cfg"]))["model"]["backbone"]["depth"] == 101
+    assert set(METHODS) >= {"CrossKD", "FGD"}
