@@ -2,7 +2,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class TeacherConfig:
     checkpoint: str | None     # path or URL; null only where an untrained teacher is meant
     cfg: str | None = None     # a configuration file whose `model` section is the teacher's
     model: ModelConfig | None = None
+    part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
     name: str | None = None    # tells its losses from another teacher's
 
 
@@ -156,7 +157,7 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
     teacher = build_detector(without_pretraining(model))
     if entry["checkpoint"] is not None:
-        load_weights(teacher, entry["checkpoint"])
+        load_weights(teacher, entry["checkpoint"], entry.get("part"))
     return teacher
 
 

@@ -11,10 +11,12 @@ def main() -> None:
                                      epilog="example: python scripts/demo.py --work-dir runs/demo")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/demo"), 
                         help="where everything goes; an earlier demo there is replaced")
+    parser.add_argument("--images", type=int, default=400, help="scenes to train on")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
     args = parser.parse_args()
-    print(run_demo(args.work_dir, cli.choose_device(args.device), overrides=tuple(args.overrides)))
+    print(run_demo(args.work_dir, cli.choose_device(args.device), images=args.images,
+                   overrides=tuple(args.overrides)))
     print(f"\nThe table is in {args.work_dir / 'table.md'}, and detections of all three in "
           f"{args.work_dir / 'detections.png'}.")
 

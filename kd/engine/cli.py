@@ -1,6 +1,5 @@
 """What the scripts share: common arguments, and errors as one line and an exit code."""
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
@@ -13,6 +12,10 @@ from models.weights import CheckpointError
 from .distributed import stop_processes
 from .log import TrainingError
 from .signals import Stopped
+
+
+# What the system says of a path that was given and cannot be used.
+BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class UsageError(ValueError):
@@ -45,16 +48,16 @@ def run(main: Callable[[], None]) -> None:
     code = 0
     try:
         main()
-    except (ConfigError, DataError, CheckpointError, UsageError) as error:
+    except (ConfigError, DataError, CheckpointError, UsageError, *BAD_PATHS) as error:
         code, message = 2, f"error: {error}"
     except TrainingError as error:
         code, message = 1, f"error: {error}"
     except Stopped as error:
         code, message = 128 + error.signum, str(error)
+    except OSError as error:  # a disk that is full, say
+        code, message = 1, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code:
         print(message, file=sys.stderr)
     stop_processes()

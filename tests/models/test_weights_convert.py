@@ -164,5 +164,5 @@ def test_script_with_bad_input(tmp_path, monkeypatch, capsys):
             runpy.run_path(SCRIPT, run_name="__main__")
         error = capsys.readouterr().err
         assert stop.value.code == 2, message
-        assert error.startswith("convert: ") and message in error and error.count("\n") == 1
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
         assert not out.exists()
