@@ -13,8 +13,11 @@ from models.weights import load_weights
 
 from .crosskd import CrossKD
 from .fgd import FGD
+from .ld import LD
+from .mimic import Mimic
+from .pkd import PKD
 
-METHODS = {"CrossKD": CrossKD, "FGD": FGD}
+METHODS = {"CrossKD": CrossKD, "FGD": FGD, "LD": LD, "Mimic": Mimic, "PKD": PKD}
 
 
 @dataclass

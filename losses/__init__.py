@@ -7,7 +7,14 @@ from .classification import (
                              quality_focal_loss,
                              sigmoid_focal_loss,
 )
-from .distill import KDQualityFocalLoss, KnowledgeDistillationKLDivLoss, kd_kl_div_loss, kd_quality_focal_loss
+from .distill import (
+    KDQualityFocalLoss,
+    KnowledgeDistillationKLDivLoss,
+    PKDLoss,
+    kd_kl_div_loss,
+    kd_quality_focal_loss,
+    pkd_loss,
+)
 from .iou import CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, diou_loss, giou_loss, iou_loss
 from .reduce import at_least_float32, mean_over_processes, reduce_loss
 from .regression import DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss, smooth_l1_loss
@@ -19,8 +26,8 @@ LOSSES = {loss.__name__: loss for loss in (
 
 __all__ = [
     "LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss", "IoULoss",
-    "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "QualityFocalLoss", "SmoothL1Loss",
+    "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss", "SmoothL1Loss",
     "aligned_iou", "at_least_float32", "binary_cross_entropy", "ciou_loss", "diou_loss", "distribution_focal_loss",
     "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes",
-    "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
+    "pkd_loss", "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
 ]

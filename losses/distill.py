@@ -1,4 +1,5 @@
 """Losses that compare a student's prediction or feature with a teacher's. The target never gets a gradient."""
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,31 @@ def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
     loss = F.kl_div((pred / T).log_softmax(-1), target, reduction="none")
     loss = (loss.sum(-1) if class_reduction == "sum" else loss.mean(-1)) * T * T
     return reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """Half the squared difference of features normalised per channel over the batch (PKD, arXiv:2207.02039, eq. 5).
+
+    Args:
+        pred, target: maps (N, C, H, W) of student and teacher.
+    """
+
+    def normalised(x: Tensor) -> Tensor:
+        std, mean = torch.std_mean(at_least_float32(x), (0, 2, 3), keepdim=True)
+        return (x - mean) / (std + eps)
+
+    return F.mse_loss(normalised(pred), normalised(target.detach())) / 2
+
+
+class PKDLoss(nn.Module):
+    """`pkd_loss` times `loss_weight`."""
+
+    def __init__(self, loss_weight: float = 1.0):
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.loss_weight * pkd_loss(pred, target)
 
 
 class KDQualityFocalLoss(nn.Module):

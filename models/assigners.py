@@ -171,4 +171,35 @@ class ATSSAssigner:
         return mean + (square / (count - 1)).sqrt()
 
 
+class FCOSAssigner:
+    """By place and size (FCOS, arXiv:1904.01355, section 3.1 and 3.2): the smallest box that a point may learn.
+
+    Args:
+        regress_ranges: for each level, the bounds of the largest of a point's four distances, in pixels.
+        center_sampling: a point must lie within `center_sample_radius` strides of the box's centre, and in the box.
+    """
+
+    def __init__(self, regress_ranges: list[tuple[float, float]], center_sampling: bool, center_sample_radius: float):
+        self.regress_ranges, self.center_sampling = regress_ranges, center_sampling
+        self.center_sample_radius = center_sample_radius
+
+    @torch.no_grad()
+    def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
+                 ignored_real: Tensor) -> Tensor:
+        points = priors.centers
+        low, high = boxes[:, :, None, :2], boxes[:, :, None, 2:]  # (N, G, 1, 2)
+        farthest = torch.cat([points - low, high - points], dim=-1).amax(-1)  # (N, G, P)
+        if self.center_sampling:
+            reach = (priors.strides * self.center_sample_radius).unsqueeze(-1)
+            center = (low + high) / 2
+            low, high = torch.max(low, center - reach), torch.min(high, center + reach)
+        allowed = torch.cat([points - low, high - points], dim=-1).amin(-1) > 0
+        bounds = boxes.new_tensor(self.regress_ranges).repeat_interleave(
+            torch.tensor(priors.level_sizes, device=boxes.device), dim=0)  # (P, 2)
+        allowed &= (farthest >= bounds[:, 0]) & (farthest <= bounds[:, 1]) & real.unsqueeze(-1) & valid.unsqueeze(1)
+        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).unsqueeze(-1)
+        smallest, box = torch.where(allowed, area, float("inf")).min(dim=1)
+        return torch.where(smallest < float("inf"), box, NEGATIVE)
+
+
 ASSIGNERS = {"ATSSAssigner": ATSSAssigner, "MaxIoUAssigner": MaxIoUAssigner}

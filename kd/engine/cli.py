@@ -13,7 +13,6 @@ from .distributed import stop_processes
 from .log import TrainingError
 from .signals import Stopped
 
-
 # What the system says of a path that was given and cannot be used.
 BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 

@@ -152,12 +152,16 @@ class DenseHead(nn.Module):
         gathered = truth.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
         return Assignment(priors, matched, labels, weights, torch.where(positive.unsqueeze(-1), gathered, priors.boxes),
                           positive.to(weights.dtype),
-                          mean_over_processes(self.count_positives(positive, weights.dtype)))
+                          self.average_positives(positive, weights.dtype))
 
     @staticmethod
-    def count_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normaliser of the losses: positives, but at least one per image."""
-        return positive.sum(1).clamp(min=1).sum().to(dtype)
+    def average_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normaliser of the losses: positives, but at least one per image, averaged over processes."""
+        return mean_over_processes(positive.sum(1).clamp(min=1).sum().to(dtype))
+
+    def kd_normalizer(self, assignment: Assignment) -> Tensor:
+        """What the losses of mimicked predictions are divided by."""
+        return assignment.avg_factor
 
     # --- what a head adds ---
 
@@ -182,3 +186,11 @@ class DenseHead(nn.Module):
 def flatten(maps: Maps, channels: int) -> Tensor:
     """Maps (N, A*channels, H_l, W_l) of all levels as one (N, P, channels), in the order of `Priors`."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels) for x in maps], dim=1)
+
+
+def centerness_target(points: Tensor, boxes: Tensor) -> Tensor:
+    """How central points (..., 2) lie in boxes (..., 4), in [0, 1] (FCOS, arXiv:1904.01355, eq. 3)."""
+    low, high = points - boxes[..., :2], boxes[..., 2:] - points
+    tiny = torch.finfo(low.dtype).tiny
+    ratio = torch.min(low, high).clamp(min=0) / torch.max(low, high).clamp(min=tiny)
+    return ratio.prod(-1).sqrt()

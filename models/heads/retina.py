@@ -89,4 +89,4 @@ class RetinaHead(DenseHead):
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
                 loss: nn.Module) -> Tensor:
-        return loss(box, reference, weight, avg_factor=assignment.avg_factor)
+        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))

@@ -294,10 +294,11 @@ def test_crosskd_defaults_are_the_published_ones(head, expected):
                  student={"head": {"stacked_convs": 4}})
     method = model.methods[0][0]
     assert isinstance(method, CrossKD) and method.cut == 3
-    assert (type(method.loss_reg_kd).__name__, method.loss_reg_kd.loss_weight) == expected
-    assert (type(method.loss_cls_kd).__name__, method.loss_cls_kd.loss_weight) == ("KDQualityFocalLoss", 1.0)
+    boxes, classes = method.losses["loss_reg_kd"], method.losses["loss_cls_kd"]
+    assert (type(boxes).__name__, boxes.loss_weight) == expected
+    assert (type(classes).__name__, classes.loss_weight) == ("KDQualityFocalLoss", 1.0)
     if head == "GFLHead":
-        assert (method.loss_reg_kd.T, method.loss_reg_kd.class_reduction) == (1, "sum")
+        assert (boxes.T, boxes.class_reduction) == (1, "sum")
 
 
 # --- training ---

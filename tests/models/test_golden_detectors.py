@@ -7,11 +7,11 @@ from torchvision.ops import box_iou
 
 # Largest deviations measured, as float64 and float32:
 #   features 6e-8, 5e-7 and head outputs 5e-8, 3e-6 (the files hold both in float32)
-#   losses 2.8e-16, 1.1e-7; gradients' norms 4.4e-16, 1.3e-7; gradients 4.7e-15, 3.3e-6
+#   losses 2.8e-16, 1.1e-7; gradients' norms 5.6e-15, 1.3e-6; gradients 4.7e-15, 3.3e-6
 #   boxes, in pixels, 3.7e-13, 2.9e-4; scores 2.2e-15, 1.1e-6
 TOLERANCE = {
     torch.float64: {"maps": 1e-6, "losses": 1e-6, "norms": 1e-6, "gradients": 1e-6, "boxes": 1e-3, "scores": 1e-6},
-    torch.float32: {"maps": 2e-5, "losses": 1e-6, "norms": 1e-6, "gradients": 2e-5, "boxes": 1e-3, "scores": 1e-5}}
+    torch.float32: {"maps": 2e-5, "losses": 1e-6, "norms": 5e-6, "gradients": 2e-5, "boxes": 1e-3, "scores": 1e-5}}
 LEVELS = (1, 3)  # those in the files
 
 available = [name for name in golden.cases("detector_") if golden.has_head(golden.load(name)[1]["config"])]
@@ -35,7 +35,7 @@ def to_map(rows, sizes, level):
 
 
 def test_the_heads_that_there_are_have_a_case():
-    assert {"detector_gfl", "detector_retinanet"} <= set(available)
+    assert {"detector_gfl", "detector_retinanet", "detector_atss", "detector_fcos"} == set(available)
 
 
 @every_case
@@ -52,6 +52,8 @@ def test_features_and_head_outputs(name, dtype):
         assert golden.relative(run.features[level], arrays[f"features/{i}"]) < TOLERANCE[dtype]["maps"]
         for j, rows in enumerate(outputs):
             own = to_map(rows, run.outputs.sizes, level)
+            if j == 1 and name == "detector_fcos":  # in evaluation the original's FCOS gives distances in pixels
+                own = own * model.bbox_head.prior_generator.strides[level]
             assert golden.relative(own, arrays[f"head/{j}/{i}"]) < TOLERANCE[dtype]["maps"]
 
 

@@ -1,0 +1,81 @@
+"""ATSS head (arXiv:1912.02424)."""
+from typing import Annotated
+
+from torch import Tensor, nn
+
+from losses import LOSSES, at_least_float32, mean_over_processes
+
+from ..anchors import PRIORS, Priors
+from ..assigners import ASSIGNERS
+from ..build import OneOf, build
+from ..coders import CODERS
+from ..layers import NormCfg, Scale, prior_bias
+from ..targets import Assignment
+from .dense import DenseHead, HeadOutputs, centerness_target
+
+
+class ATSSHead(DenseHead):
+    """Focal classification, box deltas and centerness on one anchor per cell. Defaults are mmdet's ATSS.
+
+    Args: see `DenseHead`.
+    """
+
+    box_channels = 4
+    test_defaults = {"nms_iou_threshold": 0.6}
+    kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
+                   "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0},
+                   "loss_center_kd": {"type": "CrossEntropyLoss", "loss_weight": 1.0}}
+
+    def __init__(
+            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            norm_cfg: NormCfg = {"type": "GN", "num_groups": 32},
+            anchor_generator: Annotated[dict, OneOf(PRIORS)] = {
+                "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,
+                "strides": [8, 16, 32, 64, 128]},
+            bbox_coder: Annotated[dict, OneOf(CODERS)] = {
+                "type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]},
+            assigner: Annotated[dict, OneOf(ASSIGNERS)] = {"type": "ATSSAssigner", "topk": 9},
+            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "FocalLoss"},
+            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss", "loss_weight": 2.0},
+            loss_centerness: Annotated[dict, OneOf(LOSSES)] = {"type": "CrossEntropyLoss"},
+            pos_weight: float = -1, allowed_border: float = -1, restrict_to_pad: bool = True):
+        super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
+                         allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
+        self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
+        self.bbox_coder = build(bbox_coder, CODERS, "bbox_coder")
+        self.assigner = build(assigner, ASSIGNERS, "assigner")
+        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
+        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
+        self.loss_centerness = build(loss_centerness, LOSSES, "loss_centerness")
+        anchors = self.prior_generator.num_anchors
+        self.atss_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)
+        self.atss_reg = nn.Conv2d(self.tower_channels, anchors * 4, 3, padding=1)
+        self.atss_centerness = nn.Conv2d(self.tower_channels, anchors, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in self.prior_generator.strides)
+        self.init_weights(self.atss_cls, prior_bias(0.01))
+
+    def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        box = at_least_float32(self.scales[level](self.atss_reg(reg_feat)))
+        return self.atss_cls(cls_feat), box, self.atss_centerness(reg_feat)
+
+    def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
+        positive, target = assignment.positive, assignment.box_targets
+        centerness = centerness_target(assignment.priors.centers, target) * positive
+        normalizer = mean_over_processes(centerness.sum()).clamp(min=1)
+        decoded = self.decode(outputs.box, assignment.priors)
+        return {
+            "loss_cls": self.loss_cls(outputs.cls, assignment.labels, assignment.label_weights,
+                                      avg_factor=assignment.avg_factor),
+            "loss_bbox": self.loss_bbox(decoded, target, centerness, avg_factor=1.0) / normalizer,
+            "loss_centerness": self.loss_centerness(outputs.centerness, centerness, positive,
+                                                    avg_factor=assignment.avg_factor)}
+
+    def decode(self, box: Tensor, priors: Priors) -> Tensor:
+        return self.bbox_coder.decode(priors.boxes, at_least_float32(box))
+
+    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+        return self.decode(outputs.box, priors)
+
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
+                loss: nn.Module) -> Tensor:
+        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))

@@ -1,0 +1,107 @@
+"""FCOS head (arXiv:1904.01355) with the later improvements of its authors' code."""
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from losses import LOSSES, at_least_float32, mean_over_processes
+
+from ..anchors import AnchorGenerator, Priors
+from ..assigners import FCOSAssigner
+from ..build import ConfigError, OneOf, build
+from ..coders import DistancePointBBoxCoder
+from ..layers import NormCfg, Scale, prior_bias
+from ..targets import Assignment
+from .dense import DenseHead, HeadOutputs, centerness_target
+
+
+class FCOSHead(DenseHead):
+    """Focal classification, distances to the four sides and centerness on one point per cell.
+
+    Args:
+        strides: pixels per cell, for each level.
+        regress_ranges: largest distances in pixels that each level learns, lower and upper bound.
+        center_sampling: points learn a box only near its centre, within `center_sample_radius` strides.
+        norm_on_bbox: distances are in strides and cut at zero; otherwise they are pixels, as the logits' exponential.
+        centerness_on_reg: centerness is predicted by the regression tower.
+        Others: see `DenseHead`.
+    """
+
+    box_channels = 4
+    test_defaults = {"nms_iou_threshold": 0.6}
+    kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 0.4},
+                   "loss_reg_kd": {"type": "IoULoss", "loss_weight": 0.75}}
+
+    def __init__(
+            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, conv_bias: bool | None = True,
+            strides: list[int] = (8, 16, 32, 64, 128),
+            regress_ranges: list[tuple[float, float]] = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)),
+            center_sampling: bool = True, center_sample_radius: float = 1.5, norm_on_bbox: bool = True,
+            centerness_on_reg: bool = True, dcn_on_last_conv: bool = False,
+            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "FocalLoss"},
+            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss"},
+            loss_centerness: Annotated[dict, OneOf(LOSSES)] = {"type": "CrossEntropyLoss"}):
+        super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, conv_bias,
+                         restrict_to_pad=False)
+        if dcn_on_last_conv:
+            raise ConfigError("dcn_on_last_conv", "deformable convolutions are not part of this project")
+        if len(regress_ranges) != len(strides):
+            raise ConfigError("regress_ranges", f"needs one per stride, {len(strides)}")
+        self.norm_on_bbox, self.centerness_on_reg = norm_on_bbox, centerness_on_reg
+        # Points are the centres of anchors, whose size nobody asks for.
+        self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)
+        self.bbox_coder = DistancePointBBoxCoder()
+        self.assigner = FCOSAssigner(regress_ranges, center_sampling, center_sample_radius)
+        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
+        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
+        self.loss_centerness = build(loss_centerness, LOSSES, "loss_centerness")
+        self.conv_cls = nn.Conv2d(self.tower_channels, num_classes, 3, padding=1)
+        self.conv_reg = nn.Conv2d(self.tower_channels, 4, 3, padding=1)
+        self.conv_centerness = nn.Conv2d(self.tower_channels, 1, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in strides)
+        self.init_weights(self.conv_cls, prior_bias(0.01))
+
+    def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        box = at_least_float32(self.scales[level](self.conv_reg(reg_feat)))
+        box = box.clamp(min=0) if self.norm_on_bbox else box.exp()
+        return self.conv_cls(cls_feat), box, self.conv_centerness(reg_feat if self.centerness_on_reg else cls_feat)
+
+    @staticmethod
+    def average_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:
+        return mean_over_processes(positive.sum().to(dtype)).clamp(min=1)
+
+    @staticmethod
+    def centerness(assignment: Assignment) -> Tensor:
+        """Target (N, P), zero where no box is learnt."""
+        return centerness_target(assignment.priors.centers, assignment.box_targets) * assignment.positive
+
+    def kd_normalizer(self, assignment: Assignment) -> Tensor:
+        """The sum of the centerness targets, as for the box loss."""
+        return mean_over_processes(self.centerness(assignment).sum()).clamp(min=1e-6)
+
+    def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
+        priors, positive = assignment.priors, assignment.positive
+        centerness = self.centerness(assignment)
+        target = self.bbox_coder.encode(priors.centers, assignment.box_targets)
+        if self.norm_on_bbox:
+            target = target / priors.strides.unsqueeze(-1)
+        return {
+            "loss_cls": self.loss_cls(outputs.cls, assignment.labels, assignment.label_weights,
+                                      avg_factor=assignment.avg_factor),
+            "loss_bbox": self.loss_bbox(self.box_space(outputs, priors), self.bbox_coder.decode(priors.centers, target),
+                                        centerness, avg_factor=self.kd_normalizer(assignment)),
+            "loss_centerness": self.loss_centerness(outputs.centerness, centerness, positive,
+                                                    avg_factor=assignment.avg_factor)}
+
+    def decode(self, box: Tensor, priors: Priors) -> Tensor:
+        distances = box * priors.strides.unsqueeze(-1) if self.norm_on_bbox else box
+        return self.bbox_coder.decode(priors.centers, distances)
+
+    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+        # In training the original does not scale distances by the stride, and IoU does not mind.
+        return self.bbox_coder.decode(priors.centers, outputs.box)
+
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
+                loss: nn.Module) -> Tensor:
+        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
