@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 setup(
     name="densekd",
     version="0.1.0",
-    description="Knowledge distillation for dense object detectors (RetinaNet, GFL) in plain PyTorch",
+    description="Knowledge distillation for dense object detectors (RetinaNet, GFL, ATSS, FCOS) in plain PyTorch",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
