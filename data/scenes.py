@@ -20,7 +20,7 @@ CLASSES = list(SHAPES)
 COLOURS = np.array(
     [(0.9, 0.2, 0.2), (0.2, 0.8, 0.2), (0.2, 0.3, 0.9), (0.9, 0.8, 0.2), (0.8, 0.2, 0.8), (0.2, 0.8, 0.8)]
 )
-COLOUR_SHARE = 0.6
+COLOUR_SHARE = 0.8
 # Ranges of an object's diameter in pixels, and their probabilities. COCO calls a box small below 32 x 32 and large from
 # 96 x 96 on.
 DIAMETERS = ((16, 32), (32, 80), (80, 130))
