@@ -29,7 +29,7 @@ class HeadOutputs:
 
 
 class DenseHead(nn.Module):
-    """Base of the heads. A head adds its last convolutions, its losses, its decoding, its `box_space` and `compare`.
+    """Base of the heads. A head adds its last convolutions, its losses and its decoding.
 
     Args:
         num_classes: object classes, background not counted.
@@ -174,13 +174,13 @@ class DenseHead(nn.Module):
         raise NotImplementedError
 
     def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
-        """Box predictions in the form in which two heads of this kind are compared."""
-        raise NotImplementedError
+        """Box predictions in the form in which two heads of this kind are compared: decoded boxes (N, P, 4)."""
+        return self.decode(outputs.box, priors)
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
                 loss: nn.Module) -> Tensor:
         """Loss between two predictions in `box_space`, weighted by (N, P), with this head's normaliser."""
-        raise NotImplementedError
+        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
 
 
 def flatten(maps: Maps, channels: int) -> Tensor:

@@ -101,7 +101,3 @@ class FCOSHead(DenseHead):
     def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         # In training the original does not scale distances by the stride, and IoU does not mind.
         return self.bbox_coder.decode(priors.centers, outputs.box)
-
-    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
-                loss: nn.Module) -> Tensor:
-        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))

@@ -83,10 +83,3 @@ class RetinaHead(DenseHead):
 
     def decode(self, box: Tensor, priors: Priors) -> Tensor:
         return self.bbox_coder.decode(priors.boxes, at_least_float32(box))
-
-    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
-        return self.decode(outputs.box, priors)
-
-    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
-                loss: nn.Module) -> Tensor:
-        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
