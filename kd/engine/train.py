@@ -20,6 +20,7 @@ from .log import Meter, Metrics, open_log, provenance
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import EvalConfig, TrainConfig
 from .signals import Stopped, StopSignals
+from .summary import count_parameters
 
 
 @dataclass
@@ -42,15 +43,11 @@ class Run:
 
     @property
     def student(self) -> Detector:
-        return student_of(self.model)
+        return self.model.student if isinstance(self.model, Distiller) else self.model
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.train_loader)
-
-
-def student_of(model: Detector | Distiller) -> Detector:
-    return model.student if isinstance(model, Distiller) else model
 
 
 def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
@@ -79,6 +76,8 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
         model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
     figures, last = {}, run.settings.epochs - 1
+    if run.step >= run.settings.epochs * run.steps_per_epoch and run.evaluated:
+        log.info("all of its epochs are done already: a larger train.epochs goes on")
     every = EvalConfig(**cfg.get("eval", {})).every
     with StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.settings.epochs):
@@ -214,10 +213,11 @@ def describe(run: Run) -> str:
     data = run.train_loader.dataset
     lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
              f"{run.settings.epochs} epochs on {run.device}",
-             f"student: {sum(p.numel() for p in run.student.parameters()) / 1e6:.2f} M parameters"]
+             f"{'student' if isinstance(run.model, Distiller) else 'detector'}: "
+             f"{count_parameters(run.student) / 1e6:.2f} M parameters"]
     if isinstance(run.model, Distiller):
         for teacher, methods in zip(run.model.teachers, run.model.methods):
-            lines.append(f"teacher: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
+            lines.append(f"teacher: {count_parameters(teacher) / 1e6:.2f} M parameters, "
                          f"distilled by {', '.join(type(m).__name__ for m in methods)}")
     if data.num_dropped_boxes:
         lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")
