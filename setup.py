@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data"]),
-    install_requires=["torch>=2.4", "torchvision>=0.20", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
+    install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={
         "test": ["pytest>=8", "ruff"],
         "viz": ["matplotlib", "tensorboard"],

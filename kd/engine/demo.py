@@ -67,6 +67,6 @@ def compare(detectors: dict[str, Detector], dataset: CocoDataset, device: torch.
             batch = detector.preprocess(image[None].to(device), [target])
             found = detector.predict(batch, [target], rescale=False)[0]
             row.append(draw_boxes(image, found["boxes"].cpu(), found["labels"].cpu(), dataset.classes,
-                                  found["scores"].cpu(), zoom=2))
+                                  found["scores"].cpu(), score_thr=0.4, zoom=2))
         rows.append(row)
     return grid(rows, ["ground truth", *detectors])

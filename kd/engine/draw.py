@@ -30,7 +30,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
     if scores is not None:
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist())]
     colors = [PALETTE[label % len(PALETTE)] for label in labels.tolist()]
-    return draw_bounding_boxes(image, boxes * zoom, names, colors, width=2)
+    return draw_bounding_boxes(image, boxes * zoom, names, colors, width=2, label_colors="white", fill_labels=True)
 
 
 def grid(rows: list[list[Tensor]], titles: Sequence[str], title_height: int = 16) -> Tensor:
