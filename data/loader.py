@@ -1,5 +1,6 @@
 """From a configuration to batches."""
 
+import os
 import random
 from functools import partial
 
@@ -90,7 +91,12 @@ def build_loader(
 
 
 def _init_worker(worker: int, seed: int, rank: int) -> None:
-    """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread."""
+    """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread.
+
+    It leaves the process group, for signals to all of that, Ctrl-C say, are the training process's to answer: it still
+    needs batches until it has saved. Should that process die, the worker notices and ends by itself.
+    """
+    os.setpgrp()
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
     random.seed(worker_seed)
     np.random.seed(worker_seed)

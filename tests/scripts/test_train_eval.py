@@ -87,13 +87,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(scenes, tmp_path, monkeypatch
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", whole, "--device", "cpu") == 0
     process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts/train.py", "--cfg", path, "--work-dir", halves, "--device", "cpu"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [sys.executable, ROOT / "scripts/train.py", "--cfg", path, "--work-dir", halves, "--device", "cpu",
+         "data.workers=2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = halves / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C does, the loader's workers get it too
     assert process.wait() == code
     assert "--resume goes on from there" in process.stderr.read()
     assert torch.load(halves / "last.pth", weights_only=True)["step"] < 24
