@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from losses import at_least_float32
 from models import Detector, DetectorPass
-from models.build import ConfigError
+from models.build import ConfigError, nearest
 from models.layers import kaiming_init
 
 from .method import Method
@@ -16,22 +16,34 @@ class FGD(Method):
 
     Args:
         levels: neck outputs that are distilled, by number; all by default.
+        student_modules, teacher_modules: names of modules whose outputs are distilled in place of neck outputs, pair by
+            pair, `neck.fpn_convs.0.conv` say; the teacher's are the student's when not given.
         temp: temperature of the attention (eq. 5, 6).
         alpha_fgd, beta_fgd: weights of features on objects and on background (eq. 9).
         gamma_fgd: weight of the attention's own imitation (eq. 10).
         lambda_fgd: weight of the global relation (eq. 13). A weight of 0 leaves its part out.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None, temp: float = 0.5,
-                 alpha_fgd: float = 0.001, beta_fgd: float = 0.0005, gamma_fgd: float = 0.001,
+    def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None,
+                 student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
+                 temp: float = 0.5, alpha_fgd: float = 0.001, beta_fgd: float = 0.0005, gamma_fgd: float = 0.001,
                  lambda_fgd: float = 0.000005):
         super().__init__()
-        own, other = student.feature_channels, teacher.feature_channels
-        if len(own) != len(other):
-            raise ConfigError("levels", f"the student has {len(own)} feature levels and the teacher {len(other)}")
-        self.levels = list(range(len(own))) if levels is None else levels
-        if not all(0 <= level < len(own) for level in self.levels):
-            raise ConfigError("levels", f"must be among 0..{len(own) - 1}, not {self.levels}")
+        if student_modules is not None:
+            self.student_modules = tuple(student_modules)
+            self.teacher_modules = tuple(teacher_modules or student_modules)
+            if levels is not None or len(self.student_modules) != len(self.teacher_modules):
+                raise ConfigError("student_modules", "takes the place of levels, and needs one of teacher_modules each")
+            own = [module_channels(student, name, "student_modules") for name in self.student_modules]
+            other = [module_channels(teacher, name, "teacher_modules") for name in self.teacher_modules]
+            self.levels = list(range(len(own)))
+        else:
+            own, other = student.feature_channels, teacher.feature_channels
+            if len(own) != len(other):
+                raise ConfigError("levels", f"the student has {len(own)} feature levels and the teacher {len(other)}")
+            self.levels = list(range(len(own))) if levels is None else levels
+            if not all(0 <= level < len(own) for level in self.levels):
+                raise ConfigError("levels", f"must be among 0..{len(own) - 1}, not {self.levels}")
         self.losses = nn.ModuleList(
             FeatureLoss(own[level], other[level], temp, alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd)
             for level in self.levels)
@@ -39,8 +51,27 @@ class FGD(Method):
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         boxes = [t["boxes"] for t in student.targets]
         sizes = [t["image_size"] for t in student.targets]
-        return {"loss_fgd": sum(loss(student.features[level], teacher.features[level], boxes, sizes)
+        own, other = student.features, teacher.features
+        if self.student_modules:
+            own = [student.modules[name] for name in self.student_modules]
+            other = [teacher.modules[name] for name in self.teacher_modules]
+        return {"loss_fgd": sum(loss(own[level], other[level], boxes, sizes)
                                 for level, loss in zip(self.levels, self.losses))}
+
+
+def module_channels(detector: Detector, name: str, key: str) -> int:
+    """Channels of the map that a detector's module gives: those of its last convolution.
+
+    Raises:
+        ConfigError: there is no such module, or no convolution in it.
+    """
+    modules = dict(detector.named_modules())
+    if name not in modules:
+        raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')
+    convolutions = [module for module in modules[name].modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ConfigError(key, f'"{name}" has no convolution, so the width of its output is unknown')
+    return convolutions[-1].out_channels
 
 
 class FeatureLoss(nn.Module):

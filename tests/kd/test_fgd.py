@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import make_batch, small_detector
+from small_models import make_batch, small_config, small_detector
 
+from kd import build_distiller
 from kd.fgd import FGD, FeatureLoss, attention, box_masks
 from models import ConfigError
 
@@ -217,3 +218,42 @@ def test_refuses(teacher, levels, message):
     teacher = small_detector(**teacher, **({"head": head} if teacher else {}))
     with pytest.raises(ConfigError, match=message):
         FGD(small_detector(), teacher, levels=levels)
+
+
+# --- by module name ---
+
+def make(**arguments):
+    torch.manual_seed(0)
+    teacher = {"model": small_config(), "checkpoint": None}
+    distill = {"teacher": teacher, "methods": [{"type": "FGD", **arguments}]}
+    return build_distiller({"model": small_config(), "distill": distill}).double().train()
+
+
+def by_name(**arguments):
+    model = make(**arguments)
+    for loss in model.methods[0][0].losses:  # the same weights however many losses were made before
+        torch.manual_seed(0)
+        for parameter in loss.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_modules_by_name_are_the_levels_that_they_give():
+    names = ["neck.fpn_convs.1.conv", "neck.fpn_convs.3.conv"]
+    images, targets = make_batch()
+    levels = by_name(levels=[1, 3]).loss(images, targets)["loss_fgd"]
+    modules = by_name(student_modules=names, teacher_modules=names).loss(images, targets)["loss_fgd"]
+    assert torch.equal(levels, modules)
+    backbone = by_name(student_modules=["backbone.layer3"]).loss(images, targets)["loss_fgd"]
+    assert backbone.isfinite() and backbone > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"student_modules": ["neck.fpn_conv.0"]}, 'no module "neck.fpn_conv.0"; did you mean "neck.fpn_convs.0"'),
+    ({"student_modules": ["backbone.relu"]}, "no convolution"),
+    ({"student_modules": ["backbone.layer3"], "levels": [0]}, "takes the place of levels"),
+    ({"student_modules": ["backbone.layer3"], "teacher_modules": ["backbone.layer2", "backbone.layer3"]}, "each"),
+])
+def test_modules_that_cannot_be_distilled(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**arguments)
