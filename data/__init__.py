@@ -1,7 +1,7 @@
 """COCO-format data sets, their transforms, samplers and loader, and the built-in generated data set."""
 
 from data.coco import CocoDataset
-from data.config import DataConfig, Split
+from data.config import DataConfig, Split, read_data_config
 from data.errors import DataError
 from data.loader import build_dataset, build_loader, collate
 from data.paths import find_data
@@ -20,4 +20,5 @@ __all__ = [
     "collate",
     "find_data",
     "generate_scenes",
+    "read_data_config",
 ]

@@ -64,6 +64,8 @@ def build_mimic_losses(head: DenseHead, loss_cls_kd: dict | None, loss_reg_kd: d
     """The losses of `mimic` by name: those said, otherwise the head's published ones."""
     said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
     chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
+    if "loss_center_kd" in chosen and not hasattr(head, "loss_centerness"):
+        raise ConfigError("loss_center_kd", f"{type(head).__name__} predicts no centerness")
     return torch.nn.ModuleDict({name: build(cfg, LOSSES, name) for name, cfg in chosen.items()})
 
 

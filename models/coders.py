@@ -13,8 +13,6 @@ class DeltaXYWHBBoxCoder:
         wh_ratio_clip: decoded sizes stay within this factor of the anchor's, and its inverse.
     """
 
-    encode_size = 4
-
     def __init__(self, target_means: list[float] = (0.0, 0.0, 0.0, 0.0),
                  target_stds: list[float] = (1.0, 1.0, 1.0, 1.0), wh_ratio_clip: float = 16 / 1000):
         self.means, self.stds = list(target_means), list(target_stds)
@@ -38,8 +36,6 @@ class DeltaXYWHBBoxCoder:
 
 class DistancePointBBoxCoder:
     """Distances from a point to the four sides (FCOS, arXiv:1904.01355, eq. 1)."""
-
-    encode_size = 4
 
     def encode(self, points: Tensor, boxes: Tensor, max_dis: float | None = None, eps: float = 0.1) -> Tensor:
         """Distances (..., 4) left, top, right, bottom from points (..., 2); clamped to [0, max_dis - eps] if given."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .build import ConfigError
 from .layers import NormCfg, build_norm, kaiming_init
+from .weights import load_backbone_weights
 
 
 class BasicBlock(nn.Module):
@@ -112,7 +113,6 @@ class ResNet(nn.Module):
         self.out_strides = [4 * 2 ** i for i in self.out_indices]
         self._init_weights(zero_init_residual)
         if weights is not None:
-            from .weights import load_backbone_weights  # it reads any format; a ResNet without weights needs none of it
             load_backbone_weights(self, weights)
         self._freeze()
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, build_dataset, build_loader
+from data import CocoDataset, build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector, without_pretraining
 from models.weights import load_weights
 
@@ -22,8 +22,7 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 @torch.no_grad()
-def detect(model: nn.Module, preprocess: nn.Module, loader, device: torch.device, amp: str = "none",
-           progress: str = "eval") -> list[dict]:
+def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> list[dict]:
     """Detections on every image of a loader, in original pixels, gathered from all processes.
 
     Returns:
@@ -32,8 +31,8 @@ def detect(model: nn.Module, preprocess: nn.Module, loader, device: torch.device
     was_training = model.training
     model.eval()
     results = []
-    for images, targets in tqdm(loader, progress, leave=False, disable=None if distributed.rank() == 0 else True):
-        images = preprocess(images.to(device, non_blocking=True), targets)
+    for images, targets in tqdm(loader, "eval", leave=False, disable=None if distributed.rank() == 0 else True):
+        images = model.preprocess(images.to(device, non_blocking=True), targets)
         with autocast(device, amp):
             found = model.predict(images, targets)
         for target, detections in zip(targets, found):
@@ -114,14 +113,14 @@ def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: 
     """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
-    return coco_figures(detect(detector, detector.preprocess, eval_loader(cfg, dataset), device), dataset)
+    return coco_figures(detect(detector, eval_loader(cfg, dataset), device), dataset)
 
 
-def eval_loader(cfg: dict, dataset: CocoDataset) -> torch.utils.data.DataLoader:
+def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:
     """The loader that an evaluation goes through, this process's share."""
-    size = EvalConfig(**cfg.get("eval", {})).batch_size or cfg["data"].get("batch_size", 2)
-    return build_loader(dataset, size, False, cfg["data"].get("workers", 2), rank=distributed.rank(),
-                        world=distributed.world_size())
+    data = read_data_config(cfg["data"])
+    size = EvalConfig(**cfg.get("eval", {})).batch_size or data.batch_size
+    return build_loader(dataset, size, False, data.workers, rank=distributed.rank(), world=distributed.world_size())
 
 
 def with_classes(cfg: dict, dataset: CocoDataset) -> dict:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import build_dataset, build_loader
+from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
 from models.weights import CheckpointError
 
@@ -138,7 +138,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
 
 def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
     """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
-    results = detect(run.student, run.student.preprocess, run.val_loader, run.device, run.settings.amp)
+    results = detect(run.student, run.val_loader, run.device, run.settings.amp)
     figures = coco_figures(results, run.val_loader.dataset)
     metrics.write({"epoch": epoch, "step": run.step} | figures)
     log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
@@ -155,17 +155,16 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     settings, rank, world = TrainConfig(**cfg.get("train", {})), distributed.rank(), distributed.world_size()
     if cfg.get("data") is None:
         raise ConfigError("data", "missing: what is to be trained on?")
-    data = cfg["data"]
+    data = read_data_config(cfg["data"])
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
     cfg = with_classes(cfg, train_set)
-    val_set = build_dataset(data, "val", training=False) if data.get("val") else None
+    val_set = build_dataset(data, "val", training=False) if data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
         raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
     model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device)
-    batch_size, workers = data.get("batch_size", 2), data.get("workers", 2)
-    optimizer = build_optimizer(cfg.get("optimizer", {}), model, batch_size * world)
-    train_loader = build_loader(train_set, batch_size, True, workers, settings.seed, data.get("group_by_aspect", True),
+    optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world)
+    train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
                                 rank, world)
     return Run(cfg, settings, ScheduleConfig(**cfg.get("schedule", {})), device, work_dir, model, optimizer,
                torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,

@@ -92,8 +92,8 @@ class DenseHead(nn.Module):
         """
         levels, held = [], []
         for level, (cls_feat, reg_feat) in enumerate(zip(cls_feats, reg_feats)):
-            cls_feat, cls_held = self._run_tower(self.cls_convs, cls_feat, layer)
-            reg_feat, reg_held = self._run_tower(self.reg_convs, reg_feat, layer)
+            cls_feat, cls_held = self._run_tower(self.cls_convs, cls_feat, layer, cuts)
+            reg_feat, reg_held = self._run_tower(self.reg_convs, reg_feat, layer, cuts)
             levels.append(self.predict_maps(cls_feat, reg_feat, level))
             held.append((cls_held, reg_held))
         cls, box, centerness = zip(*levels)
@@ -103,13 +103,15 @@ class DenseHead(nn.Module):
                            None if centerness[0] is None else flatten(centerness, 1).squeeze(-1), sizes, kept)
 
     @staticmethod
-    def _run_tower(convs: nn.ModuleList, x: Tensor, layer: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tower's output, and every layer's by number."""
+    def _run_tower(convs: nn.ModuleList, x: Tensor, layer: int, cuts: Sequence[int]) -> tuple[Tensor, dict]:
+        """The tower's output, and by number those of the layers in `cuts`; others are not kept alive."""
         held = {layer: x}
         if layer:
             x = convs[layer - 1].activate(x)
         for i, conv in enumerate(convs[layer:], start=layer + 1):
-            x = held[i] = conv(x)
+            x = conv(x)
+            if i in cuts:
+                held[i] = x
         return x, held
 
     # --- targets ---
@@ -128,8 +130,8 @@ class DenseHead(nn.Module):
             far = image_sizes.flip(-1).unsqueeze(1) + self.allowed_border
             valid = valid & (priors.boxes[:, :2] >= -self.allowed_border).all(-1) & (priors.boxes[:, 2:] < far).all(-1)
             if not valid.any(1).all():
-                raise ValueError("no anchor lies inside an image: check the image and anchor sizes, or set "
-                                 "head.allowed_border: -1 to let all anchors take part")
+                raise ConfigError("model.head.allowed_border", "no anchor lies inside an image: check the image and "
+                                                               "anchor sizes, or set -1 to let all anchors take part")
         return valid
 
     @torch.no_grad()
@@ -137,7 +139,7 @@ class DenseHead(nn.Module):
         """Which anchor learns what.
 
         Raises:
-            ValueError: `allowed_border` leaves an image without anchors.
+            ConfigError: `allowed_border` leaves an image without anchors.
         """
         priors = self.priors(outputs)
         truth = pad_targets(targets, priors.boxes.dtype, priors.boxes.device)

@@ -263,6 +263,7 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
     ({**CROSSKD, "reused_teacher_head_idx": 0}, {}, teacher_entry(neck={"out_channels": 32}), "at layer 0"),
     ({"type": "FGD", "levels": [5]}, {}, teacher_entry(), "levels.*0..4"),
     ({"type": "CrosKD"}, {}, teacher_entry(), 'did you mean "CrossKD"'),
+    ({**CROSSKD, "loss_center_kd": {"type": "CrossEntropyLoss"}}, {}, teacher_entry(), "loss_center_kd.*no centerness"),
     ({"type": "FGD", "alpha": 1.0}, {}, teacher_entry(), 'methods.0.alpha: unknown key'),
     ({"type": "CrossKD", "loss_cls_kd": {"type": "KDQualityFocaLoss"}}, {}, teacher_entry(), "KDQualityFocalLoss"),
     (FGD, {}, {"model": small_config()}, "checkpoint"),
