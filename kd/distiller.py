@@ -1,23 +1,36 @@
 """Student, frozen teachers and any list of methods."""
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models import ConfigError, Detector, ModelConfig, build_detector, without_pretraining
+from models import (
+    ConfigError,
+    Detector,
+    DetectorPass,
+    ModelConfig,
+    Precision,
+    build_detector,
+    without_pretraining,
+)
 from models.build import OneOf, build, check_arguments, split_options
-from models.weights import load_weights
+from models.weights import load_weights, print_once, summary
 
 from .crosskd import CrossKD
+from .cwd import CWD
 from .fgd import FGD
+from .fitnet import FitNet
 from .ld import LD
+from .logits import DKD, KD
+from .method import Method
+from .mgd import MGD
 from .mimic import Mimic
 from .pkd import PKD
+from .schedule import MethodOptions
 
-METHODS = {"CrossKD": CrossKD, "FGD": FGD, "LD": LD, "Mimic": Mimic, "PKD": PKD}
+METHODS = {method.__name__: method for method in (CrossKD, Mimic, LD, KD, DKD, FGD, PKD, MGD, CWD, FitNet)}
 
 
 @dataclass
@@ -29,13 +42,9 @@ class TeacherConfig:
     model: ModelConfig | None = None
     part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
     name: str | None = None    # tells its losses from another teacher's
-
-
-@dataclass
-class MethodOptions:
-    """What every entry of `methods` may say beside its own arguments."""
-
-    name: str | None = None    # tells its losses from another method's of the same kind
+    weight: float = 1.0        # multiplies the losses of all methods with this teacher
+    class_map: list[int] | None = None  # the teacher's class for each of the student's; null: they have the same
+    precision: Precision | None = None  # of its convolutions; null is the student's
 
 
 @dataclass
@@ -45,6 +54,7 @@ class DistillConfig:
     teacher: TeacherConfig | list[TeacherConfig]
     methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
     eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
+    init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD
 
 
 class Distiller(nn.Module):
@@ -53,14 +63,18 @@ class Distiller(nn.Module):
     Teachers are frozen and no part of `parameters()` or `state_dict()`, but they follow `.to()` and its kin.
     """
 
-    def __init__(self, student: Detector, teachers: list[Detector], methods: list[list[nn.Module]],
-                 names: list[list[str]], eval_teacher: bool = True):
-        """`methods` and their `names` are listed for each teacher."""
+    def __init__(self, student: Detector, teachers: list[Detector], methods: list[list[Method]],
+                 options: list[list[MethodOptions]], eval_teacher: bool = True):
+        """`methods` and their `options` are listed for each teacher; every option has a name of its own."""
         super().__init__()
         self.student = student
         self.methods = nn.ModuleList(nn.ModuleList(of_teacher) for of_teacher in methods)
-        self.names = names
+        self.options = options
         self.eval_teacher = eval_teacher
+        self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
+        self.reported: set[tuple[str, str]] = set()  # which method has ever reported which loss
+        self.features: list[Tensor] | None = None    # the student's neck outputs, where `keep_features` asks for them
+        self.keep_features = False
         object.__setattr__(self, "teachers", teachers)  # past nn.Module's registration
         for teacher in teachers:
             teacher.requires_grad_(False)
@@ -81,6 +95,32 @@ class Distiller(nn.Module):
             teacher.train(mode and not self.eval_teacher)
         return super().train(mode)
 
+    def advance(self, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Say where training stands, for the methods' schedules: steps done, of `epochs` epochs."""
+        self.step, self.epoch, self.epochs = step, step / steps_per_epoch, epochs
+
+    def scheduled(self) -> list[tuple[Detector, list[tuple[Method, str, float]]]]:
+        """What runs now: each teacher with its methods, their names and what their losses are multiplied by."""
+        plan = [(teacher, [(method, option.name, option.factor(self.epoch, self.epochs))
+                           for method, option in zip(methods, options) if option.runs(self.step, self.epoch)])
+                for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
+        return [(teacher, entries) for teacher, entries in plan if entries]
+
+    def passes(self, images: Tensor, targets: list[dict]) -> tuple[DetectorPass, list[DetectorPass], dict[str, Tensor]]:
+        """Run the student and the teachers that are needed now.
+
+        Returns:
+            The student's pass, one for each of `scheduled`'s teachers, and the student's losses.
+        """
+        plan = self.scheduled()
+        wanted = [method for _, entries in plan for method, _, _ in entries]
+        student = self.student.run(images, targets, cuts=union(wanted, "student_cuts"),
+                                   modules=union(wanted, "student_modules"))
+        losses = self.student.losses(student)
+        seen = [self._run_teacher(teacher, [method for method, _, _ in entries], images, targets)
+                for teacher, entries in plan]
+        return student, seen, losses
+
     def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
         """The student's losses plus every method's, scalars.
 
@@ -88,20 +128,53 @@ class Distiller(nn.Module):
             images: (N, 3, H, W), normalised by the student's `preprocess`.
             targets: a dict per image.
         """
-        wanted = [method for methods in self.methods for method in methods]
-        student = self.student.run(images, targets, cuts=union(wanted, "student_cuts"),
-                                   modules=union(wanted, "student_modules"))
-        losses = self.student.losses(student)
-        found = []
-        for teacher, methods, names in zip(self.teachers, self.methods, self.names):
-            seen = self._run_teacher(teacher, methods, images, targets)
-            for method, name in zip(methods, names):
-                found += [(key, name, value) for key, value in method(student, seen).items()]
-        times = Counter(key for key, _, _ in found)
-        return losses | {key if times[key] == 1 else f"{key}/{name}": value for key, name, value in found}
+        student, seen, losses = self.passes(images, targets)
+        self.features = student.features if self.keep_features else None
+        found = {}
+        for teacher, (_, entries) in zip(seen, self.scheduled()):
+            for method, name, factor in entries:
+                found |= {(key, name): factor * value for key, value in method(student, teacher).items()}
+        self.reported |= found.keys()
+        return losses | {self.key(key, name): value for (key, name), value in found.items()}
+
+    def key(self, key: str, name: str) -> str:
+        """A loss's name in the result: with the method's behind it where another one reports the same."""
+        return key if sum(other == key for other, _ in self.reported) == 1 else f"{key}/{name}"
+
+    def by_method(self, values: dict) -> dict[str, list]:
+        """The values of each method's losses, picked from a dict like `loss` returns."""
+        found = {}
+        for key, name in sorted(self.reported):
+            if self.key(key, name) in values:
+                found.setdefault(name, []).append(values[self.key(key, name)])
+        return found
+
+    def shares(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each method's share of the total loss, under `share/` and its name."""
+        total = sum(losses.values()).detach()
+        return {f"share/{name}": sum(values).detach() / total for name, values in self.by_method(losses).items()}
+
+    def gradient_norms(self, losses: dict[str, Tensor], scale: float = 1.0) -> dict[str, float]:
+        """Norm of the gradient that the student's own losses and each method's have at its neck's outputs.
+
+        A level that further ones are made of gets their gradient, too.
+
+        Args:
+            losses: of the last `loss`, before their backward; `keep_features` must have been set.
+            scale: they are multiplied by it on their way back, so that fp16 does not lose them.
+        """
+        of_methods = self.by_method(losses)
+        own = losses.keys() - {self.key(key, name) for key, name in self.reported}
+        norms = {}
+        for name, values in ({"student": [losses[key] for key in sorted(own)]} | of_methods).items():
+            gradients = torch.autograd.grad(scale * sum(values), self.features, retain_graph=True, allow_unused=True)
+            parts = [gradient.double().norm() for gradient in gradients if gradient is not None]
+            norms[name] = float(torch.stack(parts).norm()) / scale if parts else 0.0
+        return norms
 
     @torch.no_grad()
-    def _run_teacher(self, teacher: Detector, methods: nn.ModuleList, images: Tensor, targets: list[dict]):
+    def _run_teacher(self, teacher: Detector, methods: list[Method], images: Tensor,
+                     targets: list[dict]) -> DetectorPass:
         images = teacher.preprocess.convert(images, targets, self.student.preprocess)
         return teacher.run(images, targets, cuts=union(methods, "teacher_cuts"),
                            modules=union(methods, "teacher_modules"), with_head=any(m.teacher_head for m in methods))
@@ -114,7 +187,7 @@ class Distiller(nn.Module):
         return self.loss(images, targets) if self.training else self.predict(images, targets)
 
 
-def union(methods, attribute: str) -> tuple:
+def union(methods: list[Method], attribute: str) -> tuple:
     """What any of the methods asks for, each once."""
     return tuple(dict.fromkeys(item for method in methods for item in getattr(method, attribute)))
 
@@ -134,9 +207,32 @@ def build_distiller(cfg: dict) -> Distiller:
     methods = [build_methods(distill["methods"], student, teacher) for teacher in teachers]
     of_methods = unique_names(distill["methods"], "distill.methods", [entry["type"] for entry in distill["methods"]])
     of_teachers = unique_names(entries, "distill.teacher", ["teacher"] * len(entries))
-    names = [of_methods if len(entries) == 1 else [f"{teacher}/{method}" for method in of_methods]
-             for teacher in of_teachers]
-    return Distiller(student, teachers, methods, names, distill.get("eval_teacher", True))
+    options = []
+    for teacher, entry in zip(of_teachers, entries):
+        common = [MethodOptions(**split_options(method, MethodOptions)[0]) for method in distill["methods"]]
+        options.append([replace(own, name=name if len(entries) == 1 else f"{teacher}/{name}",
+                                weight=own.weight * entry.get("weight", 1.0)) for own, name in zip(common, of_methods)])
+    if distill.get("init_student"):
+        inherit(student, teachers[0])
+    return Distiller(student, teachers, methods, options, distill.get("eval_teacher", True))
+
+
+@torch.no_grad()
+def inherit(student: Detector, teacher: Detector) -> None:
+    """FGD's inheriting strategy (arXiv:2111.11837, section 4.1): the student's neck and head start as the teacher's.
+
+    What the teacher lacks or has in another shape is left as it is, and said.
+    """
+    wanted = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.")}
+    given = teacher.state_dict()
+    kept = []
+    for name, value in wanted.items():
+        if name in given and given[name].shape == value.shape:
+            value.copy_(given[name])
+        else:
+            kept.append(name)
+    line = f"the student's neck and head start from the teacher's weights: {len(wanted) - len(kept)} of {len(wanted)}"
+    print_once(f"{line} tensors" + (f"; left as they were, of another shape: {summary(kept)}" if kept else ""))
 
 
 def unique_names(entries: list[dict], key: str, kinds: list[str]) -> list[str]:
@@ -157,10 +253,24 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
     if (entry.get("cfg") is None) == (entry.get("model") is None):
         raise ConfigError("distill.teacher", "needs either cfg, a configuration file, or model, the section itself")
     model = entry["model"] if entry.get("cfg") is None else teacher_model(entry["cfg"])
+    class_map = entry.get("class_map")
+    if class_map is not None:
+        if len(class_map) != num_classes:
+            raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
+                                                           f"{num_classes} classes")
+        if model["head"].get("num_classes") is None:
+            raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: say "
+                                                           "model.head.num_classes in its configuration")
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
     teacher = build_detector(without_pretraining(model))
     if entry["checkpoint"] is not None:
         load_weights(teacher, entry["checkpoint"], entry.get("part"))
+    if class_map is not None:
+        try:
+            teacher.bbox_head.select_classes(class_map)
+        except ConfigError as error:
+            raise ConfigError("distill.teacher.class_map", error.problem) from None
+    teacher.precision = entry.get("precision")
     return teacher
 
 
@@ -174,7 +284,7 @@ def teacher_model(path: str) -> dict:
         raise ConfigError("distill.teacher.cfg", str(error)) from None
 
 
-def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> list[nn.Module]:
+def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> list[Method]:
     """The methods of one student-teacher pair."""
     methods = []
     for i, entry in enumerate(entries):

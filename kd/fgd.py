@@ -1,13 +1,15 @@
 """FGD: focal and global knowledge distillation for detectors (Yang et al., arXiv:2111.11837)."""
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses import at_least_float32
 from models import Detector, DetectorPass
-from models.build import ConfigError, nearest
 from models.layers import kaiming_init
 
+from .features import adapter
 from .method import Method
 
 
@@ -15,76 +17,48 @@ class FGD(Method):
     """Feature imitation on neck outputs, weighted by where the teacher attends and by objects, plus global relation.
 
     Args:
-        levels: neck outputs that are distilled, by number; all by default.
-        student_modules, teacher_modules: names of modules whose outputs are distilled in place of neck outputs, pair by
-            pair, `neck.fpn_convs.0.conv` say; the teacher's are the student's when not given.
+        levels, student_modules, teacher_modules: the maps that are distilled, see `FeaturePairs`.
         temp: temperature of the attention (eq. 5, 6).
         alpha_fgd, beta_fgd: weights of features on objects and on background (eq. 9).
         gamma_fgd: weight of the attention's own imitation (eq. 10).
         lambda_fgd: weight of the global relation (eq. 13). A weight of 0 leaves its part out.
+        adapter_kernel: size of the convolution to the teacher's width where the widths differ.
     """
 
     def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None,
                  student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
                  temp: float = 0.5, alpha_fgd: float = 0.001, beta_fgd: float = 0.0005, gamma_fgd: float = 0.001,
-                 lambda_fgd: float = 0.000005):
+                 lambda_fgd: float = 0.000005, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
-        if student_modules is not None:
-            self.student_modules = tuple(student_modules)
-            self.teacher_modules = tuple(teacher_modules or student_modules)
-            if levels is not None or len(self.student_modules) != len(self.teacher_modules):
-                raise ConfigError("student_modules", "takes the place of levels, and needs one of teacher_modules each")
-            own = [module_channels(student, name, "student_modules") for name in self.student_modules]
-            other = [module_channels(teacher, name, "teacher_modules") for name in self.teacher_modules]
-            self.levels = list(range(len(own)))
-        else:
-            own, other = student.feature_channels, teacher.feature_channels
-            if len(own) != len(other):
-                raise ConfigError("levels", f"the student has {len(own)} feature levels and the teacher {len(other)}")
-            self.levels = list(range(len(own))) if levels is None else levels
-            if not all(0 <= level < len(own) for level in self.levels):
-                raise ConfigError("levels", f"must be among 0..{len(own) - 1}, not {self.levels}")
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, None)
+        self.part_weights = {"alpha_fgd": alpha_fgd, "beta_fgd": beta_fgd, "gamma_fgd": gamma_fgd,
+                             "lambda_fgd": lambda_fgd}
         self.losses = nn.ModuleList(
-            FeatureLoss(own[level], other[level], temp, alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd)
-            for level in self.levels)
+            FeatureLoss(own, other, temp, alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd, adapter_kernel)
+            for own, other in zip(self.pairs.student_channels, self.pairs.teacher_channels))
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         boxes = [t["boxes"] for t in student.targets]
         sizes = [t["image_size"] for t in student.targets]
-        own, other = student.features, teacher.features
-        if self.student_modules:
-            own = [student.modules[name] for name in self.student_modules]
-            other = [teacher.modules[name] for name in self.teacher_modules]
-        return {"loss_fgd": sum(loss(own[level], other[level], boxes, sizes)
-                                for level, loss in zip(self.levels, self.losses))}
+        return {"loss_fgd": sum(loss(own, other, boxes, sizes)
+                                for loss, (own, other) in zip(self.losses, self.pairs(student, teacher)))}
 
-
-def module_channels(detector: Detector, name: str, key: str) -> int:
-    """Channels of the map that a detector's module gives: those of its last convolution.
-
-    Raises:
-        ConfigError: there is no such module, or no convolution in it.
-    """
-    modules = dict(detector.named_modules())
-    if name not in modules:
-        raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')
-    convolutions = [module for module in modules[name].modules() if isinstance(module, nn.Conv2d)]
-    if not convolutions:
-        raise ConfigError(key, f'"{name}" has no convolution, so the width of its output is unknown')
-    return convolutions[-1].out_channels
+    def weights(self) -> dict[str, float]:
+        return self.part_weights
 
 
 class FeatureLoss(nn.Module):
     """FGD on one level. Parameter names are the original's."""
 
     def __init__(self, student_channels: int, teacher_channels: int, temp: float = 0.5, alpha_fgd: float = 0.001,
-                 beta_fgd: float = 0.0005, gamma_fgd: float = 0.001, lambda_fgd: float = 0.000005):
+                 beta_fgd: float = 0.0005, gamma_fgd: float = 0.001, lambda_fgd: float = 0.000005,
+                 adapter_kernel: int = 1):
         super().__init__()
         self.temp = temp
         self.alpha_fgd, self.beta_fgd, self.gamma_fgd, self.lambda_fgd = alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd
         self.align = None
         if student_channels != teacher_channels:
-            self.align = nn.Conv2d(student_channels, teacher_channels, 1)
+            self.align = adapter(student_channels, teacher_channels, adapter_kernel)
         if lambda_fgd:
             self.conv_mask_s, self.channel_add_conv_s = context_block(teacher_channels)
             self.conv_mask_t, self.channel_add_conv_t = context_block(teacher_channels)
@@ -105,9 +79,6 @@ class FeatureLoss(nn.Module):
     def terms(self, student: Tensor, teacher: Tensor, boxes: list[Tensor],
               image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The four parts whose weight is not zero, unweighted: `fg`, `bg`, `mask`, `relation`."""
-        if student.shape[-2:] != teacher.shape[-2:]:
-            raise ValueError(f"FGD: the student's map is {tuple(student.shape[-2:])} and the teacher's "
-                             f"{tuple(teacher.shape[-2:])}")
         if self.align is not None:
             student = self.align(student)
         student, teacher = at_least_float32(student), at_least_float32(teacher)

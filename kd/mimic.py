@@ -7,8 +7,8 @@ from losses import LOSSES
 from models import Detector, DetectorPass
 from models.build import OneOf
 
-from .crosskd import build_mimic_losses, check_same_predictions, mimic
 from .method import Method
+from .predictions import build_mimic_losses, check_same_predictions, mimic
 
 
 class Mimic(Method):
@@ -26,7 +26,8 @@ class Mimic(Method):
                  loss_center_kd: Annotated[dict, OneOf(LOSSES)] | None = None):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "Mimic")
-        self.losses = build_mimic_losses(teacher.bbox_head, loss_cls_kd, loss_reg_kd, loss_center_kd)
+        centerness = student.bbox_head.has_centerness and teacher.bbox_head.has_centerness
+        self.losses = build_mimic_losses(teacher.bbox_head, centerness, loss_cls_kd, loss_reg_kd, loss_center_kd)
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
-        return mimic(student.outputs, student, teacher, self.losses)
+        return mimic(student.outputs, student.head, student, teacher, self.losses)

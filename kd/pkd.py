@@ -1,34 +1,28 @@
 """PKD: distillation via the Pearson correlation coefficient (Cao et al., arXiv:2207.02039)."""
+from typing import Literal
+
 from torch import Tensor
 
 from losses import PKDLoss
 from models import Detector, DetectorPass
-from models.build import ConfigError
 
 from .method import Method
 
 
 class PKD(Method):
-    """Neck outputs are compared with each channel's mean and deviation over the batch taken out.
+    """Maps are compared with each channel's mean and deviation over the batch taken out.
 
     Args:
-        loss_weight: weight of the loss, summed over levels.
-        levels: neck outputs that are distilled, by number; all by default.
+        loss_weight: weight of the loss, summed over maps.
+        levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0,
-                 levels: list[int] | None = None):
+                 levels: list[int] | None = None, student_modules: list[str] | None = None,
+                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
-        own, other = student.feature_channels, teacher.feature_channels
-        self.levels = list(range(len(own))) if levels is None else levels
-        if not all(0 <= level < min(len(own), len(other)) for level in self.levels):
-            raise ConfigError("levels", f"{self.levels} are not all among the student's {len(own)} and the teacher's "
-                                        f"{len(other)}")
-        for level in self.levels:
-            if own[level] != other[level]:
-                raise ConfigError("levels", f"level {level} has {own[level]} channels in the student and "
-                                            f"{other[level]} in the teacher: give both necks one width")
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
         self.loss = PKDLoss(loss_weight)
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
-        return {"loss_feat_kd": sum(self.loss(student.features[i], teacher.features[i]) for i in self.levels)}
+        return {"loss_feat_kd": sum(self.loss(own, other) for own, other in self.pairs(student, teacher))}

@@ -11,6 +11,9 @@ from .distill import (
     KDQualityFocalLoss,
     KnowledgeDistillationKLDivLoss,
     PKDLoss,
+    binary_kd_loss,
+    channel_wise_divergence,
+    dkd_loss,
     kd_kl_div_loss,
     kd_quality_focal_loss,
     pkd_loss,
@@ -25,9 +28,10 @@ LOSSES = {loss.__name__: loss for loss in (
     DIoULoss, CIoULoss, KDQualityFocalLoss, KnowledgeDistillationKLDivLoss)}
 
 __all__ = [
-    "LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss", "IoULoss",
-    "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss", "SmoothL1Loss",
-    "aligned_iou", "at_least_float32", "binary_cross_entropy", "ciou_loss", "diou_loss", "distribution_focal_loss",
-    "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes",
-    "pkd_loss", "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
+    "LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss",
+    "IoULoss", "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss",
+    "SmoothL1Loss", "aligned_iou", "at_least_float32", "binary_cross_entropy", "binary_kd_loss",
+    "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss", "dkd_loss", "giou_loss",
+    "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes", "pkd_loss",
+    "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
 ]

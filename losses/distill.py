@@ -55,6 +55,64 @@ def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     return F.mse_loss(normalised(pred), normalised(target.detach())) / 2
 
 
+def channel_wise_divergence(pred: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
+    """KL divergence of each channel's distribution over places, times tau^2 (CWD, arXiv:2011.13256, eq. 3, 4).
+
+    Averaged over channels and images.
+
+    Args:
+        pred, target: maps (N, C, H, W) of student and teacher.
+        tau: temperature.
+    """
+    pred = (at_least_float32(pred).flatten(2) / tau).log_softmax(-1)
+    target = (at_least_float32(target).detach().flatten(2) / tau).softmax(-1)
+    return F.kl_div(pred, target, reduction="none").sum(-1).mean() * tau ** 2
+
+
+def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 1.0,
+                   reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
+    """KL divergence of softened sigmoids times T^2: Hinton's distillation (arXiv:1503.02531) of two outcomes a class.
+
+    Args:
+        pred, target: (..., C) logits of student and teacher.
+        weight: (...) or (..., C).
+        T: temperature.
+    """
+    pred, target = at_least_float32(pred) / T, at_least_float32(target).detach() / T
+    loss = F.binary_cross_entropy_with_logits(pred, target.sigmoid(), reduction="none")
+    loss = loss - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")
+    return reduce_loss(loss * T ** 2, weight, reduction, avg_factor)
+
+
+def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 1.0,
+             beta: float = 8.0, T: float = 4.0, reduction: str = "mean",
+             avg_factor: float | Tensor | None = None) -> Tensor:
+    """Decoupled distillation of softened class probabilities times T^2 (DKD, arXiv:2203.08679, eq. 5, 7).
+
+    Args:
+        pred, target: (..., C) logits of student and teacher, C at least 2.
+        labels: (...) int64, the true classes.
+        weight: (...).
+        alpha: weight of the divergence between the true class and all others together.
+        beta: weight of the divergence among the others.
+        T: temperature.
+    """
+    pred, target = at_least_float32(pred) / T, at_least_float32(target).detach() / T
+    true = F.one_hot(labels, pred.shape[-1]).bool()
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of true and not true (..., 2), and of the classes given that it is not true (..., C)."""
+        others = logits.masked_fill(true, float("-inf"))
+        both = torch.stack([logits.masked_fill(~true, float("-inf")).logsumexp(-1), others.logsumexp(-1)], -1)
+        return both.log_softmax(-1), others.log_softmax(-1).masked_fill(true, 0)
+
+    (own, own_others), (teacher, teacher_others) = parts(pred), parts(target)
+    target_class = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1)
+    # The true class has no share among the others: its entries are zero on both sides.
+    other_classes = (teacher_others.exp().masked_fill(true, 0) * (teacher_others - own_others)).sum(-1)
+    return reduce_loss((alpha * target_class + beta * other_classes) * T ** 2, weight, reduction, avg_factor)
+
+
 class PKDLoss(nn.Module):
     """`pkd_loss` times `loss_weight`."""
 

@@ -84,6 +84,10 @@ class MaxIoUAssigner:
         # An image without boxes is all background, its ignored regions too.
         return assigned.masked_fill(~real.any(1, keepdim=True), NEGATIVE)
 
+    def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
+        """The IoU (N, G) from which an anchor may learn each box."""
+        return boxes.new_full(boxes.shape[:2], self.pos_iou_thr)
+
     def _low_quality(self, overlaps: Tensor, best_box: Tensor, assigned: Tensor) -> Tensor:
         best, best_anchor = overlaps.max(dim=2, keepdim=True)
         if self.gt_max_assign_all:
@@ -116,28 +120,42 @@ class ATSSAssigner:
         if not valid.is_cuda and not valid.all():
             return self._per_image(priors, valid, boxes, real, ignored, ignored_real)
         assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long, device=valid.device)
-        box_centers = (boxes[..., :2] + boxes[..., 2:]) / 2
-        distances = (priors.centers - box_centers.unsqueeze(2)).pow(2).sum(-1).sqrt()  # (N, G, P)
+        region = None
         if self.ignore_iof_thr > 0 and ignored.shape[1]:
             region = in_ignored_region(priors.boxes, ignored, ignored_real, self.ignore_iof_thr)
             region &= real.any(1, keepdim=True)
-            distances.masked_fill_(region.unsqueeze(1), FAR)
             assigned.masked_fill_(region, IGNORED)
-        distances.masked_fill_(~valid.unsqueeze(1), float("inf"))
-
-        candidates = self._nearest(distances, priors.level_sizes)  # (N, G, C)
-        chosen = valid.unsqueeze(1).expand_as(distances).gather(2, candidates)
-        overlaps = pairwise_overlap(boxes.unsqueeze(2), priors.boxes[candidates]).squeeze(2)  # (N, G, C)
+        candidates, chosen, overlaps = self._candidates(priors, valid, boxes, region)
         positive = chosen & (overlaps >= self._threshold(overlaps, chosen).unsqueeze(-1))
         points = priors.centers[candidates]
         sides = torch.cat([points - boxes[:, :, None, :2], boxes[:, :, None, 2:] - points], dim=-1)
         positive &= (sides.amin(-1) > 0.01) & real.unsqueeze(-1)
 
         # An anchor wanted by several boxes goes to the one that it overlaps most.
-        best = overlaps.new_full(distances.shape, -1).scatter_(
+        best = overlaps.new_full((*boxes.shape[:2], valid.shape[1]), -1).scatter_(
             2, candidates, torch.where(positive, overlaps, overlaps.new_tensor(-1)))
         best, best_box = best.max(dim=1)
         return torch.where(best >= 0, best_box, assigned)
+
+    def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
+        """The IoU (N, G) from which an anchor may learn each box."""
+        _, chosen, overlaps = self._candidates(priors, valid, boxes)
+        return self._threshold(overlaps, chosen)
+
+    def _candidates(self, priors: Priors, valid: Tensor, boxes: Tensor,
+                    far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each box's nearest anchors: their indices, whether they are valid, and their IoU with it, (N, G, C) each.
+
+        Anchors of `far` (N, P) are taken only where nothing else is left.
+        """
+        box_centers = (boxes[..., :2] + boxes[..., 2:]) / 2
+        distances = (priors.centers - box_centers.unsqueeze(2)).pow(2).sum(-1).sqrt()  # (N, G, P)
+        if far is not None:
+            distances.masked_fill_(far.unsqueeze(1), FAR)
+        distances.masked_fill_(~valid.unsqueeze(1), float("inf"))
+        candidates = self._nearest(distances, priors.level_sizes)
+        chosen = valid.unsqueeze(1).expand_as(distances).gather(2, candidates)
+        return candidates, chosen, pairwise_overlap(boxes.unsqueeze(2), priors.boxes[candidates]).squeeze(2)
 
     def _per_image(self, priors: Priors, valid: Tensor, *truth: Tensor) -> Tensor:
         """The same, image by image, on each image's valid anchors alone.

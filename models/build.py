@@ -55,8 +55,11 @@ def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
     return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self"}
 
 
-def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = ()) -> None:
+def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = (),
+                    beside: Iterable[str] = ()) -> None:
     """Check that `call(**args)` makes sense; `derived` are the parameters that the program itself gives.
+
+    `beside` are names that would be valid in the same place, for advice only.
 
     Raises:
         ConfigError: an unknown argument, a value of the wrong type, or a missing required argument.
@@ -68,7 +71,7 @@ def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] 
         path = f"{key}.{name}" if key else str(name)
         full = ALIASES.get(name, name)
         if full not in known:
-            raise ConfigError(path, f"unknown key; {nearest(name, known)}")
+            raise ConfigError(path, f"unknown key; {nearest(name, [*known, *beside])}")
         check_value(value, known[full], path)
     given = {ALIASES.get(name, name) for name in args} | set(derived)
     for name, (_, default) in parameters(call).items():
@@ -87,7 +90,7 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
         check_arguments(choice.common, options, key)
-    check_arguments(table[kind], args, key, choice.derived)
+    check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:

@@ -1,9 +1,10 @@
 """A dense detector: backbone, neck, head."""
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .build import ConfigError, OneOf, build, check_arguments
@@ -16,6 +17,7 @@ from .targets import Assignment
 
 BACKBONES = {"ResNet": ResNet}
 NECKS = {"FPN": FPN}
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass
@@ -45,12 +47,19 @@ class DetectorPass:
     def head(self) -> DenseHead:
         return self.detector.bbox_head
 
+    def run_head(self, layer: int, cls_feats: Sequence[Tensor], reg_feats: Sequence[Tensor]) -> HeadOutputs:
+        """Predictions of this detector's head from other features, see `DenseHead.run_from`."""
+        with self.detector.autocast():
+            return self.head.run_from(layer, cls_feats, reg_feats)
+
 
 class Detector(nn.Module):
     """Backbone, optional neck, dense head and pixel statistics.
 
     `forward` gives losses in training and detections in evaluation; `loss` and `predict` do the same by name.
     """
+
+    precision: Precision | None = None  # of its convolutions; None is what surrounds it
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
                  test: TestConfig):
@@ -61,6 +70,14 @@ class Detector(nn.Module):
     def feature_channels(self) -> list[int]:
         """Channels of each of `extract_features`' maps."""
         return (self.backbone if self.neck is None else self.neck).out_channels
+
+    def autocast(self) -> AbstractContextManager:
+        """A context in which this detector's own precision holds."""
+        if self.precision is None:
+            return nullcontext()
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.bfloat16)
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype, enabled=self.precision != "fp32")
 
     def extract_features(self, images: Tensor) -> list[Tensor]:
         """Maps (N, C, H_l, W_l) that the head works on, finest first."""
@@ -76,7 +93,7 @@ class Detector(nn.Module):
             modules: names of submodules whose outputs are kept.
             with_head: run the head too.
         """
-        with self._watch(modules) as seen:
+        with self.autocast(), self._watch(modules) as seen:
             features = self.extract_features(images)
             outputs = self.bbox_head(features, cuts) if with_head else None
         return DetectorPass(self, images, targets, features, outputs, modules=seen)

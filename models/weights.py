@@ -28,7 +28,9 @@ __all__ = [
     "load_backbone_weights",
     "load_weights",
     "open_checkpoint",
+    "print_once",
     "read_checkpoint",
+    "summary",
 ]
 
 # State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions.
@@ -55,9 +57,9 @@ class LoadReport:
         line = f"loaded {self.format} checkpoint {self.source}: {self.matched} of {self.total} tensors"
         kept = self.missing + [name for name, _, _ in self.mismatched]
         if kept:
-            line += f"; left as they were: {_summary(kept)}"
+            line += f"; left as they were: {summary(kept)}"
         if self.unexpected:
-            line += f"; in the file only: {_summary(self.unexpected)}"
+            line += f"; in the file only: {summary(self.unexpected)}"
         return line
 
 
@@ -91,7 +93,7 @@ def load_weights(
         for name, value in wanted.items():
             if name in weights and name not in refused:
                 value.copy_(weights[name])
-    _say(str(report))
+    print_once(str(report))
     return report
 
 
@@ -172,7 +174,7 @@ def _check(report: LoadReport, allow_missing: list[str]) -> None:
         return
     shapes = [f"{name} (model {ours}, file {theirs})" for name, ours, theirs in mismatched]
     groups = {"missing": missing, "other shapes for": shapes, "in the file only": report.unexpected}
-    problems = "; ".join(f"{what} {_summary(names)}" for what, names in groups.items() if names)
+    problems = "; ".join(f"{what} {summary(names)}" for what, names in groups.items() if names)
     raise CheckpointError(
         f"{report.format} checkpoint {report.source} does not fit the model, "
         f"{report.matched} of {report.total} tensors match: {problems}. "
@@ -180,13 +182,13 @@ def _check(report: LoadReport, allow_missing: list[str]) -> None:
     )
 
 
-def _summary(names: list[str]) -> str:
+def summary(names: list[str]) -> str:
     """`3 (a, b, c)`, cut after a few; names come from files, so each is kept to one line."""
     shown = ", ".join(one_line(name, 120) for name in names[:_SHOWN])
     return f"{len(names)} ({shown}{', ...' if len(names) > _SHOWN else ''})"
 
 
-def _say(line: str) -> None:
+def print_once(line: str) -> None:
     """Prints once, not once per process."""
     if (
         not (torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -3,10 +3,12 @@ import copy
 
 import torch
 
+from kd import Distiller, build_distiller
 from models import build_detector
 
 CLASSES = 3
-HEADS = {"GFLHead": {"norm_cfg": {"type": "GN", "num_groups": 4}, "reg_max": 8}, "RetinaHead": {}}
+GROUPS = {"norm_cfg": {"type": "GN", "num_groups": 4}}
+HEADS = {"GFLHead": GROUPS | {"reg_max": 8}, "RetinaHead": {}, "ATSSHead": GROUPS, "FCOSHead": GROUPS}
 
 
 def small_config(kind="GFLHead", depth=18, width=16, **sections) -> dict:
@@ -66,3 +68,46 @@ def gradients(model, losses: dict) -> dict:
     model.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def teacher_entry(head: str = "GFLHead", name: str | None = None, head_: dict | None = None, **sections) -> dict:
+    """An entry of `distill.teacher` for an untrained small detector; `head_` adds to its head's section."""
+    if head_ is not None:
+        sections["head"] = head_
+    return {"model": small_config(head, **sections), "checkpoint": None} | ({} if name is None else {"name": name})
+
+
+def small_distiller(*methods: dict, head: str = "GFLHead", teacher: dict | list | None = None, seed: int = 0,
+                    dtype: torch.dtype = torch.float64, student: dict | None = None, **distill) -> Distiller:
+    """A distiller in training, all its detectors with lively heads."""
+    torch.manual_seed(seed)
+    teacher = teacher_entry(head) if teacher is None else teacher
+    model = build_distiller({"model": small_config(head, **(student or {})),
+                             "distill": {"teacher": teacher, "methods": list(methods), **distill}})
+    for i, detector in enumerate([model.student, *model.teachers]):
+        enliven(detector, seed + i)
+    return model.to(dtype).train()
+
+
+def falls(model: Distiller, share: float = 0.96) -> dict:
+    """Twenty steps on the methods' losses alone (an untrained teacher contradicts the boxes) lower their sum.
+
+    How far they get depends on the method, CWD and boxes of an untrained teacher by a few per cent only.
+    """
+    batch = make_batch(dtype=torch.float32)
+    before = [copy.deepcopy(teacher.state_dict()) for teacher in model.teachers]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.002)
+    history = []
+    for step in range(20):
+        model.advance(step, 10, 2)
+        torch.manual_seed(0)  # one mask of MGD throughout
+        losses = model(*batch)
+        total = sum(sum(values) for values in model.by_method(losses).values())
+        history.append(total.item())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert sum(history[-3:]) / 3 < share * max(history[:3]), history
+    for teacher, state in zip(model.teachers, before):
+        assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
+    return losses

@@ -21,6 +21,8 @@ class ATSSHead(DenseHead):
     """
 
     box_channels = 4
+    classifier = "atss_cls"
+    has_centerness = True
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
                    "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0},
@@ -52,7 +54,7 @@ class ATSSHead(DenseHead):
         self.atss_reg = nn.Conv2d(self.tower_channels, anchors * 4, 3, padding=1)
         self.atss_centerness = nn.Conv2d(self.tower_channels, anchors, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in self.prior_generator.strides)
-        self.init_weights(self.atss_cls, prior_bias(0.01))
+        self.init_weights(prior_bias(0.01))
 
     def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         box = at_least_float32(self.scales[level](self.atss_reg(reg_feat)))

@@ -27,6 +27,14 @@ class HeadOutputs:
     # Tower features at the cuts asked for: layer -> (classification, regression) maps of every level.
     cuts: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
+    def cls_maps(self) -> list[Tensor]:
+        """Class logits as maps (N, A*C, H, W), a level each."""
+        n, _, classes = self.cls.shape
+        anchors = self.cls.shape[1] // sum(h * w for h, w in self.sizes)
+        levels = self.cls.split([h * w * anchors for h, w in self.sizes], dim=1)
+        return [level.reshape(n, h, w, anchors * classes).permute(0, 3, 1, 2)
+                for level, (h, w) in zip(levels, self.sizes)]
+
 
 class DenseHead(nn.Module):
     """Base of the heads. A head adds its last convolutions, its losses and its decoding.
@@ -41,6 +49,11 @@ class DenseHead(nn.Module):
         restrict_to_pad: anchors of cells beyond an image's own `pad_size` do not take part.
     """
 
+    # Name of the convolution that gives the class scores, and what a score is the probability of.
+    classifier: str
+    score_meaning = "the class"
+    has_centerness = False
+    box_form = "boxes in pixels"  # what `box_space` gives
     # What of the `test` section is this head's own when not said.
     test_defaults: dict = {}
     # The published losses of CrossKD and mimicking on this head.
@@ -66,11 +79,25 @@ class DenseHead(nn.Module):
         self.in_channels = in_channels
         self.tower_channels = feat_channels if stacked_convs else in_channels
 
-    def init_weights(self, classifier: nn.Conv2d, prior: float) -> None:
+    def init_weights(self, prior: float) -> None:
         """Normal weights of deviation 0.01; the classifier starts at the score that `prior` is the bias of."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                normal_init(module, bias=prior if module is classifier else 0.0)
+                normal_init(module, bias=prior if module is getattr(self, self.classifier) else 0.0)
+
+    @torch.no_grad()
+    def select_classes(self, class_map: Sequence[int]) -> None:
+        """Keep some classes only: class k is from now on what class `class_map[k]` was.
+
+        Raises:
+            ConfigError: an entry that is no class of this head.
+        """
+        if not class_map or not all(0 <= k < self.num_classes for k in class_map):
+            raise ConfigError("class_map", f"must name classes among 0..{self.num_classes - 1}, not {list(class_map)}")
+        conv = getattr(self, self.classifier)
+        rows = torch.arange(conv.out_channels).view(-1, self.num_classes)[:, list(class_map)].flatten()
+        conv.weight, conv.bias = nn.Parameter(conv.weight[rows]), nn.Parameter(conv.bias[rows])
+        conv.out_channels, self.num_classes = len(rows), len(class_map)
 
     # --- forward ---
 
@@ -175,9 +202,13 @@ class DenseHead(nn.Module):
         """Boxes (..., 4) xyxy in input pixels from predictions (..., D) of the given anchors."""
         raise NotImplementedError
 
+    def boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+        """Boxes (N, P, 4) xyxy in input pixels."""
+        return self.decode(outputs.box, priors)
+
     def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         """Box predictions in the form in which two heads of this kind are compared: decoded boxes (N, P, 4)."""
-        return self.decode(outputs.box, priors)
+        return self.boxes(outputs, priors)
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
                 loss: nn.Module) -> Tensor:

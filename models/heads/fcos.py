@@ -28,6 +28,8 @@ class FCOSHead(DenseHead):
     """
 
     box_channels = 4
+    classifier = "conv_cls"
+    has_centerness = True
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 0.4},
                    "loss_reg_kd": {"type": "IoULoss", "loss_weight": 0.75}}
@@ -49,6 +51,7 @@ class FCOSHead(DenseHead):
         if len(regress_ranges) != len(strides):
             raise ConfigError("regress_ranges", f"needs one per stride, {len(strides)}")
         self.norm_on_bbox, self.centerness_on_reg = norm_on_bbox, centerness_on_reg
+        self.box_form = f"distances in {'strides' if norm_on_bbox else 'pixels'}"
         # Points are the centres of anchors, whose size nobody asks for.
         self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)
         self.bbox_coder = DistancePointBBoxCoder()
@@ -60,7 +63,7 @@ class FCOSHead(DenseHead):
         self.conv_reg = nn.Conv2d(self.tower_channels, 4, 3, padding=1)
         self.conv_centerness = nn.Conv2d(self.tower_channels, 1, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in strides)
-        self.init_weights(self.conv_cls, prior_bias(0.01))
+        self.init_weights(prior_bias(0.01))
 
     def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         box = at_least_float32(self.scales[level](self.conv_reg(reg_feat)))

@@ -23,6 +23,8 @@ class GFLHead(DenseHead):
         Others: see `DenseHead`.
     """
 
+    classifier = "gfl_cls"
+    score_meaning = "the class times the IoU"
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {
         "loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
@@ -42,6 +44,7 @@ class GFLHead(DenseHead):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
         self.reg_max, self.box_channels = reg_max, 4 * (reg_max + 1)
+        self.box_form = f"distributions over {reg_max + 1} distances"
         self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
         if self.prior_generator.num_anchors != 1:
             raise ConfigError("anchor_generator", "GFLHead predicts one box per cell: one scale and one ratio")
@@ -53,7 +56,7 @@ class GFLHead(DenseHead):
         self.gfl_cls = nn.Conv2d(self.tower_channels, num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(self.tower_channels, self.box_channels, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in self.prior_generator.strides)
-        self.init_weights(self.gfl_cls, prior_bias(0.01))
+        self.init_weights(prior_bias(0.01))
 
     def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, None]:
         return self.gfl_cls(cls_feat), at_least_float32(self.scales[level](self.gfl_reg(reg_feat))), None

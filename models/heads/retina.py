@@ -26,6 +26,7 @@ class RetinaHead(DenseHead):
     """
 
     box_channels = 4
+    classifier = "retina_cls"
     test_defaults = {"nms_iou_threshold": 0.5}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
                    "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0}}
@@ -55,7 +56,7 @@ class RetinaHead(DenseHead):
         anchors = self.prior_generator.num_anchors
         self.retina_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(self.tower_channels, anchors * 4, 3, padding=1)
-        self.init_weights(self.retina_cls, prior_bias(0.01))
+        self.init_weights(prior_bias(0.01))
         if ema_normalizer is not None:
             self.register_buffer("loss_normalizer", torch.tensor(100.0))
 

@@ -136,7 +136,7 @@ def bad_annotations(folder, text):
     ("no teacher", "no such checkpoint file: nowhere.pth"),
     ("class count", "model.head.num_classes"),
     ("nothing to resume", "no checkpoint to resume from"),
-    ("impossible pair", "kind of head"),
+    ("impossible pair", "do not mean the same"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(trained, scenes, tmp_path, monkeypatch, capsys, case, expected):
     path, work_dir, _ = trained

@@ -1,0 +1,75 @@
+"""Predictions of one head against another's: what may be compared, and CrossKD's losses on them."""
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from losses import LOSSES, at_least_float32
+from models import DenseHead, DetectorPass, HeadOutputs
+from models.build import ConfigError, build
+
+
+def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, boxes: bool = True) -> None:
+    """Refuse two heads whose outputs do not mean the same.
+
+    Args:
+        boxes: whether boxes are compared, beside class scores.
+    Raises:
+        ConfigError: saying what differs.
+    """
+    meaning = {"class score is the probability of": (student.score_meaning, teacher.score_meaning),
+               "number of classes is": (student.num_classes, teacher.num_classes),
+               "strides of the levels are": (student.prior_generator.strides, teacher.prior_generator.strides),
+               "number of anchors per cell is": (student.prior_generator.num_anchors,
+                                                 teacher.prior_generator.num_anchors)}
+    if boxes and student.box_channels != teacher.box_channels:
+        meaning["boxes are predicted as"] = (student.box_form, teacher.box_form)
+    for what, (own, other) in meaning.items():
+        if own != other:
+            advice = "; give the teacher a class_map" if "classes" in what else ""
+            raise ConfigError("", f"{method} compares predictions one by one, and those of the student's "
+                                  f"{type(student).__name__} and the teacher's {type(teacher).__name__} do not mean "
+                                  f"the same: the student's {what} {own}, the teacher's {other}{advice}")
+
+
+def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | None, loss_reg_kd: dict | None,
+                       loss_center_kd: dict | None) -> torch.nn.ModuleDict:
+    """The losses of `mimic` by name: those said, otherwise the published ones of the teacher's head.
+
+    Args:
+        centerness: whether both sides predict it.
+    """
+    said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
+    chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
+    if not centerness:
+        if loss_center_kd is not None:
+            raise ConfigError("loss_center_kd", "centerness is not predicted on both sides")
+        chosen.pop("loss_center_kd", None)
+    return torch.nn.ModuleDict({name: build(cfg, LOSSES, name) for name, cfg in chosen.items()})
+
+
+def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher: DetectorPass,
+          losses: Mapping[str, torch.nn.Module]) -> dict[str, Tensor]:
+    """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
+
+    Classes count wherever the student's assignment has not ignored the anchor; boxes count there as much as the
+    teacher believes in an object; centerness counts on positives.
+
+    Args:
+        outputs: predictions on the student's features, by `head`.
+    """
+    assignment, target = student.assignment, teacher.outputs
+    weight = at_least_float32(target.cls).amax(-1).sigmoid() * (assignment.label_weights != 0)
+    # Heads of different kinds have only decoded boxes in common.
+    form = "box_space" if head.box_form == teacher.head.box_form else "boxes"
+    own, other = (getattr(made_by, form)(made, made_by.priors(made))
+                  for made_by, made in ((head, outputs), (teacher.head, target)))
+    found = {
+        "loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
+                                             avg_factor=student.head.kd_normalizer(assignment)),
+        "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
+    if "loss_center_kd" in losses:
+        found["loss_center_kd"] = losses["loss_center_kd"](
+            outputs.centerness, target.centerness.detach().sigmoid(), assignment.positive,
+            avg_factor=assignment.avg_factor)
+    return found
