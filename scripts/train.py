@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from kd.engine import cli
+from kd.engine.check import check
 from kd.engine.checkpoint import newest_checkpoint
 from kd.engine.config import load_config
 from kd.engine.train import train
@@ -12,8 +13,13 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go; default: runs/ and --cfg's name")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
+    parser.add_argument("--check", action="store_true",
+                        help="show what would be trained and distilled, take two steps, write nothing, and exit")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
+    if args.check:
+        print(check(cfg, cli.choose_device(args.device)))
+        return
     work_dir = args.work_dir or Path("runs") / Path(args.cfg).stem
     resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)
     if resume_from is None and (work_dir / "last.pth").exists():

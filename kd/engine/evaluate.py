@@ -104,8 +104,16 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
     if cfg.get("data") is None:
         raise ConfigError("data", "missing: what is to be evaluated on?")
     dataset = build_dataset(cfg["data"], "val", training=False)
-    detector = build_detector(without_pretraining(with_classes(cfg, dataset)["model"]))
+    class_map = EvalConfig(**cfg.get("eval", {})).class_map
+    if class_map is None:
+        cfg = with_classes(cfg, dataset)
+    elif len(class_map) != dataset.num_classes or cfg["model"]["head"].get("num_classes") is None:
+        raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
+                                            f"{dataset.num_classes} classes, and model.head.num_classes to be said")
+    detector = build_detector(without_pretraining(cfg["model"]))
     load_weights(detector, checkpoint, part)
+    if class_map is not None:
+        detector.bbox_head.select_classes(class_map)
     return detector.to(device).eval(), dataset
 
 

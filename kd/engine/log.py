@@ -47,11 +47,13 @@ class Meter:
     """Means of the losses and images per second since the last look, without asking the device at every step."""
 
     def __init__(self):
-        self.sums, self.steps, self.images, self.start = {}, 0, 0, time.perf_counter()
+        self.sums, self.counts, self.steps, self.images = {}, {}, 0, 0
+        self.start = time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1  # a method need not run at every step
         self.steps += 1
         self.images += images
 
@@ -61,7 +63,7 @@ class Meter:
         Raises:
             TrainingError: a loss is not finite.
         """
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
         if broken:
             raise TrainingError(f"{', '.join(broken)} within the last {self.steps} steps: lower optimizer.lr, set "

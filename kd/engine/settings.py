@@ -12,6 +12,8 @@ class TrainConfig:
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     grad_clip: float | None = None                  # largest norm of the whole gradient; null does not clip
     log_every: int = 10                             # steps between lines of metrics.jsonl and the log
+    check_images: int = 100                         # the teacher's AP on so many is shown before the first step; 0: off
+    grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never
 
 
 @dataclass
@@ -20,3 +22,4 @@ class EvalConfig:
 
     every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
     batch_size: int | None = None  # images per step; null is data.batch_size. The figures do not depend on it
+    class_map: list[int] | None = None  # eval.py: the detector's class for each of the data's; null: they are the same

@@ -1,10 +1,10 @@
-"""The training loop. Everything that happens in a step is in `train_epoch`, in order."""
+"""The training loop. Everything that happens in a step is in `train_step`, in order."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from .log import Meter, Metrics, open_log, provenance
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import EvalConfig, TrainConfig
 from .signals import Stopped, StopSignals
+from .start import starting_points
 from .summary import count_parameters
 
 
@@ -42,8 +43,12 @@ class Run:
     best: float = -1.0         # AP of the best evaluation
 
     @property
+    def distiller(self) -> Distiller | None:
+        return self.model if isinstance(self.model, Distiller) else None
+
+    @property
     def student(self) -> Detector:
-        return self.model.student if isinstance(self.model, Distiller) else self.model
+        return self.model.student if self.distiller else self.model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,8 +78,12 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     log.info(describe(run))
     model = run.model
     if distributed.world_size() > 1:
-        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        # A method that does not run at a step leaves its adapters without a gradient.
+        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                        find_unused_parameters=run.distiller is not None)
 
+    if run.distiller and run.step == 0 and run.settings.check_images and run.val_loader is not None:
+        log.info(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
     figures, last = {}, run.settings.epochs - 1
     if run.step >= run.settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all of its epochs are done already: a larger train.epochs goes on")
@@ -93,7 +102,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings, device, preprocess = run.settings, run.device, run.student.preprocess
+    settings = run.settings
     model.train()
     run.evaluated = False
     run.train_loader.batch_sampler.epoch, run.train_loader.batch_sampler.start = epoch, done
@@ -101,24 +110,11 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
     bar = tqdm(run.train_loader, f"epoch {epoch + 1}/{settings.epochs}", run.steps_per_epoch, initial=done, leave=False,
                disable=None if distributed.rank() == 0 else True)
     for images, targets in bar:
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(run.schedule, run.step, run.steps_per_epoch)
-        images = preprocess(images.to(device, non_blocking=True), targets)
-        targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
-                   for t in targets]
-        with autocast(device, settings.amp):
-            losses = model(images, targets)
-            total = sum(value for name, value in losses.items() if "loss" in name)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(total).backward()
-        run.scaler.unscale_(run.optimizer)
-        if settings.grad_clip is not None:
-            nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.step += 1
-
-        meter.add(losses | {"loss": total}, len(images))
+        losses, norms = train_step(run, model, images, targets)
+        meter.add(losses, len(images))
+        if norms:
+            metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
+            log.info("gradient norms at the neck: %s", " ".join(f"{k} {v:.3g}" for k, v in norms.items()))
         if run.step % settings.log_every == 0:
             record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
             metrics.write(record)
@@ -134,6 +130,42 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
     if meter.steps:
         meter.read()
     save(run, "last.pth")
+
+
+def train_step(run: Run, model: nn.Module, images: Tensor, targets: list[dict]) -> tuple[dict, dict[str, float]]:
+    """One optimiser step.
+
+    Args:
+        model: the run's, or what wraps it.
+        images: uint8 (N, 3, H, W).
+    Returns:
+        The losses, their sum, `loss`, and each method's share of it; gradient norms at the neck where they are due.
+    """
+    settings, device, distiller = run.settings, run.device, run.distiller
+    # What is random in a step (a method's masks, a backbone's dropped paths) follows from its number, on every process
+    # differently, so that a resumed run repeats it.
+    torch.manual_seed(hash((settings.seed, run.step, distributed.rank())))
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor(run.schedule, run.step, run.steps_per_epoch)
+    norms_due = bool(distiller and settings.grad_norm_every and run.step % settings.grad_norm_every == 0)
+    if distiller:
+        distiller.advance(run.step, run.steps_per_epoch, settings.epochs)
+        distiller.keep_features = norms_due
+    images = run.student.preprocess(images.to(device, non_blocking=True), targets)
+    targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+    with autocast(device, settings.amp):
+        losses = model(images, targets)
+        total = sum(value for name, value in losses.items() if "loss" in name)
+    norms = distiller.gradient_norms(losses, run.scaler.get_scale()) if norms_due else {}
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(total).backward()
+    run.scaler.unscale_(run.optimizer)
+    if settings.grad_clip is not None:
+        nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+    return losses | {"loss": total} | (distiller.shares(losses) if distiller else {}), norms
 
 
 def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
@@ -179,11 +211,12 @@ def save(run: Run, name: str) -> None:
     """Write the run's state into its work dir."""
     if distributed.rank() != 0:
         return
-    methods = run.model.methods.state_dict() if isinstance(run.model, Distiller) else {}
+    methods, reported = (run.distiller.methods.state_dict(), run.distiller.reported) if run.distiller else ({}, ())
     save_checkpoint(run.work_dir / name, {
-        "model": run.student.state_dict(), "methods": methods, "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "step": run.step, "steps_per_epoch": run.steps_per_epoch,
-        "evaluated": run.evaluated, "best": run.best, "config": run.cfg, "classes": run.train_loader.dataset.classes})
+        "model": run.student.state_dict(), "methods": methods, "reported": sorted(reported),
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg,
+        "classes": run.train_loader.dataset.classes})
 
 
 def restore(run: Run, state: dict, path: Path) -> None:
@@ -197,8 +230,9 @@ def restore(run: Run, state: dict, path: Path) -> None:
                               f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
     try:
         run.student.load_state_dict(state["model"])
-        if isinstance(run.model, Distiller):
-            run.model.methods.load_state_dict(state["methods"])
+        if run.distiller:
+            run.distiller.methods.load_state_dict(state["methods"])
+            run.distiller.reported = {(key, name) for key, name in state["reported"]}
         run.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
@@ -212,10 +246,10 @@ def describe(run: Run) -> str:
     data = run.train_loader.dataset
     lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
              f"{run.settings.epochs} epochs on {run.device}",
-             f"{'student' if isinstance(run.model, Distiller) else 'detector'}: "
+             f"{'student' if run.distiller else 'detector'}: "
              f"{count_parameters(run.student) / 1e6:.2f} M parameters"]
-    if isinstance(run.model, Distiller):
-        for teacher, methods in zip(run.model.teachers, run.model.methods):
+    if run.distiller:
+        for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             lines.append(f"teacher: {count_parameters(teacher) / 1e6:.2f} M parameters, "
                          f"distilled by {', '.join(type(m).__name__ for m in methods)}")
     if data.num_dropped_boxes:

@@ -1,0 +1,64 @@
+"""A look at a training run before it is started: what learns what from where, what it takes, and that it works."""
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from . import distributed
+from .evaluate import autocast
+from .start import starting_points
+from .train import Run, build_run, describe, train_step
+
+
+def check(cfg: dict, device: torch.device) -> str:
+    """Build what a configuration trains, take two steps and detect on one batch. Nothing is written.
+
+    Returns:
+        For people: the models, the teachers' AP, what each method compares, losses, time and memory.
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input.
+    """
+    device = distributed.start_processes(device)
+    run = build_run(cfg, Path(), device)
+    run.model.train()
+    lines = [describe(run)]
+    images, targets = next(iter(run.train_loader))
+    if run.distiller:
+        if run.val_loader is not None and run.settings.check_images:
+            lines.append(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
+        lines += describe_methods(run, images, targets)
+    train_step(run, run.model, images, targets)  # warms up
+    start = time.perf_counter()
+    losses, _ = train_step(run, run.model, images, targets)
+    lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
+    seconds = time.perf_counter() - start
+    if run.val_loader is not None:
+        run.model.eval()
+        images, targets = next(iter(run.val_loader))
+        with torch.no_grad(), autocast(device, run.settings.amp):
+            found = run.model.predict(run.student.preprocess(images.to(device), targets), targets)
+        lines.append(f"evaluation: {sum(len(d['boxes']) for d in found)} detections on {len(found)} images")
+    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {peak_memory(device):.2f} GiB")
+    return "\n".join(lines)
+
+
+def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> list[str]:
+    """What every method compares with what, and its weights."""
+    model, lines = run.distiller, []
+    batch = run.student.preprocess(images.to(run.device), targets)
+    with torch.no_grad(), autocast(run.device, run.settings.amp):
+        student, teachers, _ = model.passes(batch, targets)
+        for i, (teacher, (_, entries)) in enumerate(zip(teachers, model.scheduled())):
+            for method, name, factor in entries:
+                weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
+                lines.append(f"{name} ({type(method).__name__}) from teacher {i}: times {factor:g} now; {weights}")
+                lines += [f"  {line}" for line in method.links(student, teacher)]
+    return lines
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that was in use so far, in GiB: on CUDA the device's, otherwise this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20

@@ -1,0 +1,40 @@
+"""What teachers and student reach before the first step: a teacher that is no teacher shows here, not after days."""
+from dataclasses import replace
+
+import torch
+
+from data import build_dataset, read_data_config
+from models import Detector
+
+from ..distiller import Distiller
+from .evaluate import coco_figures, detect, eval_loader
+
+SUSPICIOUS = 0.01  # an AP below this is no teacher's
+
+
+def starting_points(model: Distiller, cfg: dict, images: int, device: torch.device, amp: str) -> str:
+    """AP of every teacher and of the student on the first `images` of data.val, in lines for people."""
+    data = read_data_config(cfg["data"])
+    first = replace(data.val, first=min(images, data.val.first or images))
+    dataset = build_dataset(replace(data, val=first), "val", training=False)
+
+    def points(detector: Detector) -> float | None:
+        return coco_figures(detect(detector, eval_loader(cfg, dataset), device, amp), dataset)["AP"]
+
+    lines = [f"AP on the first {len(dataset)} images of data.val, before training"]
+    for i, teacher in enumerate(model.teachers):
+        classes = teacher.bbox_head.num_classes
+        if classes != dataset.num_classes:
+            lines.append(f"  teacher {i}: none, it has {classes} classes and the data {dataset.num_classes}: "
+                         "distill.teacher.class_map would say which are which")
+            continue
+        ap = points(teacher)
+        lines.append(f"  teacher {i}: {show(ap)}")
+        if ap is not None and ap < SUSPICIOUS:
+            lines.append("  WARNING: this teacher detects next to nothing. Are its weights, the order of its classes "
+                         "and its preprocess (means, channel order) those that it was trained with?")
+    return "\n".join([*lines, f"  student:   {show(points(model.student))}"])
+
+
+def show(ap: float | None) -> str:
+    return "no objects to measure it on" if ap is None else f"{100 * ap:.1f}"

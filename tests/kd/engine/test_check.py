@@ -1,0 +1,108 @@
+"""What a run shows before it starts: the teacher's AP, and all of `--check`."""
+import json
+
+import pytest
+from runs import config, model, run_script, write_config
+
+from data import generate_scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return generate_scenes(tmp_path_factory.mktemp("scenes"), train=8, val=6, size=(64, 64))
+
+
+def distilled(scenes, **teacher):
+    return config(scenes, 1, {
+        "teacher": {"model": model(), "checkpoint": None} | teacher,
+        "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD", "weight": 0.5}]})
+
+
+def test_check_shows_everything_and_writes_nothing(scenes, tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path / "cfg.yaml", distilled(scenes))
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu", "train.check_images=4") == 0
+    printed = capsys.readouterr().out
+    for expected in (
+            "AP on the first 4 images of data.val, before training", "teacher 0: 0.0", "WARNING", "student:   0.0",
+            "CrossKD0 (CrossKD) from teacher 0: times 1 now; losses.loss_cls_kd 1, losses.loss_reg_kd 4",
+            "classification tower after 1 convolutions, finest of 5 levels (4, 16, 8, 8) <- teacher",
+            "through the teacher's layers 2.. of its head: student class scores (4, 86, 6) <- teacher class scores",
+            "FGD1 (FGD) from teacher 0: times 0.5 now; alpha_fgd 0.001, beta_fgd 0.0005, gamma_fgd 0.001",
+            "student neck output 4 (4, 16, 1, 1) <- teacher neck output 4 (4, 16, 1, 1)",
+            "loss_cls ", "loss_fgd ", "share/CrossKD0 ", "detections on 4 images", "peak memory", " s; "):
+        assert expected in printed, expected
+    assert [p.name for p in tmp_path.iterdir()] == ["cfg.yaml"]
+
+
+def test_check_of_a_plain_detector(scenes, tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path / "cfg.yaml", config(scenes, 1))
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "loss_dfl" in printed and "peak memory" in printed and "teacher" not in printed
+
+
+@pytest.mark.parametrize("images, expected", [(100, "AP on the first 6 images"), (2, "AP on the first 2 images"),
+                                              (0, None)])
+def test_a_run_begins_with_the_teachers_ap(scenes, tmp_path, monkeypatch, images, expected):
+    path = write_config(tmp_path / "cfg.yaml", distilled(scenes))
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / "run", "--device", "cpu",
+                      f"train.check_images={images}") == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert (expected in log) if expected else ("before training" not in log)
+    assert log.index("before training") < log.index("step 1/") if expected else True
+
+
+def test_a_teacher_of_other_classes_cannot_be_measured_without_a_map(scenes, tmp_path, monkeypatch, capsys):
+    teacher = model()
+    teacher["head"]["num_classes"] = 9
+    cfg = distilled(scenes, model=teacher)
+    cfg["distill"]["methods"] = [{"type": "FGD"}]
+    path = write_config(tmp_path / "cfg.yaml", cfg)
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
+    assert "teacher 0: none, it has 9 classes and the data 6: distill.teacher.class_map" in capsys.readouterr().out
+
+
+def test_shares_and_gradient_norms_are_logged(scenes, tmp_path, monkeypatch):
+    path = write_config(tmp_path / "cfg.yaml", distilled(scenes))
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / "run", "--device", "cpu",
+                      "train.grad_norm_every=2", "train.epochs=2", "train.check_images=0") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:
+        own = line["loss_cls_kd"] + line["loss_reg_kd"]
+        assert line["share/CrossKD0"] == pytest.approx(own / line["loss"], rel=1e-5)
+        assert line["share/FGD1"] == pytest.approx(line["loss_fgd"] / line["loss"], rel=1e-5)
+    norms = [line for line in lines if "grad_norm/student" in line]
+    assert [line["step"] for line in norms] == [1, 3] and len(steps) == 4
+    assert all(line[f"grad_norm/{name}"] > 0 for line in norms for name in ("student", "CrossKD0", "FGD1"))
+
+
+def test_a_detector_of_more_classes_is_evaluated_by_a_class_map(scenes, tmp_path, monkeypatch, capsys):
+    """Six of nine classes, in another order: the figures are those of the detector that has only these."""
+    import torch
+
+    from models import build_detector
+    wide, narrow = config(scenes), config(scenes)
+    for cfg, classes in ((wide, 9), (narrow, 6)):
+        cfg["model"]["head"]["num_classes"] = classes
+    torch.manual_seed(0)
+    detector = build_detector(wide["model"])
+    torch.nn.init.normal_(detector.bbox_head.gfl_cls.weight)
+    torch.nn.init.zeros_(detector.bbox_head.gfl_cls.bias)
+    torch.save(detector.state_dict(), tmp_path / "wide.pth")
+    class_map = [8, 0, 3, 4, 1, 2]
+    detector.bbox_head.select_classes(class_map)
+    torch.save(detector.state_dict(), tmp_path / "narrow.pth")
+    figures = []
+    for cfg, name, extra in ((wide, "wide", [f"eval.class_map={class_map}"]), (narrow, "narrow", [])):
+        path, out = write_config(tmp_path / f"{name}.yaml", cfg), tmp_path / f"{name}.json"
+        assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / f"{name}.pth", "--out", out,
+                          "--device", "cpu", *extra) == 0
+        figures.append(json.loads(out.read_text()))
+    assert figures[0] == figures[1] and figures[0]["AR100"] > 0
+    capsys.readouterr()
+    path = tmp_path / "wide.yaml"
+    assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / "wide.pth",
+                      "eval.class_map=[1, 2]") == 2
+    assert "eval.class_map: has 2 entries" in capsys.readouterr().err
