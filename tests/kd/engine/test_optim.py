@@ -23,6 +23,16 @@ def test_norm_and_bias_can_be_spared():
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.01), (3, 0.0)]
 
 
+def test_biases_can_have_their_own_rate_and_decay_and_those_of_norms_keep_the_plain_ones():
+    net = model()
+    groups = build_optimizer({"lr": 0.1, "weight_decay": 0.01, "bias_lr_mult": 2, "bias_decay_mult": 0}, net,
+                             4).param_groups
+    plain, bias = groups
+    assert (plain["lr"], plain["initial_lr"], plain["weight_decay"]) == (0.1, 0.1, 0.01)
+    assert (bias["lr"], bias["initial_lr"], bias["weight_decay"]) == (0.2, 0.2, 0.0)
+    assert len(plain["params"]) == 3 and bias["params"] == [net[2].bias]
+
+
 def test_the_learning_rate_scales_with_the_batch_if_asked():
     assert build_optimizer({"lr": 0.01, "base_batch_size": 16}, model(), 4).param_groups[0]["lr"] == 0.0025
     assert build_optimizer({"lr": 0.01}, model(), 4).param_groups[0]["lr"] == 0.01
@@ -40,3 +50,9 @@ def test_schedule():
     assert factors[4] == 1 and factors[19] == 1
     assert factors[20] == pytest.approx(0.1) and factors[29] == pytest.approx(0.1)
     assert factors[30] == pytest.approx(0.01)
+
+
+def test_a_constant_warm_up_ends_at_once():
+    schedule = ScheduleConfig(warmup_steps=5, warmup_factor=0.25, warmup="constant", milestones=[2], gamma=0.1)
+    factors = [lr_factor(schedule, step, steps_per_epoch=3) for step in range(7)]
+    assert factors == pytest.approx([0.25, 0.25, 0.25, 0.25, 1, 1, 0.1])
