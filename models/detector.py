@@ -15,7 +15,7 @@ from .preprocess import Preprocess
 from .resnet import ResNet
 from .targets import Assignment
 
-BACKBONES = {"ResNet": ResNet}
+BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet}  # a ResNeXt is a ResNet with groups
 NECKS = {"FPN": FPN}
 Precision = Literal["fp32", "fp16", "bf16"]
 

@@ -1,4 +1,4 @@
-"""ResNet 18 to 152 (arXiv:1512.03385) with torchvision's parameter names."""
+"""ResNet 18 to 152 (arXiv:1512.03385) and ResNeXt (arXiv:1611.05431) with torchvision's parameter names."""
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,18 +30,23 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride is on the 3x3 (pytorch) or the first 1x1 (caffe)."""
+    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride is on the 3x3 (pytorch) or the first 1x1 (caffe).
+
+    The 3x3 has `groups` groups of `group_width` channels each; by default one of `channels`.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg):
+    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg, groups: int = 1,
+                 group_width: int | None = None):
         super().__init__()
         stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride1, bias=False)
-        self.bn1 = build_norm(norm_cfg, channels)[1]
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride2, 1, bias=False)
-        self.bn2 = build_norm(norm_cfg, channels)[1]
-        self.conv3 = nn.Conv2d(channels, channels * 4, 1, bias=False)
+        width = (group_width or channels) * groups
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride1, bias=False)
+        self.bn1 = build_norm(norm_cfg, width)[1]
+        self.conv2 = nn.Conv2d(width, width, 3, stride2, 1, groups=groups, bias=False)
+        self.bn2 = build_norm(norm_cfg, width)[1]
+        self.conv3 = nn.Conv2d(width, channels * 4, 1, bias=False)
         self.bn3 = build_norm(norm_cfg, channels * 4)[1]
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, channels * 4, stride, norm_cfg)
@@ -67,7 +72,7 @@ DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (B
 
 
 class ResNet(nn.Module):
-    """ResNet features.
+    """ResNet features; with `groups` those of a ResNeXt (32x4d: `groups` 32, `base_width` 4).
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -80,13 +85,17 @@ class ResNet(nn.Module):
         norm_cfg: BN, SyncBN, FrozenBN or GN, see `build_norm`.
         style: where a bottleneck has its stride, see `Bottleneck`.
         zero_init_residual: the last norm of each block starts at zero.
+        groups: groups of a bottleneck's 3x3 convolutions.
+        base_width: channels of each group in the first stage, doubled at each further one; when not given 4, and
+            without groups `base_channels`.
         weights: backbone weights to start from, see `models.weights.load_backbone_weights`.
     """
 
     def __init__(self, depth: int, base_channels: int = 64, stem_channels: int | None = None, num_stages: int = 4,
                  out_indices: tuple[int, ...] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = True,
                  norm_cfg: str | dict = "BN", style: Literal["pytorch", "caffe"] = "pytorch",
-                 zero_init_residual: bool = True, weights: str | None = None):
+                 zero_init_residual: bool = True, groups: int = 1, base_width: int | None = None,
+                 weights: str | None = None):
         super().__init__()
         if depth not in DEPTHS:
             raise ConfigError("depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
@@ -95,6 +104,11 @@ class ResNet(nn.Module):
         if not out_indices or not all(0 <= i < num_stages for i in out_indices):
             raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
         block, counts = DEPTHS[depth]
+        if block is BasicBlock and (groups != 1 or base_width is not None):
+            raise ConfigError("groups", f"and base_width are for the bottlenecks of depth 50 and up, not for {depth}")
+        if groups < 1 or (base_width is not None and base_width < 1):
+            raise ConfigError("groups", f"and base_width must be 1 or more, not {groups} and {base_width}")
+        base_width = base_width or (base_channels if groups == 1 else 4)
         self.num_stages, self.out_indices = num_stages, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         channels = stem_channels or base_channels
@@ -104,9 +118,10 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         for i, count in enumerate(counts[:num_stages]):
             width = base_channels * 2 ** i
+            bottleneck = {"groups": groups, "group_width": base_width * 2 ** i} if block is Bottleneck else {}
             blocks = []
             for j in range(count):
-                blocks.append(block(channels, width, 2 if i and not j else 1, style, norm_cfg))
+                blocks.append(block(channels, width, 2 if i and not j else 1, style, norm_cfg, **bottleneck))
                 channels = width * block.expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.out_channels = [base_channels * 2 ** i * block.expansion for i in self.out_indices]

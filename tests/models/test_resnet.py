@@ -21,6 +21,16 @@ def randomised(model):
     return model
 
 
+def torchvision_features(model, x):
+    """Outputs of the four stages of torchvision's ResNet."""
+    x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+    outs = []
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        x = layer(x)
+        outs.append(x)
+    return outs
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_shapes(depth):
     model = ResNet(depth, base_channels=4, stem_channels=6).eval()
@@ -41,11 +51,8 @@ def test_equals_torchvision(depth):
     ours.load_state_dict(state, strict=True)  # the same names and shapes
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        outs = ours.eval()(x)
-        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
-        for i, out in enumerate(outs):
-            x = getattr(theirs, f"layer{i + 1}")(x)
-            torch.testing.assert_close(out, x)
+        for out, expected in zip(ours.eval()(x), torchvision_features(theirs, x), strict=True):
+            torch.testing.assert_close(out, expected)
 
 
 def test_names_of_every_depth_are_torchvisions():
@@ -54,6 +61,37 @@ def test_names_of_every_depth_are_torchvisions():
             theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
         ours = ResNet(depth, base_channels=1).state_dict().keys()
         assert list(ours) == [key for key in theirs if not key.startswith("fc.")]
+
+
+@pytest.mark.parametrize("name, args", [
+    ("resnext50_32x4d", {"depth": 50, "groups": 32, "base_width": 4}),
+    ("resnext101_64x4d", {"depth": 101, "groups": 64, "base_width": 4}),
+    ("wide_resnet50_2", {"depth": 50, "base_width": 128})])
+def test_groups_equal_torchvisions_resnext(name, args):
+    with torch.device("meta"):  # nothing is initialised: the weights are filled below, and given to ours as they are
+        theirs, ours = torchvision.models.get_model(name), ResNet(**args)
+    theirs = theirs.to_empty(device="cpu").eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in theirs.state_dict().values():
+            if value.dim() == 4:  # spread so that a layer leaves the size of its input as it is
+                value.uniform_(-1, 1, generator=g).mul_(2.4 / value[0].numel() ** 0.5)
+            elif value.is_floating_point():
+                value.uniform_(0.5, 1, generator=g)
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours.load_state_dict(state, strict=True, assign=True)
+    x = torch.randn(1, 3, 64, 64, generator=g)
+    with torch.no_grad():
+        for out, expected in zip(ours.eval()(x), torchvision_features(theirs, x), strict=True):
+            assert 0.1 < expected.std() < 1e4
+            torch.testing.assert_close(out, expected)
+
+
+def test_a_resnext_shrinks_with_its_base_channels():
+    model = ResNet(50, base_channels=8, groups=4, base_width=2)
+    assert [getattr(model, f"layer{i}")[0].conv2.out_channels for i in range(1, 5)] == [8, 16, 32, 64]
+    assert model.layer1[0].conv2.groups == 4 and model.out_channels == [32, 64, 128, 256]
+    assert ResNet(50, base_channels=8, groups=2).layer1[0].conv2.out_channels == 8  # two groups of 4, as in mmdet
 
 
 @pytest.mark.parametrize("style, strides", [("pytorch", (1, 2)), ("caffe", (2, 1))])
@@ -133,6 +171,9 @@ def test_initialisation(depth, block, last):
 @pytest.mark.parametrize("args, key", [
     ({"depth": 20}, "depth"), ({"depth": 18, "frozen_stages": 5}, "frozen_stages"),
     ({"depth": 18, "out_indices": (0, 4)}, "out_indices"), ({"depth": 18, "out_indices": ()}, "out_indices"),
+    ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and up, not for 18"),
+    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*1 or more, not 0"),
+    ({"depth": 50, "base_width": 0}, "base_width must be 1 or more, not 1 and 0"),
     ({"depth": 18, "norm_cfg": "BM"}, 'unknown norm "BM".*BN'),
     ({"depth": 18, "norm_cfg": {"type": "BN", "epsilon": 1}}, 'did you mean "eps"'),
     ({"depth": 18, "base_channels": 4, "norm_cfg": {"type": "GN", "num_groups": 3}}, "3 groups")])
