@@ -14,18 +14,28 @@ from .checkpoint_unpickler import CheckpointError, one_line
 _CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
-_OPEN_MMLAB = {
-    "detectron2/resnet50_caffe": "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth",
-    "detectron2/resnet101_caffe": "https://download.openmmlab.com/pretrain/third_party/resnet101_msra-6cc46731.pth",
+_OPEN_MMLAB_FOLDER = "https://download.openmmlab.com/pretrain/third_party/"
+_OPEN_MMLAB = {  # mmcv's names of backbones that are here too
+    "detectron/resnet50_caffe": "resnet50_caffe-788b5fa3.pth",
+    "detectron/resnet101_caffe": "resnet101_caffe-3ad79236.pth",
+    "detectron2/resnet50_caffe": "resnet50_msra-5891d200.pth",
+    "detectron2/resnet101_caffe": "resnet101_msra-6cc46731.pth",
+    "detectron2/resnext101_32x8d": "resnext101_32x8d-1516f1aa.pth",
+    "resnext50_32x4d": "resnext50-32x4d-0ab1a123.pth",
+    "resnext101_32x4d": "resnext101_32x4d-a5af3160.pth",
+    "resnext101_64x4d": "resnext101_64x4d-ee2c6f71.pth",
 }
 
 
 def local_path(source: str | os.PathLike) -> str:
     """The file behind `source`: a path as it is, or a URL's file in torch hub's cache, downloaded if need be.
 
-    Besides http(s) it knows the names `torchvision://resnet50` (ImageNet weights, version 1, as in mmdet's
-    configurations), `detectron2://ImageNetPretrained/MSRA/R-50.pkl` and `open-mmlab://detectron2/resnet50_caffe`.
-    Raises `CheckpointError` for an unknown name, and if the download fails.
+    Besides http(s) it knows these names, and raises `CheckpointError` for an unknown one and if the download fails:
+    - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
+      configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
+      `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
+    - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
+    - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
     """
     source = os.fspath(source)
     scheme, separator, name = source.partition("://")
@@ -42,18 +52,27 @@ def local_path(source: str | os.PathLike) -> str:
             raise CheckpointError(
                 f"unknown checkpoint {source}: known are {', '.join(f'open-mmlab://{name}' for name in _OPEN_MMLAB)}"
             )
-        return _download(_OPEN_MMLAB[name])
+        return _download(_OPEN_MMLAB_FOLDER + _OPEN_MMLAB[name])
     raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
 
 
 def _torchvision_url(name: str) -> str:
     import torchvision  # here, because reading a local file needs none of its models
 
-    known = torchvision.models.list_models(module=torchvision.models, include="resnet*")
-    if name not in known:
-        near = get_close_matches(name, known, 1) or known
-        raise CheckpointError(f"torchvision has no ResNet {one_line(name, 60)!r}; known: {', '.join(near)}")
-    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    model, _, version = name.partition("/")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        near = get_close_matches(model, known, 1) or known
+        raise CheckpointError(
+            f"torchvision has no classification model {one_line(model, 60)!r}; known: {', '.join(near)}"
+        )
+    versions = torchvision.models.get_model_weights(model).__members__  # DEFAULT is among them, as an alias
+    version = version or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in versions else "DEFAULT")
+    if version not in versions:
+        raise CheckpointError(
+            f"torchvision has no weights {one_line(version, 60)!r} of {model}; known: {', '.join(versions)}"
+        )
+    return versions[version].url
 
 
 def _download(url: str) -> str:

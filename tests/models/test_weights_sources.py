@@ -150,6 +150,12 @@ def asked(monkeypatch):
     [
         ("torchvision://resnet18", "https://download.pytorch.org/models/resnet18-f37072fd.pth"),
         ("torchvision://resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth"),  # version 1
+        ("torchvision://resnet50/IMAGENET1K_V2", "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"),
+        ("torchvision://resnet50/DEFAULT", "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"),
+        ("torchvision://resnext101_64x4d", "https://download.pytorch.org/models/resnext101_64x4d-173b62eb.pth"),
+        ("torchvision://swin_t", "https://download.pytorch.org/models/swin_t-704ceda3.pth"),
+        ("torchvision://mobilenet_v3_large", "https://download.pytorch.org/models/mobilenet_v3_large-8738ca79.pth"),
+        ("torchvision://vit_h_14", "https://download.pytorch.org/models/vit_h_14_swag-80465313.pth"),  # has no V1
         (
             "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
             "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl",
@@ -161,6 +167,14 @@ def asked(monkeypatch):
         (
             "open-mmlab://detectron2/resnet101_caffe",
             "https://download.openmmlab.com/pretrain/third_party/resnet101_msra-6cc46731.pth",
+        ),
+        (
+            "open-mmlab://detectron/resnet50_caffe",
+            "https://download.openmmlab.com/pretrain/third_party/resnet50_caffe-788b5fa3.pth",
+        ),
+        (
+            "open-mmlab://resnext101_64x4d",
+            "https://download.openmmlab.com/pretrain/third_party/resnext101_64x4d-ee2c6f71.pth",
         ),
     ],
 )
@@ -182,8 +196,12 @@ def test_plain_name_of_a_backbone(asked, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("torchvision://resnet51", "torchvision has no ResNet 'resnet51'; known: resnet"),
-        ("torchvision://alexnet", "torchvision has no ResNet 'alexnet'"),
+        ("torchvision://resnet51", "torchvision has no classification model 'resnet51'; known: resnet"),
+        ("torchvision://retinanet_resnet50_fpn_v2", "torchvision has no classification model 'retinanet_res"),
+        (
+            "torchvision://swin_t/IMAGENET1K_V2",
+            "torchvision has no weights 'IMAGENET1K_V2' of swin_t; known: IMAGENET1K_V1, DEFAULT",
+        ),
         ("open-mmlab://vgg16_caffe", "unknown checkpoint open-mmlab://vgg16_caffe: known are .*resnet50_caffe"),
         ("s3://bucket/w.pth", "unknown kind of checkpoint address: s3://bucket/w.pth"),
         ("http://127.0.0.1", "no file name in"),
