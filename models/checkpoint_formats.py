@@ -111,6 +111,8 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
         meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
         is_mmengine = "message_hub" in content or "mmengine_version" in meta or "dataset_meta" in meta
         return ("mmdet3" if is_mmengine else "mmdet2"), _from_mmdet
+    if has(r"features\.denseblock1\."):
+        return "densenet-backbone", _from_densenet
     if has(r"conv1\.weight$") and has(r"layer1\."):
         return "resnet-backbone", dict  # torchvision's, and caffe ones under the same names
     return "state-dict", _from_mmdet
@@ -136,8 +138,60 @@ def _rpn_to_bbox_head(weights: Weights) -> Weights:
 def _from_mmdet(weights: Weights) -> Weights:
     # FCOS heads of mmdet 1.
     return _rename(
-        weights, lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name)
+        _from_mmdet_swin(weights),
+        lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name),
     )
+
+
+_SWIN_NAMES = (  # torchvision numbers patches, blocks of a stage and its merging in one sequence
+    (r"patch_embed\.projection\.", lambda match: "features.0.0."),
+    (r"patch_embed\.norm\.", lambda match: "features.0.2."),
+    (r"stages\.(\d+)\.blocks\.", lambda match: f"features.{2 * int(match[1]) + 1}."),
+    (r"stages\.(\d+)\.downsample\.", lambda match: f"features.{2 * int(match[1]) + 2}."),
+    (r"(features\.\d+\.\d+)\.attn\.w_msa\.", r"\1.attn."),
+    (r"(features\.\d+\.\d+)\.ffn\.layers\.0\.0\.", r"\1.mlp.0."),
+    (r"(features\.\d+\.\d+)\.ffn\.layers\.1\.", r"\1.mlp.3."),
+)
+
+
+def _from_mmdet_swin(weights: Weights) -> Weights:
+    """mmdet's SwinTransformer under the names of torchvision's, and its output norms numbered from 0.
+
+    Both lay out windows, queries and tables of biases alike. What they compute differs where a map is no larger than a
+    window (7 cells: images up to 224 pixels at stride 32): mmdet shifts the window all the same, torchvision does not.
+    """
+    prefix = next((p for p in ("backbone.", "") if f"{p}patch_embed.projection.weight" in weights), None)
+    if prefix is None:
+        return weights
+    norms = sorted({int(match[1]) for name in weights if (match := re.match(rf"{prefix}norm(\d+)\.", name))})
+
+    def new_name(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        name = name.removeprefix(prefix)
+        for pattern, replacement in _SWIN_NAMES:
+            name = re.sub(f"^{pattern}", replacement, name)
+        return prefix + re.sub(r"^norm(\d+)(?=\.)", lambda match: f"norm{norms.index(int(match[1]))}", name)
+
+    merging = re.compile(rf"{prefix}stages\.\d+\.downsample\.")
+    return _rename(
+        {
+            name: _unfolded_to_grids(value) if merging.match(name) else value
+            for name, value in weights.items()
+            if not name.endswith(".relative_position_index")  # follows from the window's size, and has another shape
+        },
+        new_name,
+    )
+
+
+def _unfolded_to_grids(value: Tensor) -> Tensor:
+    """Swin's patch merging from mmdet's order of inputs to torchvision's; they are the last axis of `value`.
+
+    mmdet unfolds: channel by channel, the 2x2 neighbours row by row. torchvision concatenates the four grids of
+    neighbours, column by column, each with all of its channels.
+    """
+    neighbours = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]]
+    return neighbours.transpose(-1, -2).flatten(-2)
 
 
 # --- detectron2 and Caffe2 -------------------------------------------------------------------------------------------
@@ -239,6 +293,11 @@ def _from_torchvision(weights: Weights) -> Weights:
             prefixes[f"backbone.fpn.{theirs}.{i}.0."] = f"neck.{ours}.{i}.conv."
             prefixes[f"backbone.fpn.{theirs}.{i}."] = f"neck.{ours}.{i}.conv."
     return _rename(weights, lambda name: _replace_prefix(name, prefixes))
+
+
+def _from_densenet(weights: Weights) -> Weights:
+    """torchvision's files of DenseNet weights are older than its names of the layers."""
+    return _rename(weights, lambda name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name))
 
 
 def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:

@@ -14,8 +14,10 @@ from .postprocess import TestConfig, postprocess
 from .preprocess import Preprocess
 from .resnet import ResNet
 from .targets import Assignment
+from .torchvision_backbone import TorchvisionBackbone
 
-BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet}  # a ResNeXt is a ResNet with groups
+BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet,  # a ResNeXt is a ResNet with groups
+             "TorchvisionBackbone": TorchvisionBackbone}
 NECKS = {"FPN": FPN}
 Precision = Literal["fp32", "fp16", "bf16"]
 

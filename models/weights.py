@@ -33,8 +33,9 @@ __all__ = [
     "summary",
 ]
 
-# State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions.
-_OPTIONAL = re.compile(r"(.*\.)?(num_batches_tracked|loss_normalizer|integral\.project)")
+# State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions, and
+# the places in Swin's tables, which follow from the window's size.
+_OPTIONAL = re.compile(r"(.*\.)?(num_batches_tracked|loss_normalizer|integral\.project|relative_position_index)")
 _SUBMODULES = ("backbone.", "neck.", "bbox_head.")
 _SHOWN = 4  # names in a message
 
@@ -97,15 +98,17 @@ def load_weights(
     return report
 
 
-def load_backbone_weights(backbone: nn.Module, source: str | os.PathLike | Mapping) -> LoadReport:
+def load_backbone_weights(
+    backbone: nn.Module, source: str | os.PathLike | Mapping, allow_missing: str | Iterable[str] = ()
+) -> LoadReport:
     """Loads a backbone's weights, all of them: what `backbone.weights` in a configuration names.
 
-    `source` is as in `load_weights`, or the bare name of a torchvision ResNet (`resnet18`), meaning its ImageNet
-    weights.
+    `source` is as in `load_weights`, or the bare name of a torchvision model (`resnet18`), meaning its ImageNet
+    weights; `allow_missing` as there.
     """
     if isinstance(source, str) and re.fullmatch(r"\w+", source) and not os.path.exists(source):
         source = f"torchvision://{source}"
-    return load_weights(backbone, source)
+    return load_weights(backbone, source, allow_missing=allow_missing)
 
 
 def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None) -> tuple[str, Checkpoint]:
