@@ -50,6 +50,11 @@ class FeaturePairs(nn.Module):
             ConfigError: what a module gives is no map, or the two maps of a pair differ in size.
         """
         if self.student_modules:
+            for seen, names in ((student.modules, self.student_modules), (teacher.modules, self.teacher_modules)):
+                for name in names:
+                    if name not in seen:
+                        raise ConfigError("distill.methods", f'"{name}" only holds other modules and is never called: '
+                                                             "name one of them")
             pairs = [(student.modules[own], teacher.modules[other])
                      for own, other in zip(self.student_modules, self.teacher_modules)]
         else:

@@ -257,3 +257,9 @@ def test_maps_of_other_size_are_refused():
     model = by_name(student_modules=["backbone.layer2"], teacher_modules=["backbone.layer3"])
     with pytest.raises(ConfigError, match=r"layer2 of the student.*layer3 of the teacher.*one size"):
         model.loss(*make_batch())
+
+
+def test_a_module_that_is_never_called_is_refused():
+    model = by_name(student_modules=["neck.fpn_convs"])
+    with pytest.raises(ConfigError, match='"neck.fpn_convs" only holds other modules'):
+        model.loss(*make_batch())

@@ -12,7 +12,7 @@ from models.assigners import IGNORED
 from models.build import build
 from models.layers import ConvModule, FrozenBatchNorm
 
-every_head = pytest.mark.parametrize("head", HEADS)
+every_head = pytest.mark.parametrize("head", ["GFLHead", "RetinaHead"])  # golden files test the others
 LOSS_NAMES = {"GFLHead": {"loss_cls", "loss_bbox", "loss_dfl"}, "RetinaHead": {"loss_cls", "loss_bbox"}}
 
 
