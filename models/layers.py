@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .build import ConfigError, nearest
@@ -70,6 +71,23 @@ def build_activation(cfg: ActCfg) -> nn.Module:
         raise ConfigError("act_cfg", str(error)) from None
 
 
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(conv(x))`; by one convolution where the norm is a batch norm in evaluation mode.
+
+    Such a norm multiplies each channel and adds to it, so it goes into the convolution's weight and bias, with their
+    gradients: what the convolution gave need not be read, written and kept once more.
+    """
+    hooked = conv._forward_hooks or norm._forward_hooks  # somebody wants to see what lies between
+    if norm.training or hooked or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 class ConvModule(nn.Module):
     """Convolution, norm, activation; with parameters named as mmcv's: `conv.*`, and `gn.*` or `bn.*`.
 
@@ -90,9 +108,7 @@ class ConvModule(nn.Module):
         self.activate = build_activation(act_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.norm_name is not None:
-            x = getattr(self, self.norm_name)(x)
+        x = self.conv(x) if self.norm_name is None else conv_norm(self.conv, getattr(self, self.norm_name), x)
         return self.activate(x)
 
 

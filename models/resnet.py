@@ -4,7 +4,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .build import ConfigError
-from .layers import NormCfg, build_norm, kaiming_init
+from .layers import NormCfg, build_norm, conv_norm, kaiming_init
 from .weights import load_backbone_weights
 
 
@@ -24,8 +24,8 @@ class BasicBlock(nn.Module):
         self.last_norm = "bn2"
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv2, self.bn2, out)
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -53,10 +53,17 @@ class Bottleneck(nn.Module):
         self.last_norm = "bn3"
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv3, self.bn3, out)
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Shortcut(nn.Sequential):
+    """A convolution and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg) -> nn.Module | None:
@@ -64,7 +71,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-    return nn.Sequential(conv, build_norm(norm_cfg, out_channels)[1])
+    return Shortcut(conv, build_norm(norm_cfg, out_channels)[1])
 
 
 DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
@@ -164,7 +171,7 @@ class ResNet(nn.Module):
         Args:
             x: images (N, 3, H, W).
         """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         outs = []
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)

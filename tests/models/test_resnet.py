@@ -84,7 +84,7 @@ def test_groups_equal_torchvisions_resnext(name, args):
     with torch.no_grad():
         for out, expected in zip(ours.eval()(x), torchvision_features(theirs, x), strict=True):
             assert 0.1 < expected.std() < 1e4
-            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4 * expected.std().item())
 
 
 def test_a_resnext_shrinks_with_its_base_channels():
