@@ -60,13 +60,13 @@ def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
-        truth.dataset = read_truth(dataset)
+        truth.dataset, number = read_truth(dataset)
         truth.createIndex()
-        detections = np.array([[r["image_id"], *r["bbox"], r["score"], dataset.category_ids[r["label"]]]
+        detections = np.array([[number[r["image_id"]], *r["bbox"], r["score"], dataset.category_ids[r["label"]]]
                                for r in results]).reshape(-1, 7)
         found = truth.loadRes(detections) if len(detections) else COCO()
         evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = list(dataset.image_ids)
+        evaluation.params.imgIds = [number[image_id] for image_id in dataset.image_ids]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -85,13 +85,23 @@ def known(value: float) -> float | None:
     return None if value < 0 else float(value)
 
 
-def read_truth(dataset: CocoDataset) -> dict:
-    """The annotation file with what pycocotools needs and COCO-like files may leave out; ids in the labels' order."""
-    truth = json.loads(dataset.annotation_file.read_text(encoding="utf-8"))
-    for annotation in truth["annotations"]:
+def read_truth(dataset: CocoDataset) -> tuple[dict, dict]:
+    """The annotation file with what pycocotools needs and COCO-like files may leave out, and each image id's number.
+
+    Images and annotations are numbered from 1, in place of their ids: pycocotools counts an object of id 0 as missed
+    even where it is found, and its arrays hold neither texts nor very large numbers.
+    """
+    truth = json.loads(dataset.annotation_file.read_bytes())
+    # in the order of the ids, in which pycocotools takes the images, and so decides between equal scores
+    ids = sorted((image["id"] for image in truth["images"]), key=lambda image_id: (isinstance(image_id, str), image_id))
+    number = {image_id: position for position, image_id in enumerate(ids, start=1)}
+    for image in truth["images"]:
+        image["id"] = number[image["id"]]
+    for position, annotation in enumerate(truth["annotations"], start=1):
+        annotation["id"], annotation["image_id"] = position, number[annotation["image_id"]]
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return truth
+    return truth, number
 
 
 def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,

@@ -51,3 +51,26 @@ def test_what_cannot_be_measured_is_none_and_shown_as_a_dash(dataset):
     assert figures["per_class"]["crowd"] is None
     assert "-" in format_figures(figures)
     json.loads(json.dumps(figures))
+
+
+@pytest.mark.parametrize("image_ids, annotation_ids, encoding", [
+    ([0, 1], [0, 1], "utf-8"),  # pycocotools takes an object of id 0 for one that nobody found
+    (["b", "a"], ["x", "y"], "utf-8"),
+    (["2", 2], ["0", 0], "utf-8"),
+    ([20230101123456789, 20230101123456790], [1, 2], "utf-8"),  # one and the same number in float64
+    ([1, 2], [1, 2], "utf-8-sig"),
+    ([1, 2], [1, 2], "utf-16"),
+], ids=str)
+def test_any_ids_and_encoding_give_the_same_figures(tmp_path, image_ids, annotation_ids, encoding):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.json").write_bytes(json.dumps({
+        "images": [{"id": i, "file_name": f"{k}.jpg", "width": 120, "height": 120} for k, i in enumerate(image_ids)],
+        "annotations": [{"id": a, "image_id": i, "category_id": 3, "bbox": [10, 10, 20, 20]}
+                        for a, i in zip(annotation_ids, image_ids)],
+        "categories": [{"id": 3, "name": "cell"}]}).encode(encoding))
+    dataset = CocoDataset(tmp_path / "images", tmp_path / "a.json", training=False)
+    found = [result(image_ids[0], [10, 10, 20, 20], 0.9), result(image_ids[1], [60, 60, 20, 20], 0.8)]
+    assert coco_figures(found[:1], dataset)["AP"] == pytest.approx(51 / 101)  # one of two
+    assert coco_figures(found, dataset)["AP"] == pytest.approx(51 / 101)
+    found[1]["bbox"] = [10, 10, 20, 20]
+    assert coco_figures(found, dataset)["AP"] == pytest.approx(1)
