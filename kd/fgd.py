@@ -12,6 +12,7 @@ from models.layers import kaiming_init
 from .features import adapter
 from .method import Method
 
+MAX_CELLS = 2 ** 26  # of a map, times boxes, held at once
 
 class FGD(Method):
     """Feature imitation on neck outputs, weighted by where the teacher attends and by objects, plus global relation.
@@ -146,6 +147,9 @@ def box_masks(boxes: list[Tensor], image_sizes: list[tuple[int, int]], like: Ten
     x, y = torch.arange(w, device=like.device), torch.arange(h, device=like.device)
     columns = (x >= left.unsqueeze(-1)) & (x <= right.unsqueeze(-1))                      # (N, G, W)
     rows = ((y >= top.unsqueeze(-1)) & (y <= bottom.unsqueeze(-1))) * weight.unsqueeze(-1)  # (N, G, H)
-    fg = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).amax(1)
+    fg = like.new_zeros(n, h, w)
+    size = max(1, MAX_CELLS // (n * h * w))
+    for row, column in zip(rows.split(size, dim=1), columns.split(size, dim=1)):
+        fg = torch.maximum(fg, (row.unsqueeze(-1) * column.unsqueeze(-2)).amax(1))
     bg = (fg <= 0).to(like.dtype)
     return fg, bg / bg.sum((1, 2), keepdim=True).clamp(min=1)

@@ -7,6 +7,8 @@ Every assigner takes
     ignored: (N, M, 4) and ignored_real (N, M), regions that are neither object nor background
 and returns (N, P) int64: the index of the anchor's box, or NEGATIVE, or IGNORED.
 """
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from .anchors import Priors
 from .build import ConfigError
 
 NEGATIVE, IGNORED = -1, -2
+MAX_PAIRS = 2 ** 25  # pairs of box and anchor held at once: some 2 GB at most, whatever the number of boxes
 FAR = 1e8  # the references' distance of an ignored anchor: chosen only where nothing else is left
 
 
@@ -38,6 +41,12 @@ def in_ignored_region(priors: Tensor, ignored: Tensor, ignored_real: Tensor, thr
     else:
         share = pairwise_overlap(ignored, priors, "iof")
     return ((share > threshold) & ignored_real.unsqueeze(-1)).any(1)
+
+
+def box_chunks(boxes: Tensor, num_priors: int) -> Iterator[slice]:
+    """Runs of the boxes (N, G, 4) that make at most MAX_PAIRS pairs with anchors; mostly it is one run of all."""
+    size = max(1, MAX_PAIRS // (len(boxes) * num_priors))
+    return (slice(start, start + size) for start in range(0, boxes.shape[1], size))
 
 
 class MaxIoUAssigner:
@@ -73,14 +82,21 @@ class MaxIoUAssigner:
         if self.ignore_iof_thr > 0 and ignored.shape[1]:
             usable = usable & ~in_ignored_region(
                 priors.boxes, ignored, ignored_real, self.ignore_iof_thr, self.ignore_wrt_candidates)
-        overlaps = pairwise_overlap(boxes, priors.boxes)
-        overlaps.masked_fill_(~(real.unsqueeze(-1) & usable.unsqueeze(1)), -1)
-        best, best_box = overlaps.max(dim=1)
+        best = torch.full_like(valid, -1, dtype=boxes.dtype)
+        best_box, taken = torch.zeros_like(valid, dtype=torch.long), torch.full_like(valid, NEGATIVE, dtype=torch.long)
+        for part in box_chunks(boxes, len(priors.boxes)):
+            overlaps = pairwise_overlap(boxes[:, part], priors.boxes)
+            overlaps.masked_fill_(~(real[:, part].unsqueeze(-1) & usable.unsqueeze(1)), -1)
+            overlap, box = overlaps.max(dim=1)
+            best_box = torch.where(overlap > best, box + part.start, best_box)
+            best = torch.maximum(best, overlap)
+            if self.match_low_quality:
+                taker = self._taker(overlaps)
+                taken = torch.where(taker >= 0, taker + part.start, taken)
         assigned = torch.full_like(best_box, IGNORED)
         assigned.masked_fill_((best >= self.neg_iou_thr[0]) & (best < self.neg_iou_thr[1]), NEGATIVE)
         assigned = torch.where(best >= self.pos_iou_thr, best_box, assigned)
-        if self.match_low_quality:
-            assigned = self._low_quality(overlaps, best_box, assigned)
+        assigned = torch.where(taken >= 0, best_box if self.low_quality_to_best else taken, assigned)
         # An image without boxes is all background, its ignored regions too.
         return assigned.masked_fill(~real.any(1, keepdim=True), NEGATIVE)
 
@@ -88,19 +104,16 @@ class MaxIoUAssigner:
         """The IoU (N, G) from which an anchor may learn each box."""
         return boxes.new_full(boxes.shape[:2], self.pos_iou_thr)
 
-    def _low_quality(self, overlaps: Tensor, best_box: Tensor, assigned: Tensor) -> Tensor:
+    def _taker(self, overlaps: Tensor) -> Tensor:
+        """(N, P): the box of (N, G, P) overlaps that an anchor is the best of; the last of several, -1 without one."""
         best, best_anchor = overlaps.max(dim=2, keepdim=True)
         if self.gt_max_assign_all:
             taken = overlaps == best
         else:
             taken = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(2, best_anchor, True)
         taken &= best >= max(self.min_pos_iou, 0)  # -1 marks what takes no part
-        if self.low_quality_to_best:
-            return torch.where(taken.any(1), best_box, assigned)
-        # Where several boxes take one anchor the last one has it.
         order = torch.arange(1, taken.shape[1] + 1, device=taken.device).view(1, -1, 1)
-        last = (taken * order).amax(dim=1) - 1
-        return torch.where(last >= 0, last, assigned)
+        return (taken * order).amax(dim=1) - 1
 
 
 class ATSSAssigner:
@@ -125,17 +138,23 @@ class ATSSAssigner:
             region = in_ignored_region(priors.boxes, ignored, ignored_real, self.ignore_iof_thr)
             region &= real.any(1, keepdim=True)
             assigned.masked_fill_(region, IGNORED)
+        best = torch.full_like(valid, -1, dtype=boxes.dtype)
+        for part in box_chunks(boxes, len(priors.boxes)):
+            overlap, box = self._positives(priors, valid, boxes[:, part], real[:, part], region).max(dim=1)
+            # An anchor wanted by several boxes goes to the one that it overlaps most.
+            assigned = torch.where(overlap > best, box + part.start, assigned)
+            best = torch.maximum(best, overlap)
+        return assigned
+
+    def _positives(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, region: Tensor | None) -> Tensor:
+        """(N, G, P): the overlap of a box with each anchor that may learn it, -1 with the others."""
         candidates, chosen, overlaps = self._candidates(priors, valid, boxes, region)
         positive = chosen & (overlaps >= self._threshold(overlaps, chosen).unsqueeze(-1))
         points = priors.centers[candidates]
         sides = torch.cat([points - boxes[:, :, None, :2], boxes[:, :, None, 2:] - points], dim=-1)
         positive &= (sides.amin(-1) > 0.01) & real.unsqueeze(-1)
-
-        # An anchor wanted by several boxes goes to the one that it overlaps most.
-        best = overlaps.new_full((*boxes.shape[:2], valid.shape[1]), -1).scatter_(
+        return overlaps.new_full((*boxes.shape[:2], valid.shape[1]), -1).scatter_(
             2, candidates, torch.where(positive, overlaps, overlaps.new_tensor(-1)))
-        best, best_box = best.max(dim=1)
-        return torch.where(best >= 0, best_box, assigned)
 
     def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
         """The IoU (N, G) from which an anchor may learn each box."""
@@ -204,6 +223,20 @@ class FCOSAssigner:
     @torch.no_grad()
     def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
                  ignored_real: Tensor) -> Tensor:
+        bounds = boxes.new_tensor(self.regress_ranges).repeat_interleave(
+            torch.tensor(priors.level_sizes, device=boxes.device), dim=0)  # (P, 2)
+        assigned = torch.full_like(valid, NEGATIVE, dtype=torch.long)
+        smallest = torch.full_like(valid, float("inf"), dtype=boxes.dtype)
+        for part in box_chunks(boxes, len(priors.boxes)):
+            allowed = self._allowed(priors, boxes[:, part], bounds) & real[:, part].unsqueeze(-1) & valid.unsqueeze(1)
+            size = boxes[:, part, 2:] - boxes[:, part, :2]
+            area, box = torch.where(allowed, size.prod(-1, keepdim=True), float("inf")).min(dim=1)
+            assigned = torch.where(area < smallest, box + part.start, assigned)
+            smallest = torch.minimum(smallest, area)
+        return assigned
+
+    def _allowed(self, priors: Priors, boxes: Tensor, bounds: Tensor) -> Tensor:
+        """(N, G, P): points that lie where they may learn a box, and at a distance that their level is for."""
         points = priors.centers
         low, high = boxes[:, :, None, :2], boxes[:, :, None, 2:]  # (N, G, 1, 2)
         farthest = torch.cat([points - low, high - points], dim=-1).amax(-1)  # (N, G, P)
@@ -211,13 +244,8 @@ class FCOSAssigner:
             reach = (priors.strides * self.center_sample_radius).unsqueeze(-1)
             center = (low + high) / 2
             low, high = torch.max(low, center - reach), torch.min(high, center + reach)
-        allowed = torch.cat([points - low, high - points], dim=-1).amin(-1) > 0
-        bounds = boxes.new_tensor(self.regress_ranges).repeat_interleave(
-            torch.tensor(priors.level_sizes, device=boxes.device), dim=0)  # (P, 2)
-        allowed &= (farthest >= bounds[:, 0]) & (farthest <= bounds[:, 1]) & real.unsqueeze(-1) & valid.unsqueeze(1)
-        area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).unsqueeze(-1)
-        smallest, box = torch.where(allowed, area, float("inf")).min(dim=1)
-        return torch.where(smallest < float("inf"), box, NEGATIVE)
+        inside = torch.cat([points - low, high - points], dim=-1).amin(-1) > 0
+        return inside & (farthest >= bounds[:, 0]) & (farthest <= bounds[:, 1])
 
 
 ASSIGNERS = {"ATSSAssigner": ATSSAssigner, "MaxIoUAssigner": MaxIoUAssigner}

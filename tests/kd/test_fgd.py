@@ -63,6 +63,13 @@ def test_masks(boxes, sizes):
         torch.testing.assert_close(mine, slow, rtol=1e-12, atol=0)
 
 
+def test_masks_of_boxes_in_runs_are_those_of_all_at_once(monkeypatch):
+    like = torch.zeros(2, H, W, dtype=torch.float64)
+    expected = box_masks(BOXES["many"], SIZES, like)
+    monkeypatch.setattr("kd.fgd.MAX_CELLS", 7 * like.numel())  # 40 boxes in six runs
+    assert all(torch.equal(mine, other) for mine, other in zip(box_masks(BOXES["many"], SIZES, like), expected))
+
+
 def test_masks_weigh_the_smallest_box_and_share_out_the_background():
     fg, bg = box_masks(BOXES["overlapping"], SIZES, torch.zeros(2, H, W, dtype=torch.float64))
     assert len(fg[0].unique()) == 4  # three boxes and nothing

@@ -2,8 +2,9 @@
 import pytest
 import torch
 
+from models import assigners
 from models.anchors import AnchorGenerator
-from models.assigners import IGNORED, NEGATIVE, ATSSAssigner, MaxIoUAssigner
+from models.assigners import IGNORED, NEGATIVE, ATSSAssigner, FCOSAssigner, MaxIoUAssigner
 from models.build import ConfigError
 
 HEIGHT, WIDTH = 96, 128
@@ -241,6 +242,21 @@ def test_a_batch_is_its_images_one_by_one(assigner, partial):
         alone = assigner(priors, valid[i:i + 1], boxes[i:i + 1, :g], real[i:i + 1, :g], ignored[i:i + 1, :m],
                          ignored_real[i:i + 1, :m])
         assert torch.equal(alone[0], together[i])
+
+
+@ties
+@partly
+@pytest.mark.parametrize("assigner", [
+    ATSSAssigner(), MaxIoUAssigner(), MaxIoUAssigner(low_quality_to_best=True, gt_max_assign_all=False),
+    FCOSAssigner([(-1, 32), (32, 64), (64, 1e8)], True, 1.5)], ids=["atss", "max iou", "to best", "fcos"])
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_boxes_in_runs_are_boxes_at_once(assigner, whole, partial, at_once, monkeypatch):
+    priors = get_priors(ONE)
+    arguments = make_batch(5, whole)[0]
+    valid = make_valid(priors, 4, partial)
+    expected = assigner(priors, valid, *arguments)
+    monkeypatch.setattr(assigners, "MAX_PAIRS", at_once * valid.numel())
+    assert torch.equal(assigner(priors, valid, *arguments), expected) and (expected >= 0).any()
 
 
 @pytest.mark.parametrize("assigner", [ATSSAssigner(ignore_iof_thr=0.1), MaxIoUAssigner(ignore_iof_thr=0.1)],
