@@ -2,7 +2,7 @@
 
 from data.coco import CocoDataset
 from data.config import DataConfig, Split, read_data_config
-from data.errors import DataError
+from data.errors import DataError, UnreadableImage
 from data.loader import build_dataset, build_loader, collate
 from data.paths import find_data
 from data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -15,6 +15,7 @@ __all__ = [
     "EvalBatchSampler",
     "Split",
     "TrainBatchSampler",
+    "UnreadableImage",
     "build_dataset",
     "build_loader",
     "collate",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.annotations import read_annotations
-from data.errors import DataError
+from data.errors import DataError, UnreadableImage
 from data.paths import find_data
 from data.transforms import (
     flip_boxes,
@@ -19,6 +19,23 @@ from data.transforms import (
     resize_image,
     resized_size,
 )
+
+MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images than that are no accident
+
+
+def read_annotated_image(path: Path, size: tuple[int, int], annotation_file: Path) -> Tensor:
+    """Read an image, uint8 (3, h, w), that is of `size` (h, w) by the annotations.
+
+    Raises UnreadableImage, and DataError if it is of another size.
+    """
+    image = read_image(path)
+    (h, w), (stated_h, stated_w) = image.shape[1:], size
+    if (h, w) != (stated_h, stated_w):
+        raise DataError(
+            f"image {path} is {w} x {h} pixels (EXIF orientation applied) but {stated_w} x {stated_h} in "
+            f"{annotation_file}: correct the annotations' width, height and boxes"
+        )
+    return image
 
 
 class CocoDataset(Dataset):
@@ -35,14 +52,19 @@ class CocoDataset(Dataset):
         antialias: smooth when shrinking.
         first: use only so many images, the file's first.
         seed: of the augmentation.
+        skip_unreadable: in training, put the next image that can be read in the place of one that cannot. Evaluation
+            never does: figures over fewer images would be other figures.
 
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
     `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
 
     Raises DataError (one line) for annotations that cannot be used, see `read_annotations`, a missing image folder, or
-    nothing left after `skip_empty`; `dataset[...]` raises it for an image that cannot be read, or whose size is not the
-    one in the annotations.
+    nothing left after `skip_empty`; `dataset[...]` raises it for an image that cannot be read (UnreadableImage), or
+    whose size is not the one in the annotations.
+
+    The annotations cannot name a file outside the image folder: absolute paths and ".." are refused. Symbolic links are
+    followed, the folder itself as well as links in it, because whoever may write to the folder has put them there.
     """
 
     def __init__(
@@ -57,6 +79,7 @@ class CocoDataset(Dataset):
         antialias: bool = False,
         first: int | None = None,
         seed: int = 0,
+        skip_unreadable: bool = False,
     ):
         self.image_folder = find_data(images)
         self.annotation_file = find_data(annotations)
@@ -66,6 +89,7 @@ class CocoDataset(Dataset):
         self.flip = flip
         self.antialias = antialias
         self.seed = seed
+        self.skip_unreadable = skip_unreadable
 
         read = read_annotations(self.annotation_file)
         if not self.image_folder.is_dir():
@@ -98,12 +122,13 @@ class CocoDataset(Dataset):
 
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
-            32, `original_size` (h, w) and `image_id`.
+            32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, where other images could not be read,
+            also `skipped`, what was wrong with each, a list of lines. All is of the image that stands in for them.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, index, skipped = self._read_image_or_next(index)
         scale, flip = self._draw_augmentation(epoch, index)
         original_size = self.sizes[index]
-        image = self._read_image(index)
         size = resized_size(original_size, scale)
         image = resize_image(image, size, self.antialias)
         boxes = resize_boxes(torch.from_numpy(self.boxes[index]), original_size, size)
@@ -112,17 +137,18 @@ class CocoDataset(Dataset):
             image = flip_image(image)
             boxes = flip_boxes(boxes, size[1])
             ignored_boxes = flip_boxes(ignored_boxes, size[1])
+        left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # rounding may leave nothing of a sliver at the border
         target = {
-            "boxes": boxes,
-            # a copy, so that whoever changes a target does not change the data set
-            "labels": torch.tensor(self.labels[index]),
+            # copies, so that whoever changes a target does not change the data set
+            "boxes": boxes[left],
+            "labels": torch.from_numpy(self.labels[index])[left],
             "image_size": size,
             "pad_size": padded_size(size),
             "original_size": original_size,
             "image_id": self.image_ids[index],
             "ignored_boxes": ignored_boxes,
         }
-        return image, target
+        return image, target | ({"skipped": skipped} if skipped else {})
 
     def _draw_augmentation(self, epoch: int, index: int) -> tuple[tuple[int, int], bool]:
         """Draw the scale and the flip from (seed, epoch, image) alone, so that neither worker nor order matters."""
@@ -135,16 +161,27 @@ class CocoDataset(Dataset):
         flip = rng.random() < self.flip
         return self.multi_scale[rng.integers(len(self.multi_scale))], flip
 
+    def _read_image_or_next(self, index: int) -> tuple[Tensor, int, list[str]]:
+        """Return an image, its index, and what was wrong with those that were to be read before it.
+
+        Which one stands in for an unreadable one depends on nothing but the files.
+        """
+        if not self.training:
+            return self._read_image(index), index, []
+        skipped: list[str] = []
+        for _ in range(min(len(self), MAX_SKIPPED_IN_A_ROW)):
+            try:
+                return self._read_image(index), index, skipped
+            except UnreadableImage as error:
+                if not self.skip_unreadable:
+                    raise UnreadableImage(f"{error}, or set data.skip_unreadable=true to train without it") from error
+                skipped.append(str(error))
+                index = (index + 1) % len(self)
+        raise DataError(f"{len(skipped)} images in a row cannot be read, the last: {skipped[-1]}")
+
     def _read_image(self, index: int) -> Tensor:
         path = self.image_folder / self.file_names[index]
-        image = read_image(path)
-        (h, w), (stated_h, stated_w) = image.shape[1:], self.sizes[index]
-        if (h, w) != (stated_h, stated_w):
-            raise DataError(
-                f"image {path} is {w} x {h} pixels (EXIF orientation applied) but {stated_w} x {stated_h} in "
-                f"{self.annotation_file}: correct the annotations' width, height and boxes"
-            )
-        return image
+        return read_annotated_image(path, self.sizes[index], self.annotation_file)
 
     def eval_sizes(self) -> list[tuple[int, int]]:
         """The (h, w) of each image after the resize of evaluation, without reading the images."""

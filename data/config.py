@@ -24,6 +24,7 @@ class DataConfig:
     multi_scale: list[tuple[int, int]] | None = None  # training draws one of these per image instead of `scale`
     flip: float = 0.5  # probability of a horizontal flip in training
     skip_empty: bool = False  # leave images without boxes out of training
+    skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not
     group_by_aspect: bool = True  # training batches hold only landscape or only portrait images, which saves padding
 

@@ -42,6 +42,7 @@ def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: i
         antialias=config.antialias,
         first=source.first,
         seed=seed,
+        skip_unreadable=config.skip_unreadable,
     )
 
 

@@ -3,30 +3,41 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.errors import DataError
+from data.errors import UnreadableImage
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode a JPEG, PNG, WebP or still GIF to RGB, turned upright by its EXIF orientation, alpha dropped.
+def read_image(path: Path, upright: bool = True) -> Tensor:
+    """Decode a JPEG, PNG, WebP or still GIF as OpenCV's IMREAD_COLOR does for mmdet, but to RGB.
 
-    Raises DataError if the file is missing, damaged or of another format.
+    That is: turned upright by the EXIF orientation of a JPEG or PNG, so that width, height and boxes are those of the
+    upright image (`upright=False` gives the pixels as they are stored); alpha dropped, not blended; grey and CMYK
+    converted; of 16 bits the upper eight kept.
+
+    Raises UnreadableImage if the file is missing, damaged or of another format.
     """
     try:
-        image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        content = np.fromfile(path, dtype=np.uint8)
+        if not len(content):
+            raise UnreadableImage(f"image {path} cannot be read (it is empty): replace the file")
+        image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+    except FileNotFoundError:
+        text = f"image {path} does not exist: correct the images folder or the file_name"
+        raise UnreadableImage(text) from None
+    except OSError as error:
+        raise UnreadableImage(f"image {path} cannot be read ({error.strerror}): make it a readable file") from error
     except RuntimeError as error:
-        if not path.is_file():
-            raise DataError(f"image {path} does not exist: correct the images folder or the file_name") from None
         # torchvision's message starts with the place in its own source, and a C++ backtrace may follow
         reason = re.sub(r".*\.cpp:\d+, ", "", str(error).splitlines()[0])
-        raise DataError(f"image {path} cannot be read ({reason}): replace the file") from error
+        raise UnreadableImage(f"image {path} cannot be read ({reason}): replace the file") from error
     if image.ndim != 3:
-        raise DataError(f"image {path} cannot be read (it is animated): replace the file by a still image")
+        raise UnreadableImage(f"image {path} cannot be read (it is animated): replace the file by a still image")
     if image.dtype == torch.uint16:  # a PNG of 16 bits per channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image

@@ -40,6 +40,7 @@ def assert_rejected(source, *parts):
     ("text", "part"),
     [
         ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"images": [{"id"', "not valid JSON"),
         ("\xff\xfe", "not valid JSON"),
         ("[1, 2]", "it holds a list"),
@@ -76,7 +77,14 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("annotations", "bbox", [1, 1, 5], "not four finite numbers"),
         ("annotations", "bbox", "1 1 5 5", "not four finite numbers"),
         ("annotations", "bbox", None, "not four finite numbers"),
+        ("annotations", "bbox", [True, 1, 5, 5], "not four finite numbers"),
+        ("annotations", "bbox", ["x" * 10_000], "xxx..., not four finite numbers"),
+        ("annotations", "bbox", [9, 9, -3, 5], "annotation 1 has bbox [9, 9, -3, 5] of negative width"),
+        ("annotations", "bbox", [9, 9, 5, -0.1], "are corners swapped?"),
         ("annotations", "area", "big", "annotation 1 has area 'big'"),
+        ("annotations", "area", math.nan, "annotation 1 has area nan"),
+        ("annotations", "iscrowd", "0", "annotation 1 has iscrowd '0', not 0 or 1"),
+        ("annotations", "ignore", None, "annotation 1 has ignore None, not 0 or 1"),
         ("annotations", "category_id", 7, "annotation 1 has the unknown category_id 7"),
         ("annotations", "image_id", 99, "annotation 1 has the unknown image_id 99"),
         ("annotations", "image_id", [], "annotation 1 has the unknown image_id []"),
@@ -85,11 +93,21 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("images", "id", None, "images id None is not an id"),
         ("images", "width", 0, "image 11 has width and height (0, 20)"),
         ("images", "height", "20", "image 11 has width and height (30, '20')"),
+        ("images", "width", 30.5, "image 11 has width and height (30.5, 20)"),
+        ("images", "width", math.nan, "image 11 has width and height (nan, 20)"),
         ("images", "file_name", 3, "image 11 has file_name 3"),
+        ("images", "file_name", "a\nb.png", "image 11 has file_name 'a\\nb.png'"),
+        ("images", "file_name", "a\0.png", "image 11 has file_name"),
+        ("images", "file_name", "\ud83d.png", "image 11 has file_name '\\ud83d.png'"),
         ("images", "file_name", "../secret.png", "leads out of the image folder"),
+        ("images", "file_name", "deep/../../secret.png", "leads out of the image folder"),
+        ("images", "file_name", "..\\secret.png", "leads out of the image folder"),
         ("images", "file_name", "/etc/secret.png", "leads out of the image folder"),
+        ("images", "file_name", "C:\\secret.png", "leads out of the image folder"),
         ("categories", "id", 1, "categories id 1 occurs 2 times"),
         ("categories", "id", "2", "categories id '2' is not an id"),
+        ("categories", "name", "cat", "categories name 'cat' occurs 2 times"),
+        ("categories", "name", "two\nlines", "category 2 has name 'two\\nlines'"),
     ],
 )
 def test_bad_entry(source, section, key, value, part):
@@ -113,7 +131,7 @@ def test_nothing_left_after_skipping_empty_images(source):
 
 
 @pytest.mark.parametrize(
-    ("cut", "part"), [(None, "does not exist"), (0, "non empty"), (60, "cannot be read"), (300, "cannot be read")]
+    ("cut", "part"), [(None, "does not exist"), (0, "it is empty"), (60, "cannot be read"), (300, "cannot be read")]
 )
 @pytest.mark.parametrize("write", [write_png, write_jpeg])
 def test_missing_and_damaged_images(source, write, cut, part):

@@ -1,0 +1,142 @@
+"""Everything that can be wrong in the content of a COCO-format annotation file, found in one go."""
+
+import math
+from collections import Counter
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+MAX_COORDINATE = 1e9  # pixels; beyond it a box is not a box, and float32 would make it infinite
+
+
+class Problem(NamedTuple):
+    """One thing that must be corrected before the file can be used."""
+
+    kind: str  # what such problems have in common, a heading
+    text: str  # which entry, and what it holds
+
+
+def find_problems(content: dict) -> list[Problem]:
+    """What must be corrected in the parsed lists `images`, `annotations` and `categories` of a file.
+
+    Entries without the keys that they need, then entries without an id of their own, hide what else is wrong: where
+    there are such, only they are returned.
+    """
+    images, annotations, categories = content["images"], content["annotations"], content["categories"]
+    problems = (
+        _missing_keys(images, "images", ("id", "file_name", "width", "height"))
+        + _missing_keys(annotations, "annotations", ("id", "image_id", "category_id", "bbox"))
+        + _missing_keys(categories, "categories", ("id", "name"))
+    )
+    if problems:
+        return problems
+    problems = _wrong_ids(images, "images", (int, str)) + _wrong_ids(categories, "categories", (int,))
+    if problems:
+        return problems
+    problems = _wrong_ids(annotations, "annotations", (int, str)) + _category_problems(categories)
+    problems += [problem for image in images for problem in image_problems(image)]
+    image_ids, category_ids = {image["id"] for image in images}, {category["id"] for category in categories}
+    problems += [p for annotation in annotations for p in _annotation_problems(annotation, image_ids, category_ids)]
+    return problems
+
+
+def drop_reason(annotation: dict, image: dict) -> str | None:
+    """Why nothing can be learned from a sound annotation's box, None if something can: mmdet's rule."""
+    x, y, w, h = annotation["bbox"]
+    visible_w = min(x + w, image["width"]) - max(x, 0)
+    visible_h = min(y + h, image["height"]) - max(y, 0)
+    if annotation.get("ignore"):
+        return 'marked "ignore"'
+    if visible_w <= 0 or visible_h <= 0:
+        return "outside the image"
+    if annotation.get("area", w * h) <= 0:
+        return "without area"
+    return "thinner than a pixel" if w < 1 or h < 1 else None
+
+
+def _is_finite(value: object) -> bool:
+    """A number between the bounds of coordinates; NaN is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
+
+
+def _is_text(value: object) -> bool:
+    """One line that can be printed, and that a file can bear as its name."""
+    if not isinstance(value, str) or value.splitlines() != [value] or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        return False
+    return True
+
+
+def _show(value: object) -> str:
+    """The value as JSON's reader gave it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _missing_keys(entries: list, name: str, keys: tuple[str, ...]) -> list[Problem]:
+    problems = []
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.append(Problem("missing keys", f"{name}[{position}] is not an object"))
+            continue
+        missing = [key for key in keys if key not in entry]
+        if missing:
+            problems.append(Problem("missing keys", f"{name}[{position}] has no {', '.join(missing)}"))
+    return problems
+
+
+def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[Problem]:
+    """Ids of another type than `kinds`, and ids that occur more than once."""
+
+    def is_id(value: object) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    wrong = [f"{name} id {_show(entry['id'])} is not an id" for entry in entries if not is_id(entry["id"])]
+    counts = Counter(entry["id"] for entry in entries if is_id(entry["id"]))
+    wrong += [f"{name} id {key!r} occurs {count} times" for key, count in counts.items() if count > 1]
+    return [Problem("ids", text) for text in wrong]
+
+
+def _category_problems(categories: list[dict]) -> list[Problem]:
+    """Names that cannot be shown, and names that two classes share: figures are reported by name."""
+    names = [str(category["name"]) for category in categories]
+    wrong = [f"category {c['id']} has name {_show(c['name'])}" for c in categories if not _is_text(str(c["name"]))]
+    wrong += [f"categories name {name!r} occurs {count} times" for name, count in Counter(names).items() if count > 1]
+    return [Problem("class names", text) for text in wrong]
+
+
+def image_problems(image: dict) -> list[Problem]:
+    """What is wrong with the size and the file name of an entry that has both."""
+    problems = []
+    size, name = (image["width"], image["height"]), image["file_name"]
+    if not all(_is_finite(edge) and edge >= 1 and edge == int(edge) for edge in size):
+        problems.append(Problem("image sizes", f"image {image['id']!r} has width and height {_show(size)}"))
+    if not _is_text(name):
+        problems.append(Problem("file names", f"image {image['id']!r} has file_name {_show(name)}"))
+    # On any system the same names are good; a Windows path may lead out where backslashes separate folders.
+    elif any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
+        text = f"image {image['id']!r} has file_name {_show(name)}, which leads out of the image folder"
+        problems.append(Problem("file names", text))
+    return problems
+
+
+def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) -> list[Problem]:
+    box, name = annotation["bbox"], f"annotation {annotation['id']!r}"
+    problems = []
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+        problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers"))
+    elif box[2] < 0 or box[3] < 0:
+        problems.append(Problem("boxes", f"{name} has bbox {box} of negative width or height: are corners swapped?"))
+    area = annotation.get("area", 0)
+    if not isinstance(area, (int, float)) or not math.isfinite(area):
+        problems.append(Problem("boxes", f"{name} has area {_show(area)}"))
+    for key in ("iscrowd", "ignore"):
+        if annotation.get(key, 0) not in (0, 1):  # a text is true, even "0"
+            problems.append(Problem("flags", f"{name} has {key} {_show(annotation[key])}, not 0 or 1"))
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+        value = annotation[key]
+        if not isinstance(value, (int, str)) or value not in known:
+            problems.append(Problem("unknown ids", f"{name} has the unknown {key} {_show(value)}"))
+    return problems

@@ -1,0 +1,157 @@
+"""Every kind of image that can be read gives the right pixels, and every kind that cannot one clear line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from odd_images import UPRIGHT, pixels, write_png16, write_rotated
+from PIL import Image
+
+from data import CocoDataset, DataError, UnreadableImage
+from data.transforms import read_image
+
+
+def read(path):
+    """(h, w, 3) int, to subtract."""
+    image = read_image(path)
+    assert image.dtype == torch.uint8
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    path, stored = tmp_path / f"turned{suffix}", pixels()
+    write_rotated(path, stored, orientation)
+    expected = UPRIGHT[orientation](stored)
+    image = read(path)
+    assert image.shape == expected.shape and abs(image - expected).max() <= (0 if suffix == ".png" else 6)
+    assert read_image(path, upright=False).shape == (3, 20, 30)
+    if orientation in (2, 3, 4):  # of the same size either way: not turning it would show only in the pixels
+        assert abs(image - stored).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "expected", "tolerance"),
+    [
+        ("alpha.png", lambda i: i.putalpha(7) or i, lambda a: a, 0),  # all but transparent: not blended, dropped
+        ("grey.png", lambda i: i.convert("L"), None, 0),
+        ("grey.jpg", lambda i: i.convert("L"), None, 6),
+        ("grey alpha.png", lambda i: i.convert("LA"), None, 0),
+        ("two colours.png", lambda i: i.convert("1"), None, 0),
+        ("palette.png", lambda i: i.quantize(16), None, 0),
+        ("cmyk.jpg", lambda i: i.convert("CMYK"), lambda a: a, 8),
+        ("progressive.jpg", lambda i: i, lambda a: a, 8),
+        ("lossless.webp", lambda i: i, lambda a: a, 0),
+        ("one.gif", lambda i: i.quantize(16), None, 0),
+    ],
+)
+def test_pixels(tmp_path, name, make, expected, tolerance):
+    image = make(Image.fromarray(pixels()))
+    options = {"quality": 100} if name.endswith(".jpg") else {"lossless": True} if name.endswith(".webp") else {}
+    image.save(tmp_path / name, **options, **({"progressive": True} if "progressive" in name else {}))
+    target = expected(pixels()) if expected else np.asarray(image.convert("RGB"))
+    assert abs(read(tmp_path / name) - target).max() <= tolerance
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_16_bits_the_upper_eight_are_kept(tmp_path, channels):
+    values = pixels()[..., :channels].astype(np.uint16) * 256 + 255
+    write_png16(tmp_path / "deep.png", values.squeeze(-1) if channels == 1 else values)
+    assert (read(tmp_path / "deep.png") == np.broadcast_to(pixels()[..., :channels], (20, 30, 3))).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_cut_anywhere_is_an_error(tmp_path, options):
+    Image.fromarray(pixels(60, 80)).save(tmp_path / "whole.jpg", quality=95, **options)
+    content, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "cut.jpg"
+    read_image(tmp_path / "whole.jpg")
+    for cut in [*range(0, len(content), 41), len(content) - 1]:
+        path.write_bytes(content[:cut])
+        with pytest.raises(UnreadableImage, match=r"image .*cut\.jpg cannot be read \(.*\): replace the file$"):
+            read_image(path)
+
+
+def test_a_png_cut_within_its_pixels_is_an_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    content, path = (tmp_path / "whole.png").read_bytes(), tmp_path / "cut.png"
+    for cut in range(0, len(content) - 20, 211):  # what follows the pixels is 16 bytes long, and not needed
+        path.write_bytes(content[:cut])
+        with pytest.raises(UnreadableImage, match=r"image .*cut\.png cannot be read \(.*\): replace the file$"):
+            read_image(path)
+
+
+def test_paths_that_no_image_can_be_read_from(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in [("folder.png", "Is a directory"), ("x" * 300 + ".png", "name too long"),
+                         ("none.png", "does not exist"), ("none/none.png", "does not exist")]:
+        with pytest.raises(UnreadableImage, match=reason) as caught:
+            read_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 20000), (20000, 20), (1, 3000)], ids=str)
+@pytest.mark.parametrize("scale", [(1333, 800), (64, 64)], ids=str)
+def test_extreme_sizes(write_coco, size, scale):
+    h, w = size
+    dataset = CocoDataset(*write_coco([size], [(10, 1, [0, 0, w, h], {})]), training=True, scale=scale)
+    image, target = dataset[0]
+    new_h, new_w = target["image_size"]
+    assert image.shape == (3, new_h, new_w) and min(new_h, new_w) >= 1
+    assert max(new_h, new_w) <= max(scale) and min(new_h, new_w) <= min(scale)
+    assert target["boxes"].tolist() == [[0, 0, new_w, new_h]]
+
+
+# --- skipping ---
+
+@pytest.fixture
+def broken(write_coco):
+    """Six images, of which 1 is empty and 2 missing."""
+    source = write_coco([(40, 60)] * 6, [(10 + i, 1, [1, 1, 9 + i, 9], {}) for i in range(6)])
+    (source[0] / "1.png").write_bytes(b"")
+    (source[0] / "2.png").unlink()
+    return source
+
+
+def test_the_next_image_stands_in_for_unreadable_ones(broken):
+    dataset = CocoDataset(*broken, training=True, skip_unreadable=True, scale=(60, 40), flip=0.5)
+    for index, image_id, count in [(0, 10, 0), (1, 13, 2), (2, 13, 1), (3, 13, 0)]:
+        image, target = dataset[4, index]
+        assert target["image_id"] == image_id and len(target.get("skipped", ())) == count
+        if count:  # all is of the image that stands in: the augmentation, too
+            stands_in, own = dataset[4, 3]
+            assert torch.equal(image, stands_in) and torch.equal(target["boxes"], own["boxes"])
+    assert "1.png cannot be read (it is empty)" in dataset[1][1]["skipped"][0]
+    assert "2.png does not exist" in dataset[1][1]["skipped"][1]
+
+
+def test_the_last_image_is_followed_by_the_first(broken):
+    (broken[0] / "5.png").write_bytes(b"")
+    assert CocoDataset(*broken, training=True, skip_unreadable=True)[5][1]["image_id"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [({"training": True}, True), ({"training": False}, False), ({"training": False, "skip_unreadable": True}, False)],
+)
+def test_nothing_is_skipped_by_default_nor_ever_in_evaluation(broken, options, hint):
+    with pytest.raises(UnreadableImage, match=r"1\.png cannot be read") as caught:
+        CocoDataset(*broken, **options)[1]
+    assert ("data.skip_unreadable=true" in str(caught.value)) == hint
+
+
+def test_a_folder_without_any_of_the_images_stops_training_all_the_same(broken):
+    for path in broken[0].iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="6 images in a row cannot be read, the last: .* does not exist"):
+        CocoDataset(*broken, training=True, skip_unreadable=True)[0]
+
+
+def test_another_size_than_annotated_is_not_skipped(broken):
+    content = json.loads(broken[1].read_text())
+    content["images"][1]["width"] = content["images"][0]["width"] = 61
+    broken[1].write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is 60 x 40 pixels .* but 61 x 40 in"):
+        CocoDataset(*broken, training=True, skip_unreadable=True)[0]
