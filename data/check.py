@@ -1,0 +1,172 @@
+"""Checks a data set before anything is trained on it: all of the annotations, and every image by decoding it."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.annotations import load_coco_json
+from data.coco import read_annotated_image
+from data.config import DataConfig, Split, read_data_config
+from data.errors import DataError, UnreadableImage
+from data.paths import find_data
+from data.problems import Problem, drop_reason, find_problems, image_problems
+from data.transforms import read_image
+
+SIZES = ("small", "medium", "large")  # as COCO's figures part them: areas to 32^2, to 96^2, and beyond
+
+
+@dataclass
+class SplitCheck:
+    """What one split holds, and what is wrong with it."""
+
+    name: str  # the key in the configuration
+    annotation_file: Path
+    num_images: int = 0
+    num_empty: int = 0  # images without a box to learn
+    classes: list[str] = field(default_factory=list)
+    boxes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and size; not counted: crowds, dropped
+    num_crowds: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # boxes that training leaves out, by reason
+    notes: list[str] = field(default_factory=list)  # worth knowing, but nothing that must be corrected
+    problems: list[Problem] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
+
+
+class _ImageChecks(Dataset):
+    """By index: what is wrong with an image, or None, and whether its EXIF orientation turns it."""
+
+    def __init__(self, folder: Path, annotation_file: Path, images: list[dict]):
+        self.folder, self.annotation_file, self.images = folder, annotation_file, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Problem | None, bool]:
+        entry = self.images[index]
+        path = self.folder / entry["file_name"]
+        try:
+            image = read_annotated_image(path, (int(entry["height"]), int(entry["width"])), self.annotation_file)
+        except UnreadableImage as error:
+            return Problem("images that cannot be read", str(error)), False
+        except DataError as error:
+            return Problem("images of another size than annotated", str(error)), False
+        content = path.read_bytes()
+        has_exif = b"Exif\0\0" in content or b"eXIf" in content
+        return None, has_exif and not torch.equal(image, read_image(path, upright=False))
+
+
+def check_data(config: DataConfig | dict | None) -> list[SplitCheck]:
+    """Check the splits of a configuration's `data` section, all of their images, with a progress bar.
+
+    Raises DataError if there is no such section; what is wrong with the data itself is in the result.
+    """
+    if config is None:
+        raise DataError("the configuration has no data section: there is nothing to check")
+    config = read_data_config(config)
+    checks = [_check_split("data.train", config.train, config.workers)]
+    if config.val is not None:
+        train, val = checks[0], _check_split("data.val", config.val, config.workers)
+        checks.append(val)
+        if train.classes and val.classes and train.classes != val.classes:
+            text = f"data.train has classes {train.classes}, and data.val {val.classes}"
+            val.problems.append(Problem("classes", text))
+        if shared := len(train.files & val.files):
+            val.notes.append(f"{shared} images are in data.train, too: figures on them say little")
+    return checks
+
+
+def _check_split(name: str, split: Split, workers: int) -> SplitCheck:
+    file, folder = find_data(split.annotations), find_data(split.images)
+    check = SplitCheck(name, file)
+    try:
+        content = load_coco_json(file)
+    except DataError as error:
+        check.problems.append(Problem("annotation file", str(error)))
+        return check
+    check.num_images = len(content["images"])
+    check.problems += find_problems(content)
+    if not check.problems:
+        _count_boxes(check, content)
+    if not folder.is_dir():
+        check.problems.append(Problem("image folder", f"{folder} does not exist"))
+        return check
+
+    needed = {"id", "file_name", "width", "height"}
+    images = [i for i in content["images"] if isinstance(i, dict) and needed <= i.keys() and not image_problems(i)]
+    names = [os.path.abspath(folder / image["file_name"]) for image in images]
+    check.files = set(names)
+    if repeated := len(names) - len(check.files):
+        check.notes.append(f"{repeated} images name a file that another image names, too")
+    num_turned = 0
+    loader = DataLoader(_ImageChecks(folder, file, images), batch_size=None, num_workers=workers)
+    for problem, turned in tqdm(loader, name, leave=False, disable=None):
+        check.problems += [problem] if problem else []
+        num_turned += turned
+    if num_turned:
+        check.notes.append(f"{num_turned} images are turned by their EXIF orientation: boxes are taken to be those of "
+                           "the upright image")
+    return check
+
+
+def _count_boxes(check: SplitCheck, content: dict) -> None:
+    """Fill in what is counted, of content without problems."""
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    check.classes = [str(category["name"]) for category in categories]
+    class_of = {category["id"]: name for category, name in zip(categories, check.classes)}
+    image_of = {image["id"]: image for image in content["images"]}
+    with_boxes, beyond = set(), 0
+    for annotation in content["annotations"]:
+        image = image_of[annotation["image_id"]]
+        if reason := drop_reason(annotation, image):
+            check.dropped[reason] += 1
+            continue
+        x, y, w, h = annotation["bbox"]
+        # a rounded coordinate is no error
+        beyond += min(x, y) < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1
+        if annotation.get("iscrowd"):
+            check.num_crowds += 1
+            continue
+        with_boxes.add(annotation["image_id"])
+        area = annotation.get("area", w * h)
+        check.boxes[class_of[annotation["category_id"]], SIZES[(area > 32**2) + (area > 96**2)]] += 1
+    check.num_empty = len(image_of) - len(with_boxes)
+    if beyond:
+        check.notes.append(f"{beyond} boxes reach more than a pixel beyond their image: they are clipped")
+    if not check.boxes:
+        check.problems.append(Problem("boxes", "no image has a box to learn"))
+
+
+def format_check(check: SplitCheck) -> str:
+    """A split's summary for people: counts, notes, and every problem under a heading of its kind."""
+    lines = [f"{check.name}: {check.annotation_file}"]
+    if check.classes:
+        crowds = f", {check.num_crowds} crowds" if check.num_crowds else ""
+        lines += [f"{check.num_images} images, {check.num_empty} of them without boxes",
+                  f"{check.boxes.total()} boxes{crowds}", "", *_box_table(check)]
+        if check.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in check.dropped.most_common())
+            lines += ["", f"left out of training: {reasons}"]
+    elif check.num_images:
+        lines.append(f"{check.num_images} images; boxes are counted when the annotations are correct")
+    lines += ["", *(f"note: {note}" for note in check.notes)] if check.notes else []
+    by_kind: dict[str, list[str]] = {}
+    for kind, text in check.problems:
+        by_kind.setdefault(kind, []).append(text)
+    for kind, texts in by_kind.items():
+        lines += ["", f"{kind}: {len(texts)} {'problem' if len(texts) == 1 else 'problems'}"]
+        lines += [f"  {text}" for text in texts]
+    return "\n".join(lines if by_kind else [*lines, "", "no problems"])
+
+
+def _box_table(check: SplitCheck) -> list[str]:
+    rows = [("class", *SIZES, "all")]
+    for name in check.classes:
+        counts = [check.boxes[name, size] for size in SIZES]
+        rows.append((name, *map(str, counts), str(sum(counts))))
+    width = max(len(row[0]) for row in rows)
+    return ["  ".join([f"{row[0]:<{width}}", *(f"{cell:>7}" for cell in row[1:])]) for row in rows]
