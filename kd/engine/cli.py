@@ -10,6 +10,7 @@ from models import ConfigError
 from models.weights import CheckpointError
 
 from .distributed import stop_processes
+from .lock import WorkDirError
 from .log import TrainingError
 from .signals import Stopped
 
@@ -45,9 +46,11 @@ def choose_device(name: str | None) -> torch.device:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n by signal n."""
     code = 0
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a class's name is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ConfigError, DataError, CheckpointError, UsageError, *BAD_PATHS) as error:
+    except (ConfigError, DataError, CheckpointError, UsageError, WorkDirError, *BAD_PATHS) as error:
         code, message = 2, f"error: {error}"
     except TrainingError as error:
         code, message = 1, f"error: {error}"

@@ -1,6 +1,6 @@
 """The training loop. Everything that happens in a step is in `train_step`, in order."""
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from ..distiller import Distiller, build_distiller
 from . import distributed
 from .checkpoint import read_checkpoint, save_checkpoint
 from .evaluate import autocast, coco_figures, detect, eval_loader, format_figures, with_classes
+from .lock import open_work_dir
 from .log import Meter, Metrics, open_log, provenance
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import EvalConfig, TrainConfig
 from .signals import Stopped, StopSignals
+from .skipped import SkippedImages
 from .start import starting_points
 from .summary import count_parameters
 
@@ -41,6 +43,7 @@ class Run:
     step: int = 0              # optimiser steps done
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
+    skipped: SkippedImages = field(default_factory=SkippedImages)
 
     @property
     def distiller(self) -> Distiller | None:
@@ -62,6 +65,7 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
         The figures of the last evaluation, empty without data.val.
     Raises:
         ConfigError, DataError, CheckpointError: bad input, before anything is written.
+        WorkDirError: the work dir cannot be written, or another run is in it.
         TrainingError: a loss that is not finite.
         Stopped: SIGINT or SIGTERM, after saving.
     """
@@ -69,8 +73,8 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     run = build_run(cfg, work_dir, device)
     if resume_from is not None:
         restore(run, read_checkpoint(resume_from), resume_from)
-    work_dir.mkdir(parents=True, exist_ok=True)
     first = distributed.rank() == 0
+    lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step)
     if first:
@@ -88,7 +92,7 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     if run.step >= run.settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all of its epochs are done already: a larger train.epochs goes on")
     every = EvalConfig(**cfg.get("eval", {})).every
-    with StopSignals() as signals:
+    with lock, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.settings.epochs):
             train_epoch(run, model, epoch, metrics, log, signals)
             due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
@@ -110,6 +114,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
     bar = tqdm(run.train_loader, f"epoch {epoch + 1}/{settings.epochs}", run.steps_per_epoch, initial=done, leave=False,
                disable=None if distributed.rank() == 0 else True)
     for images, targets in bar:
+        run.skipped.note(targets, log)
         losses, norms = train_step(run, model, images, targets)
         meter.add(losses, len(images))
         if norms:
@@ -129,6 +134,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
                                  "command with --resume goes on from there")
     if meter.steps:
         meter.read()
+    run.skipped.report(epoch, log)
     save(run, "last.pth")
 
 
