@@ -1,18 +1,24 @@
 """Where a checkpoint comes from: a path, a URL, or a name that stands for a URL. Downloads go to torch hub's cache."""
 
+import hashlib
 import http.client
 import os
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from urllib.parse import quote, unquote, urlparse
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+from uuid import uuid4
 
 import torch
+from tqdm import tqdm
 
 from .checkpoint_unpickler import CheckpointError, one_line
 
 # The end of a name, as torch hub and OpenMMLab put it: the start of the file's SHA-256, unless it reads as a date.
 _CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
 
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _OPEN_MMLAB_FOLDER = "https://download.openmmlab.com/pretrain/third_party/"
 _OPEN_MMLAB = {  # mmcv's names of backbones that are here too
@@ -30,18 +36,21 @@ _OPEN_MMLAB = {  # mmcv's names of backbones that are here too
 def local_path(source: str | os.PathLike) -> str:
     """The file behind `source`: a path as it is, or a URL's file in torch hub's cache, downloaded if need be.
 
-    Besides http(s) it knows these names, and raises `CheckpointError` for an unknown one and if the download fails:
+    Downloads come over https; http is for servers on this machine only. Besides URLs it knows these names:
     - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
       configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
       `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
     - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
     - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
+    Raises `CheckpointError` for an unknown name, a plain http address, and if the download fails or does not have the
+    checksum in its name.
     """
     source = os.fspath(source)
     scheme, separator, name = source.partition("://")
     if not separator:
         return os.path.expanduser(source)
     if scheme in ("http", "https"):
+        _check_encrypted(source)
         return _download(source)
     if scheme == "torchvision":
         return _download(_torchvision_url(name))
@@ -81,16 +90,52 @@ def _download(url: str) -> str:
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        # Written to a temporary file, and moved when it is complete and its checksum is right.
-        torch.hub.download_url_to_file(url, path, hash_prefix=checksum, progress=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the download of {url} does not have the checksum in its name: {one_line(error)}"
-        ) from error
+        _fetch(url, path, checksum)
+    except CheckpointError:
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = one_line(getattr(error, "reason", None) or error)
         raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
     return path
+
+
+def _fetch(url: str, path: str, checksum: str | None) -> None:
+    """Write a URL's file to a temporary one, and move that to `path` when it is complete and its checksum is right."""
+    partial, digest, done = f"{path}.{uuid4().hex}.partial", hashlib.sha256(), 0
+    try:
+        answer = build_opener(_EncryptedRedirects).open(Request(url, headers={"User-Agent": "densekd"}), timeout=60)
+        size = int(answer.headers.get("Content-Length") or 0)
+        bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True)
+        with answer, bar, open(partial, "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                bar.update(len(block))
+        if size and done != size:
+            raise OSError(f"the connection ended after {done} of {size} bytes")
+        if checksum and not digest.hexdigest().startswith(checksum):
+            raise CheckpointError(f"the download of {url} does not have the checksum in its name: {checksum} is "
+                                  f"expected, and it has {digest.hexdigest()[:len(checksum)]}")
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+
+
+class _EncryptedRedirects(HTTPRedirectHandler):
+    """Follows no redirection from https to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check_encrypted(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_encrypted(url: str) -> None:
+    address = urlparse(url)
+    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in _THIS_MACHINE):
+        raise CheckpointError(f"{one_line(url)} is refused: on the way anybody could change what does not come over "
+                              "https; use https, or download and check the file yourself and give its path")
 
 
 def _cache_entry(url: str) -> tuple[str, str | None]:

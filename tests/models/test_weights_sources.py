@@ -18,6 +18,21 @@ from models.weights import CheckpointError, load_backbone_weights, load_weights
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Serves files; /away/ADDRESS leads to that address, and /cut/NAME ends in the middle."""
+
+    def do_GET(self):
+        if self.path.startswith("/away/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/away/"))
+            self.end_headers()
+        elif self.path.startswith("/cut/"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(500))
+        else:
+            super().do_GET()
+
     def log_message(self, *args):
         pass
 
@@ -113,6 +128,31 @@ def test_address_cannot_leave_the_cache(cache, server):
     publish(folder, "w.pth", torch.nn.Linear(2, 2).state_dict())
     path = local_path(f"{address}/%2e%2e/../%2e%2e/w.pth")
     assert Path(path).resolve().is_relative_to(cache.resolve())
+
+
+@pytest.mark.parametrize("url", [
+    "http://weights.invalid/w-01234567.pth", "http://127.0.0.1.weights.invalid/w.pth",
+    "http://localhost@weights.invalid/w.pth"])
+def test_plain_http_is_refused(cache, url):
+    with pytest.raises(CheckpointError, match="is refused: .* use https") as caught:
+        load_weights(torch.nn.Linear(2, 2), url)
+    assert "\n" not in str(caught.value) and files(cache) == []
+
+
+def test_a_redirection_to_plain_http_is_not_followed(cache, server):
+    folder, address = server
+    path = publish(folder, "w-{}.pth", torch.nn.Linear(2, 2).state_dict())
+    load_weights(torch.nn.Linear(2, 2), f"{address}/away/{address}/{path.name}")
+    for place in ("http://weights.invalid/v.pth", "ftp://weights.invalid/v.pth"):
+        with pytest.raises(CheckpointError, match=f"{place} is refused"):
+            load_weights(torch.nn.Linear(2, 2), f"{address}/away/{place}")
+    assert files(cache) == [path.name]
+
+
+def test_a_download_that_ends_early_leaves_nothing_behind(cache, server):
+    with pytest.raises(CheckpointError, match="the connection ended after 500 of 1000 bytes"):
+        load_weights(torch.nn.Linear(2, 2), f"{server[1]}/cut/w.pth")
+    assert files(cache) == []
 
 
 def test_missing_page(cache, server):
@@ -216,7 +256,7 @@ def test_imagenet_weights_offline(cache, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(checkpoint_sources, "_fetch", refuse)
     with pytest.raises(
         CheckpointError, match="cannot download https://download.pytorch.org/models/resnet18-f37072fd.pth"
     ):

@@ -13,7 +13,7 @@ from kd.engine.lock import WorkDirError, open_work_dir
 HOLD = """
 import os, pathlib, runpy, sys, time
 lock = runpy.run_path(sys.argv[1])["open_work_dir"](pathlib.Path(sys.argv[2]))
-print("held" if os.fork() else os.getpid(), flush=True)
+os.write(1, b"held\n" if os.fork() else b"%d\n" % os.getpid())  # whole lines at once
 time.sleep(60)
 """
 
