@@ -10,7 +10,7 @@ from kd.engine import lock
 from kd.engine.lock import WorkDirError, open_work_dir
 
 # The module alone, without torch; the child is as a loader's worker, which may outlive the run.
-HOLD = """
+HOLD = r"""
 import os, pathlib, runpy, sys, time
 lock = runpy.run_path(sys.argv[1])["open_work_dir"](pathlib.Path(sys.argv[2]))
 os.write(1, b"held\n" if os.fork() else b"%d\n" % os.getpid())  # whole lines at once
