@@ -5,6 +5,8 @@ from kd.engine import cli
 from kd.engine.check import check
 from kd.engine.checkpoint import newest_checkpoint
 from kd.engine.config import load_config
+from kd.engine.distributed import restarted
+from kd.engine.replay import replay
 from kd.engine.train import train
 
 
@@ -15,13 +17,20 @@ def main() -> None:
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
     parser.add_argument("--check", action="store_true",
                         help="show what would be trained and distilled, take two steps, write nothing, and exit")
+    parser.add_argument("--replay", type=Path, metavar="FILE",
+                        help="take a step once more whose loss was not finite, and show where; other options are void")
     args = parser.parse_intermixed_args()
+    if args.replay:
+        print(replay(args.replay, cli.choose_device(args.device)))
+        return
     cfg = load_config(args.cfg, args.overrides)
     if args.check:
         print(check(cfg, cli.choose_device(args.device)))
         return
     work_dir = args.work_dir or Path("runs") / Path(args.cfg).stem
     resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)
+    if resume_from is None and restarted():  # by torchrun --max-restarts, after a process was lost
+        resume_from = newest_checkpoint(work_dir, missing_ok=True)
     if resume_from is None and (work_dir / "last.pth").exists():
         raise cli.UsageError(f"{work_dir} holds a run already: --resume goes on with it, or give another --work-dir")
     train(cfg, work_dir, cli.choose_device(args.device), resume_from)

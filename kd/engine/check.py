@@ -7,8 +7,9 @@ import torch
 
 from . import distributed
 from .evaluate import autocast
+from .run import Run, build_run, describe
 from .start import starting_points
-from .train import Run, build_run, describe, train_step
+from .train import train_step
 
 
 def check(cfg: dict, device: torch.device) -> str:
@@ -28,10 +29,10 @@ def check(cfg: dict, device: torch.device) -> str:
         if run.val_loader is not None and run.settings.check_images:
             lines.append(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
         lines += describe_methods(run, images, targets)
-    losses, _ = train_step(run, run.model, images, targets)
+    losses, _ = train_step(run, run.model, [(images, targets)])
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
     start = time.perf_counter()
-    losses, _ = train_step(run, run.model, images, targets)  # the first one was slower, having things to set up
+    losses, _ = train_step(run, run.model, [(images, targets)])  # the first one was slower, having things to set up
     losses["loss"].item()  # waits for the device
     seconds = time.perf_counter() - start
     if run.val_loader is not None:

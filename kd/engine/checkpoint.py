@@ -6,16 +6,34 @@ import torch
 
 from models.weights import CheckpointError
 
+from .log import TrainingError
+
 FORMAT = "densekd"
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint beside its place and rename it, so that a kill at any instant leaves a loadable one."""
+def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
+    """Write a checkpoint beside its place and rename it, so that a kill at any instant leaves a loadable one.
+
+    Args:
+        keep: how many there are of this name: last.pth, and before it last.1.pth, last.2.pth, ...
+    Raises:
+        TrainingError: it cannot be written, as on a full disk; the ones before are as they were.
+    """
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        torch.save({"format": FORMAT} | state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": FORMAT} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        reason = " ".join(str(error).split())[:150]
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"checkpoint {path} cannot be written ({reason}): the one before is as it was; make room "
+                            "and go on with --resume") from None
+    names = [path] + [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep)]
+    for older, newer in zip(names[:0:-1], names[-2::-1]):
+        if newer.exists():
+            os.replace(newer, older)
     os.replace(partial, path)
 
 
@@ -36,11 +54,11 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-def newest_checkpoint(work_dir: Path) -> Path:
+def newest_checkpoint(work_dir: Path, missing_ok: bool = False) -> Path | None:
     """The newest checkpoint of a work dir that can be read.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, and that is not `missing_ok`.
     """
     for path in sorted(work_dir.glob("*.pth"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
@@ -48,4 +66,6 @@ def newest_checkpoint(work_dir: Path) -> Path:
             return path
         except CheckpointError:
             continue
+    if missing_ok:
+        return None
     raise CheckpointError(f"no checkpoint to resume from in {work_dir}")

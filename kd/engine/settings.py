@@ -11,6 +11,11 @@ class TrainConfig:
     seed: int = 0                                   # of the initial weights, the order and the augmentation
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     grad_clip: float | None = None                  # largest norm of the whole gradient; null does not clip
+    accumulate: int = 1                             # batches per optimiser step; each has its own loss normalisers
+    ema: float | None = None                        # decay of a moving average of the weights, which is then evaluated
+    sync_bn: bool = False                           # batch norms that learn share statistics among processes (CUDA)
+    checkpoint_every: int | None = None             # steps between checkpoints; null: at the end of epochs
+    keep: int = 1                                   # checkpoints kept: last.pth, last.1.pth, ...; best.pth beside them
     log_every: int = 10                             # steps between lines of metrics.jsonl and the log
     check_images: int = 100                         # the teacher's AP on so many is shown before the first step; 0: off
     grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never

@@ -1,6 +1,7 @@
 """train.py and eval.py from the command line: what they write, resuming, signals, and bad input."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,11 +173,35 @@ def test_eval_refuses_another_models_checkpoint(trained, monkeypatch, capsys):
     assert len(error) == 1 and "does not fit the model" in error[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("clip", ["null", "35"])
+def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch, capsys, clip):
+    """It names the loss and the images, touches no weight, and leaves a file that shows the step again."""
     path, _, _ = trained
-    assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / "run", "optimizer.lr=1e30",
-                      "train.grad_clip=null", "schedule.warmup_steps=0") == 1
-    assert "is nan" in capsys.readouterr().err or not (tmp_path / "run" / "last.pth").exists()
+    run = tmp_path / "run"
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", run, "optimizer.lr=1e30", "--device", "cpu",
+                      f"train.grad_clip={clip}", "schedule.warmup_steps=0", "train.checkpoint_every=1",
+                      "train.epochs=4") == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and f"--replay {run / 'replay.pth'}" in error[0]
+    step, images = re.search(r" at step (\d+), images ([\d, ]+)\.", error[0]).groups()
+    state = torch.load(run / "replay.pth", weights_only=True)
+    assert state["step"] == int(step) - 1 and len(images.split(",")) == 4
+    assert [str(t["image_id"]) for t in state["batches"][0][1]] == images.split(", ")
+    last = torch.load(run / "last.pth", weights_only=True)
+    assert last["step"] == int(step) - 1 and all(v.isfinite().all() for v in last["model"].values())
+    learnt = [{k: v for k, v in each["model"].items() if "running" not in k and "batches" not in k}
+              for each in (state, last)]
+    assert_equal(*learnt)  # the step itself was skipped
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--replay", run / "replay.pth", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert f"images {images}: loss_cls" in printed and "outputs that are not finite, first ones first: " in printed
+    assert "nan" in printed or "inf" in printed or "gradients that are not finite: backbone" in printed
+
+
+def test_replay_of_another_file(trained, monkeypatch, capsys):
+    path, work_dir, _ = trained
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--replay", work_dir / "last.pth") == 2
+    assert "is not a replay file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -1,0 +1,61 @@
+"""Losses that are not finite: noticed without waiting for the device, and kept for a replay."""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import distributed
+from .log import TrainingError
+
+
+class FiniteWatch:
+    """Keeps a step with a loss that is not finite from touching the weights, and tells of it one step later.
+
+    Nobody waits for the device: the optimiser skips the step by a flag that is on the device, and the same flag, copied
+    meanwhile, is read before the next step begins. The weights are then still those that gave the loss.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.pending = device, None
+        self.flag = torch.zeros(1, pin_memory=device.type == "cuda")
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def found_inf(self, broken: Tensor) -> Tensor:
+        """One where `broken` of any process is true, otherwise zero: a scalar on the device."""
+        flag = broken.float()
+        if distributed.world_size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag
+
+    def look_at(self, flag: Tensor, report: Callable[[], str]) -> None:
+        """Remember a step's flag; `report` saves what is to be known of it and says so, should it come to that."""
+        self.flag.copy_(flag.view(1), non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        self.pending = report
+
+    def check(self) -> None:
+        """Before the next step, or at the end.
+
+        Raises:
+            TrainingError: the last step that was looked at had a loss that is not finite.
+        """
+        if self.pending is None:
+            return
+        if self.copied is not None:
+            self.copied.synchronize()
+        report, self.pending = self.pending, None
+        if self.flag.item():
+            raise TrainingError(report())
+
+
+def describe(losses: dict[str, Tensor], targets: list[dict], step: int, path: Path) -> str:
+    """What a step with a loss that is not finite says."""
+    broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
+    what = ", ".join(broken) or "the gradient, or a loss of another process, is not finite"
+    images = ", ".join(str(target.get("image_id", "?")) for target in targets)
+    return (f"{what} at step {step}, images {images}. The batch and the weights are in {path}: look at them with "
+            f"scripts/train.py --replay {path}; lower optimizer.lr, set train.grad_clip, or train without train.amp. "
+            "The checkpoints are from before")

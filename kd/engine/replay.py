@@ -1,0 +1,72 @@
+"""A step that went wrong, kept and taken once more."""
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import build_detector, without_pretraining
+from models.weights import CheckpointError
+
+from ..distiller import Distiller, build_distiller
+from .evaluate import autocast
+from .settings import TrainConfig
+
+FORMAT = "densekd-replay"
+
+
+def save_replay(run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
+    """Write the batches of a step, and the weights that it began with."""
+    methods = run.distiller.methods.state_dict() if run.distiller else {}
+    torch.save({"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,
+                "batches": [(images.cpu(), targets) for images, targets in batches],
+                "model": run.student.state_dict(), "methods": methods}, path)
+
+
+def replay(path: Path, device: torch.device) -> str:
+    """Take the step of a file that `save_replay` wrote once more, without an optimiser.
+
+    Returns:
+        For people: every loss, the modules whose outputs are not finite first, and parameters whose gradients are not.
+    Raises:
+        CheckpointError: no such file, or another one.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"replay file {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a replay file, which a run leaves where a loss is not finite")
+    cfg, settings = state["config"], TrainConfig(**state["config"].get("train", {}))
+    cfg = cfg | {"model": without_pretraining(cfg["model"])}
+    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device).train()
+    student = model.student if isinstance(model, Distiller) else model
+    student.load_state_dict(state["model"])
+    if isinstance(model, Distiller):
+        model.methods.load_state_dict(state["methods"])
+        model.advance(state["step"], state["steps_per_epoch"], settings.epochs)
+
+    broken: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: note(broken, name, output))
+    lines = [f"step {state['step'] + 1} of {path}"]
+    torch.manual_seed(hash((settings.seed, state["step"], 0)))
+    for images, targets in state["batches"]:
+        ids = ", ".join(str(target.get("image_id", "?")) for target in targets)
+        images = student.preprocess(images.to(device), targets)
+        targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+        with autocast(device, settings.amp):
+            losses = model(images, targets)
+            total = sum(losses.values())
+        total.backward()
+        lines.append(f"images {ids}: " + " ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    lines.append(f"outputs that are not finite, first ones first: {', '.join(broken[:5]) or 'none'}")
+    lines.append(f"gradients that are not finite: {', '.join(bad[:5]) or 'none'}{', ...' if len(bad) > 5 else ''}")
+    return "\n".join(lines)
+
+
+def note(broken: list[str], name: str, output: object) -> None:
+    """Remember a module whose output, or a part of it, is not finite."""
+    parts = output if isinstance(output, (list, tuple)) else [output]
+    if any(torch.is_tensor(part) and part.is_floating_point() and not part.isfinite().all() for part in parts):
+        broken.append(name)

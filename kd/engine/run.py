@@ -1,0 +1,152 @@
+"""A training run: what it consists of, how it is built, saved and put back."""
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from data import build_dataset, build_loader, read_data_config
+from models import ConfigError, Detector, build_detector
+from models.weights import CheckpointError
+
+from ..distiller import Distiller, build_distiller
+from . import distributed
+from .checkpoint import save_checkpoint
+from .evaluate import eval_loader, with_classes
+from .finite import FiniteWatch
+from .optim import ScheduleConfig, build_optimizer
+from .settings import TrainConfig
+from .skipped import SkippedImages
+from .summary import count_parameters
+
+
+@dataclass
+class Run:
+    """Everything that a training run consists of."""
+
+    cfg: dict
+    settings: TrainConfig
+    schedule: ScheduleConfig
+    device: torch.device
+    work_dir: Path
+    model: Detector | Distiller
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train_loader: torch.utils.data.DataLoader
+    val_loader: torch.utils.data.DataLoader | None
+    finite: FiniteWatch
+    average: AveragedModel | None  # moving average of the student's weights
+    step: int = 0              # optimiser steps done
+    saved: int = -1            # step of last.pth
+    evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
+    best: float = -1.0         # AP of the best evaluation
+    skipped: SkippedImages = field(default_factory=SkippedImages)
+    overflows: Tensor | int = 0  # steps that fp16 has skipped
+
+    @property
+    def distiller(self) -> Distiller | None:
+        return self.model if isinstance(self.model, Distiller) else None
+
+    @property
+    def student(self) -> Detector:
+        return self.model.student if self.distiller else self.model
+
+    @property
+    def evaluated_model(self) -> Detector:
+        """The detector whose figures count: the average of the weights where there is one."""
+        return self.student if self.average is None else self.average.module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_loader) / self.settings.accumulate)
+
+
+def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
+    """Data, models and optimiser of a run, at its first step."""
+    settings, rank, world = TrainConfig(**cfg.get("train", {})), distributed.rank(), distributed.world_size()
+    if cfg.get("data") is None:
+        raise ConfigError("data", "missing: what is to be trained on?")
+    data = read_data_config(cfg["data"])
+    train_set = build_dataset(data, "train", training=True, seed=settings.seed)
+    cfg = with_classes(cfg, train_set)
+    val_set = build_dataset(data, "val", training=False) if data.val else None
+    if val_set is not None and val_set.classes != train_set.classes:
+        raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
+    torch.manual_seed(settings.seed)
+    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device)
+    if settings.sync_bn and world > 1:
+        if device.type != "cuda":
+            raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world * settings.accumulate)
+    train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
+                                rank, world)
+    run = Run(cfg, settings, ScheduleConfig(**cfg.get("schedule", {})), device, work_dir, model, optimizer,
+              torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)
+    if settings.ema is not None:
+        run.average = AveragedModel(run.student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+    return run
+
+
+def save(run: Run, name: str) -> None:
+    """Write the run's state into its work dir. `model` is what is evaluated, `training` what is trained."""
+    if distributed.rank() != 0:
+        return
+    methods, reported = (run.distiller.methods.state_dict(), run.distiller.reported) if run.distiller else ({}, ())
+    state = {
+        "model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg,
+        "classes": run.train_loader.dataset.classes}
+    if run.average is not None:
+        state |= {"training": run.student.state_dict(), "averaged": int(run.average.n_averaged)}
+    keep = run.settings.keep if name == "last.pth" and run.step != run.saved else 1
+    save_checkpoint(run.work_dir / name, state, keep)
+    if name == "last.pth":
+        run.saved = run.step
+
+
+def restore(run: Run, state: dict, path: Path) -> None:
+    """Put a run where a checkpoint left it.
+
+    Raises:
+        CheckpointError: it belongs to another model, method or batch size.
+    """
+    if state["steps_per_epoch"] != run.steps_per_epoch:
+        raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps an epoch and this run "
+                              f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
+    try:
+        run.student.load_state_dict(state.get("training", state["model"]))
+        if run.average is not None:
+            run.average.module.load_state_dict(state["model"])
+            run.average.n_averaged.fill_(state.get("averaged", 0))
+        if run.distiller:
+            run.distiller.methods.load_state_dict(state["methods"])
+            run.distiller.reported = {(key, name) for key, name in state["reported"]}
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
+
+
+def describe(run: Run) -> str:
+    """What is about to run, in a few lines."""
+    data = run.train_loader.dataset
+    lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
+             f"{run.settings.epochs} epochs on {run.device}",
+             f"{'student' if run.distiller else 'detector'}: "
+             f"{count_parameters(run.student) / 1e6:.2f} M parameters"]
+    if run.distiller:
+        for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
+            lines.append(f"teacher: {count_parameters(teacher) / 1e6:.2f} M parameters, "
+                         f"distilled by {', '.join(type(m).__name__ for m in methods)}")
+    if data.num_dropped_boxes:
+        lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")
+    if run.step:
+        lines.append(f"resumed at step {run.step}")
+    return "\n".join(lines)
