@@ -10,10 +10,11 @@ from kd.engine import lock
 from kd.engine.lock import WorkDirError, open_work_dir
 
 # The module alone, without torch; the child is as a loader's worker, which may outlive the run.
-HOLD = r"""
+HOLD = """
 import os, pathlib, runpy, sys, time
 lock = runpy.run_path(sys.argv[1])["open_work_dir"](pathlib.Path(sys.argv[2]))
-os.write(1, b"held\n" if os.fork() else b"%d\n" % os.getpid())  # whole lines at once
+if not os.fork():
+    os.write(1, b"%d" % os.getpid())
 time.sleep(60)
 """
 
@@ -21,8 +22,8 @@ time.sleep(60)
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `tmp_path`, and has a child that does not."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, lock.__file__, tmp_path], stdout=subprocess.PIPE, text=True)
-    child = int(next(line for line in sorted(process.stdout.readline() for _ in range(2)) if line != "held\n"))
+    process = subprocess.Popen([sys.executable, "-c", HOLD, lock.__file__, tmp_path], stdout=subprocess.PIPE)
+    child = int(os.read(process.stdout.fileno(), 20))
     yield process
     for number in (process.pid, child):
         try:
