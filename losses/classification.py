@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reduce import at_least_float32, reduce_loss
+from .reduce import at_least_float32, modulate, reduce_loss
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -25,7 +25,7 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
     target = one_hot(labels, pred.shape[-1]).to(pred.dtype)
     prob = pred.sigmoid()
     miss = prob + target - 2 * prob * target  # 1 - p_t
-    focal = (target * (2 * alpha - 1) + (1 - alpha)) * miss.pow(gamma)
+    focal = (target * (2 * alpha - 1) + (1 - alpha)) * modulate(miss, gamma)
     loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
     return reduce_loss(loss, weight, reduction, avg_factor)
 
@@ -45,7 +45,7 @@ def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tens
     labels, score = target
     quality = one_hot(labels, pred.shape[-1]) * score.to(pred.dtype).unsqueeze(-1)
     loss = F.binary_cross_entropy_with_logits(pred, quality, reduction="none")
-    loss = loss * (quality - pred.sigmoid()).abs().pow(beta)
+    loss = loss * modulate((quality - pred.sigmoid()).abs(), beta)
     return reduce_loss(loss.sum(-1), weight, reduction, avg_factor)
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reduce import at_least_float32, reduce_loss
+from .reduce import at_least_float32, modulate, reduce_loss
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
@@ -17,7 +17,7 @@ def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = 
     pred = at_least_float32(pred)
     target = at_least_float32(target).detach().sigmoid()
     loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
-    loss = loss * (pred.sigmoid() - target).abs().pow(beta)
+    loss = loss * modulate((pred.sigmoid() - target).abs(), beta)
     return reduce_loss(loss, weight, reduction, avg_factor)
 
 

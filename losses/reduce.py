@@ -12,6 +12,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def modulate(error: Tensor, exponent: float) -> Tensor:
+    """Focal losses' factor: errors in [0, 1] to a power, with a finite gradient at 0 for exponents below 1 as well."""
+    return (error.clamp(min=torch.finfo(error.dtype).tiny) if 0 < exponent < 1 else error).pow(exponent)
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """Average of `value` over all processes; itself when there is only one. Never carries a gradient."""
     value = value.detach()
