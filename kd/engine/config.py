@@ -94,6 +94,9 @@ def parse_yaml(text: str, where: str, kind: type = object) -> Any:
     """YAML text; an error in one line."""
     try:
         value = yaml.load(text, Loader=Yaml12Loader)
+        dotted_keys(value)
+    except RecursionError:
+        raise ConfigError("", f"{where} is nested too deeply, or holds itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
