@@ -1,13 +1,13 @@
 """COCO figures of a detector on a data set."""
 import contextlib
+import gc
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -21,13 +21,13 @@ from .settings import EvalConfig
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-@torch.no_grad()
-def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> list[dict]:
-    """Detections on every image of a loader, in original pixels, gathered from all processes.
+# An image's id and its detections, float64 (n, 6): x, y, width, height in original pixels, score, label.
+ImageResult = tuple[int | str, np.ndarray]
 
-    Returns:
-        COCO results: dicts of image_id, label, bbox (x, y, width, height), score.
-    """
+
+@torch.no_grad()
+def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> list[ImageResult]:
+    """Detections on every image of a loader, in original pixels, gathered from all processes."""
     was_training = model.training
     model.eval()
     results = []
@@ -35,12 +35,11 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
         images = model.preprocess(images.to(device, non_blocking=True), targets)
         with autocast(device, amp):
             found = model.predict(images, targets)
-        for target, detections in zip(targets, found):
-            boxes = detections["boxes"].double().cpu()
-            boxes[:, 2:] -= boxes[:, :2]
-            results += [{"image_id": target["image_id"], "label": label, "bbox": box, "score": score}
-                        for box, score, label in zip(boxes.tolist(), detections["scores"].tolist(),
-                                                     detections["labels"].tolist())]
+        # The whole batch leaves the device at once.
+        rows = torch.cat([torch.column_stack([d["boxes"].double(), d["scores"], d["labels"]]) for d in found]).cpu()
+        rows[:, 2:4] -= rows[:, :2]
+        parts = rows.split([len(d["scores"]) for d in found])
+        results += [(target["image_id"], part.numpy()) for target, part in zip(targets, parts)]
     model.train(was_training)
     return distributed.gather(results)
 
@@ -51,22 +50,23 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=amp != "none")
 
 
-def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
+def coco_figures(results: list[ImageResult], dataset: CocoDataset, fast: bool = True) -> dict:
     """The twelve COCO figures and AP per class, as fractions; None where the data set has no such object.
 
     Args:
         results: what `detect` returned.
         dataset: whose annotation file the figures are computed against.
+        fast: see `coco_api`.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        truth.dataset, number = read_truth(dataset)
-        truth.createIndex()
-        detections = np.array([[number[r["image_id"]], *r["bbox"], r["score"], dataset.category_ids[r["label"]]]
-                               for r in results]).reshape(-1, 7)
-        found = truth.loadRes(detections) if len(detections) else COCO()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = [number[image_id] for image_id in dataset.image_ids]
+    coco, coco_eval = coco_api(fast)
+    # Images are numbered in the order of their ids, in which pycocotools puts detections of equal score: its arrays
+    # hold neither texts nor very large numbers.
+    ids = sorted(dataset.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    numbers = {image_id: number for number, image_id in enumerate(ids, start=1)}
+    with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():  # pycocotools prints its progress
+        truth = coco_index(coco, dataset, numbers, read_truth(dataset, numbers))
+        found = coco_index(coco, dataset, numbers, list_detections(results, dataset, numbers))
+        evaluation = coco_eval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -80,28 +80,69 @@ def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
     return figures | {"per_class": per_class}
 
 
+def coco_api(fast: bool = True) -> tuple[type, type]:
+    """The classes COCO and COCOeval: pycocotools', or if `fast` faster-coco-eval's where it is installed.
+
+    Their figures are equal; the extra `eval` installs the latter.
+    """
+    if fast:
+        with contextlib.suppress(ImportError):
+            from faster_coco_eval import COCO, COCOeval_faster
+            return COCO, COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    return COCO, COCOeval
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Spare the evaluators' millions of small objects, none of them garbage, the collector's repeated visits."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]):
+    """Annotations or detections as the evaluators take them."""
+    index = coco()
+    index.dataset = {"images": [{"id": number} for number in numbers.values()], "annotations": annotations,
+                     "categories": [{"id": category_id} for category_id in dataset.category_ids]}
+    index.createIndex()
+    return index
+
+
+def read_truth(dataset: CocoDataset, numbers: dict) -> list[dict]:
+    """The file's annotations of the data set's images, with what COCO-like files may leave out.
+
+    They are numbered from 1, in place of their ids: pycocotools counts an object of id 0 as missed even where it is
+    found.
+    """
+    content = json.loads(dataset.annotation_file.read_bytes())
+    return [{"id": number, "image_id": numbers[a["image_id"]], "category_id": a["category_id"], "bbox": a["bbox"],
+             "area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": a.get("iscrowd", 0)}
+            for number, a in enumerate(content["annotations"], start=1) if a["image_id"] in numbers]
+
+
+def list_detections(results: list[ImageResult], dataset: CocoDataset, numbers: dict) -> list[dict]:
+    """Detections in COCO's form."""
+    if not results:
+        return []
+    rows = np.concatenate([part for _, part in results])
+    images = np.repeat([numbers[image_id] for image_id, _ in results], [len(part) for _, part in results])
+    categories = np.array(dataset.category_ids)[rows[:, 5].astype(int)]
+    columns = (images, categories, rows[:, :4], rows[:, 4], rows[:, 2] * rows[:, 3])
+    return [{"id": i, "image_id": image, "category_id": category, "bbox": box, "score": score, "area": area,
+             "iscrowd": 0} for i, (image, category, box, score, area) in
+            enumerate(zip(*(column.tolist() for column in columns)), start=1)]
+
+
 def known(value: float) -> float | None:
     """A figure, or None for pycocotools' -1: nothing to measure it on."""
     return None if value < 0 else float(value)
-
-
-def read_truth(dataset: CocoDataset) -> tuple[dict, dict]:
-    """The annotation file with what pycocotools needs and COCO-like files may leave out, and each image id's number.
-
-    Images and annotations are numbered from 1, in place of their ids: pycocotools counts an object of id 0 as missed
-    even where it is found, and its arrays hold neither texts nor very large numbers.
-    """
-    truth = json.loads(dataset.annotation_file.read_bytes())
-    # in the order of the ids, in which pycocotools takes the images, and so decides between equal scores
-    ids = sorted((image["id"] for image in truth["images"]), key=lambda image_id: (isinstance(image_id, str), image_id))
-    number = {image_id: position for position, image_id in enumerate(ids, start=1)}
-    for image in truth["images"]:
-        image["id"] = number[image["id"]]
-    for position, annotation in enumerate(truth["annotations"], start=1):
-        annotation["id"], annotation["image_id"] = position, number[annotation["image_id"]]
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return truth, number
 
 
 def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
