@@ -1,10 +1,9 @@
 """CrossKD: cross-head knowledge distillation (Wang et al., arXiv:2306.11369)."""
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor, nn
 
-from losses import LOSSES, at_least_float32
+from losses import LOSSES, at_least_float32, channel_statistics
 from models import Detector, DetectorPass
 from models.build import ConfigError, OneOf
 
@@ -21,6 +20,8 @@ class CrossKD(Method):
         loss_cls_kd, loss_reg_kd, loss_center_kd: losses on class scores, boxes and, where the head has it,
             centerness; by default the published ones of the head, which for FCOS have none on centerness.
         adapter_kernel: size of the convolution to the teacher's width where the widths differ.
+        sync_stats: the means and deviations that features are aligned by are of all processes' batches together; the
+            original takes each process's own.
     """
 
     teacher_head = True
@@ -28,7 +29,8 @@ class CrossKD(Method):
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: int = 3,
                  loss_cls_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
                  loss_reg_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
-                 loss_center_kd: Annotated[dict, OneOf(LOSSES)] | None = None, adapter_kernel: Literal[1, 3] = 1):
+                 loss_center_kd: Annotated[dict, OneOf(LOSSES)] | None = None, adapter_kernel: Literal[1, 3] = 1,
+                 sync_stats: bool = False):
         super().__init__()
         cut = reused_teacher_head_idx
         check_same_predictions(student.bbox_head, teacher.bbox_head, "CrossKD")
@@ -39,13 +41,13 @@ class CrossKD(Method):
         widths = [head.tower_channels if cut else head.in_channels for head in (student.bbox_head, teacher.bbox_head)]
         self.adapters = nn.ModuleList(adapter(*widths, adapter_kernel) for _ in ("cls", "reg"))
         self.student_cuts = self.teacher_cuts = (cut,)
-        self.cut = cut
+        self.cut, self.sync_stats = cut, sync_stats
         self.losses = build_mimic_losses(teacher.bbox_head, teacher.bbox_head.has_centerness, loss_cls_kd, loss_reg_kd,
                                          loss_center_kd)
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         cls_feats, reg_feats = (
-            [align_scale(adapt(own), other) for own, other in zip(*towers)]
+            [align_scale(adapt(own), other, sync_stats=self.sync_stats) for own, other in zip(*towers)]
             for adapt, *towers in zip(self.adapters, student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut]))
         reused = teacher.run_head(self.cut, cls_feats, reg_feats)
         return mimic(reused, teacher.head, student, teacher, self.losses)
@@ -58,10 +60,9 @@ class CrossKD(Method):
             f"{through}: {line}" for line in super().links(student, teacher)]
 
 
-def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:
     """The student's map (N, C, H, W) with each channel's mean and deviation over the batch as in the teacher's."""
     student, teacher = at_least_float32(student), at_least_float32(teacher)
-    dims = (0, 2, 3)
-    std, mean = torch.std_mean(student, dims, keepdim=True)
-    teacher_std, teacher_mean = torch.std_mean(teacher, dims, keepdim=True)
+    std, mean = channel_statistics(student, sync_stats)
+    teacher_std, teacher_mean = channel_statistics(teacher, sync_stats)
     return (student - mean) / (std + eps) * teacher_std + teacher_mean

@@ -19,7 +19,7 @@ from .distill import (
     pkd_loss,
 )
 from .iou import CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, diou_loss, giou_loss, iou_loss
-from .reduce import at_least_float32, mean_over_processes, reduce_loss
+from .reduce import at_least_float32, channel_statistics, mean_over_processes, reduce_loss
 from .regression import DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss, smooth_l1_loss
 
 # What a configuration may name.
@@ -31,7 +31,7 @@ __all__ = [
     "LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss",
     "IoULoss", "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss",
     "SmoothL1Loss", "aligned_iou", "at_least_float32", "binary_cross_entropy", "binary_kd_loss",
-    "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss", "dkd_loss", "giou_loss",
-    "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes", "pkd_loss",
+    "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss", "dkd_loss",
+    "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes", "pkd_loss",
     "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
 ]

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reduce import at_least_float32, modulate, reduce_loss
+from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
@@ -41,15 +41,16 @@ def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
     return reduce_loss(loss, weight, reduction, avg_factor)
 
 
-def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:
     """Half the squared difference of features normalised per channel over the batch (PKD, arXiv:2207.02039, eq. 5).
 
     Args:
         pred, target: maps (N, C, H, W) of student and teacher.
+        sync_stats: over the batches of all processes.
     """
 
     def normalised(x: Tensor) -> Tensor:
-        std, mean = torch.std_mean(at_least_float32(x), (0, 2, 3), keepdim=True)
+        std, mean = channel_statistics(at_least_float32(x), sync_stats)
         return (x - mean) / (std + eps)
 
     return F.mse_loss(normalised(pred), normalised(target.detach())) / 2
@@ -116,12 +117,12 @@ def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None
 class PKDLoss(nn.Module):
     """`pkd_loss` times `loss_weight`."""
 
-    def __init__(self, loss_weight: float = 1.0):
+    def __init__(self, loss_weight: float = 1.0, sync_stats: bool = False):
         super().__init__()
-        self.loss_weight = loss_weight
+        self.loss_weight, self.sync_stats = loss_weight, sync_stats
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self.loss_weight * pkd_loss(pred, target)
+        return self.loss_weight * pkd_loss(pred, target, sync_stats=self.sync_stats)
 
 
 class KDQualityFocalLoss(nn.Module):

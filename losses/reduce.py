@@ -17,14 +17,56 @@ def modulate(error: Tensor, exponent: float) -> Tensor:
     return (error.clamp(min=torch.finfo(error.dtype).tiny) if 0 < exponent < 1 else error).pow(exponent)
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Average of `value` over all processes; itself when there is only one. Never carries a gradient."""
-    value = value.detach()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_processes(value: Tensor, least: float | None = None) -> Tensor:
+    """Average of `value` over all processes; itself when there is only one. Never carries a gradient.
+
+    Args:
+        least: what the sum over all processes is raised to. A normaliser of N processes is so an N-th of one process's
+            with N times the batch, and their losses average to its loss, however few positives there are.
+    """
+    count, value = processes(), value.detach()
+    if count > 1:
         value = value.clone()
         dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
+    if least is not None:
+        value = value.clamp(min=least)
+    return value / count if count > 1 else value
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; the gradient of every process's result comes back to each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return SumOverProcesses.apply(grad.contiguous())
+
+
+def channel_statistics(x: Tensor, sync: bool = False) -> tuple[Tensor, Tensor]:
+    """Deviation and mean of each channel of a map (N, C, H, W) over images and places, (1, C, 1, 1) each.
+
+    Args:
+        sync: over the maps of all processes together, each entry counting alike, instead of this one's alone.
+    """
+    dims = (0, 2, 3)
+    if not sync or processes() == 1:
+        return torch.std_mean(x, dims, keepdim=True)
+    sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
+    *sums, count = SumOverProcesses.apply(sums).split([x.shape[1], 1])
+    mean = (sums[0] / count).view(1, -1, 1, 1)
+    variance = SumOverProcesses.apply((x - mean).square().sum(dims, keepdim=True)) / (count - 1)
+    # A constant channel's deviation has no gradient, as torch.std_mean has it.
+    return variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), mean
 
 
 def reduce_loss(loss: Tensor, weight: Tensor | None = None, reduction: str = "mean",

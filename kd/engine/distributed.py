@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def start_processes(device: torch.device) -> torch.device:
@@ -50,12 +50,37 @@ def world_size() -> int:
 
 
 def gather(items: list) -> list:
-    """The processes' lists, one after another, on every process."""
+    """The processes' lists, short ones, one after another, on every process."""
     if world_size() == 1:
         return items
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def gather_rows(rows: Tensor) -> Tensor | None:
+    """The processes' rows (n, k), one after another, on the first process; None on the others.
+
+    They travel as they are, without pickling, and pass through no other process.
+    """
+    if world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.full_like(counts[0], len(rows)))
+    counts = torch.cat(counts).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])  # all send equally much
+    parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
+    dist.gather(padded, parts)
+    return None if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def from_first(value: object) -> object:
+    """The first process's value, small, on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def any_process(flag: int) -> int:

@@ -20,28 +20,45 @@ from .settings import EvalConfig
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-
 # An image's id and its detections, float64 (n, 6): x, y, width, height in original pixels, score, label.
 ImageResult = tuple[int | str, np.ndarray]
 
 
+def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> dict:
+    """A detector's `coco_figures` on a loader's data set, of whose images each process has a share.
+
+    The first process computes them and tells the others.
+    """
+    results = detect(model, loader, device, amp)
+    return distributed.from_first(coco_figures(results, loader.dataset) if distributed.rank() == 0 else None)
+
+
 @torch.no_grad()
 def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> list[ImageResult]:
-    """Detections on every image of a loader, in original pixels, gathered from all processes."""
+    """Detections on every image of a loader's data set, in its order: of all processes, on the first one.
+
+    Returns:
+        Nothing on the other processes.
+    """
     was_training = model.training
     model.eval()
-    results = []
+    places = {image_id: place for place, image_id in enumerate(loader.dataset.image_ids)}
+    found = [torch.zeros(0, 7, dtype=torch.float64, device=device)]  # place, x1, y1, x2, y2, score, label
     for images, targets in tqdm(loader, "eval", leave=False, disable=None if distributed.rank() == 0 else True):
         images = model.preprocess(images.to(device, non_blocking=True), targets)
         with autocast(device, amp):
-            found = model.predict(images, targets)
-        # The whole batch leaves the device at once.
-        rows = torch.cat([torch.column_stack([d["boxes"].double(), d["scores"], d["labels"]]) for d in found]).cpu()
-        rows[:, 2:4] -= rows[:, :2]
-        parts = rows.split([len(d["scores"]) for d in found])
-        results += [(target["image_id"], part.numpy()) for target, part in zip(targets, parts)]
+            batch = model.predict(images, targets)
+        for target, d in zip(targets, batch):
+            place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=torch.float64)
+            found.append(torch.column_stack([place, d["boxes"], d["scores"], d["labels"]]))
     model.train(was_training)
-    return distributed.gather(results)
+    rows = distributed.gather_rows(torch.cat(found))
+    if rows is None:
+        return []
+    rows = rows[rows[:, 0].argsort(stable=True)].cpu()
+    rows[:, 3:5] -= rows[:, 1:3]
+    counts = rows[:, 0].long().bincount(minlength=len(places)).tolist()
+    return [(image_id, part.numpy()) for image_id, part in zip(places, rows[:, 1:].split(counts))]
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -172,7 +189,7 @@ def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: 
     """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
-    return coco_figures(detect(detector, eval_loader(cfg, dataset), device), dataset)
+    return evaluate(detector, eval_loader(cfg, dataset), device)
 
 
 def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:

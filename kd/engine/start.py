@@ -7,7 +7,7 @@ from data import build_dataset, read_data_config
 from models import Detector
 
 from ..distiller import Distiller
-from .evaluate import coco_figures, detect, eval_loader
+from .evaluate import eval_loader, evaluate
 
 SUSPICIOUS = 0.01  # an AP below this is no teacher's
 
@@ -19,7 +19,7 @@ def starting_points(model: Distiller, cfg: dict, images: int, device: torch.devi
     dataset = build_dataset(replace(data, val=first), "val", training=False)
 
     def points(detector: Detector) -> float | None:
-        return coco_figures(detect(detector, eval_loader(cfg, dataset), device, amp), dataset)["AP"]
+        return evaluate(detector, eval_loader(cfg, dataset), device, amp)["AP"]
 
     lines = [f"AP on the first {len(dataset)} images of data.val, before training"]
     for i, teacher in enumerate(model.teachers):

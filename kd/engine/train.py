@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .checkpoint import read_checkpoint
-from .evaluate import autocast, coco_figures, detect, format_figures
+from .evaluate import autocast, evaluate, format_figures
 from .finite import describe as describe_broken
 from .lock import open_work_dir
 from .log import Meter, Metrics, TrainingError, open_log, provenance
@@ -206,8 +206,7 @@ def check_scale(run: Run) -> None:
 def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
     """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
-    results = detect(run.evaluated_model, run.val_loader, run.device, run.settings.amp)
-    figures = coco_figures(results, run.val_loader.dataset)
+    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.settings.amp)
     metrics.write({"epoch": epoch, "step": run.step} | figures)
     log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True

@@ -63,7 +63,7 @@ class ATSSHead(DenseHead):
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
         positive, target = assignment.positive, assignment.box_targets
         centerness = centerness_target(assignment.priors.centers, target) * positive
-        normalizer = mean_over_processes(centerness.sum()).clamp(min=1)
+        normalizer = mean_over_processes(centerness.sum(), least=1)
         decoded = self.decode(outputs.box, assignment.priors)
         return {
             "loss_cls": self.loss_cls(outputs.cls, assignment.labels, assignment.label_weights,

@@ -72,7 +72,7 @@ class FCOSHead(DenseHead):
 
     @staticmethod
     def average_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:
-        return mean_over_processes(positive.sum().to(dtype)).clamp(min=1)
+        return mean_over_processes(positive.sum().to(dtype), least=1)
 
     @staticmethod
     def centerness(assignment: Assignment) -> Tensor:
@@ -81,7 +81,7 @@ class FCOSHead(DenseHead):
 
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
         """The sum of the centerness targets, as for the box loss."""
-        return mean_over_processes(self.centerness(assignment).sum()).clamp(min=1e-6)
+        return mean_over_processes(self.centerness(assignment).sum(), least=1e-6)
 
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
         priors, positive = assignment.priors, assignment.positive

@@ -82,7 +82,7 @@ class GFLHead(DenseHead):
                                  avg_factor=assignment.avg_factor)
         # Boxes count as much as their anchor is already believed to be an object.
         weight = at_least_float32(outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
-        normalizer = mean_over_processes(weight.sum()).clamp(min=1)
+        normalizer = mean_over_processes(weight.sum(), least=1)
         loss_bbox = self.loss_bbox(decoded, target, weight, avg_factor=1.0) / normalizer
         sides = self.bbox_coder.encode(points, target, self.reg_max)
         loss_dfl = self.loss_dfl(self.logits(box), sides, weight.unsqueeze(-1), avg_factor=4.0) / normalizer

@@ -67,8 +67,8 @@ class RetinaHead(DenseHead):
         if self.ema_normalizer is None:
             return assignment.avg_factor
         with torch.no_grad():
-            positives = assignment.positive.sum().clamp(min=1)
-            self.loss_normalizer.lerp_(mean_over_processes(positives).to(self.loss_normalizer), 1 - self.ema_normalizer)
+            positives = mean_over_processes(assignment.positive.sum(), least=1)
+            self.loss_normalizer.lerp_(positives.to(self.loss_normalizer), 1 - self.ema_normalizer)
         return self.loss_normalizer.to(assignment.avg_factor)
 
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:

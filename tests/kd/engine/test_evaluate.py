@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,9 +194,12 @@ def test_detect_gives_rows_of_width_and_height_per_image():
             assert not self.training and len(images) == 2
             return found
 
-    loader = [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [{"image_id": i, "image_size": (32, 32)} for i in "ab"])]
+    class Loader(list):
+        dataset = SimpleNamespace(image_ids=["b", "a"])
+
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [{"image_id": i, "image_size": (32, 32)} for i in "ab"]
     model = Model().train()
-    (first, rows), (second, none) = detect(model, loader, torch.device("cpu"))
+    (second, none), (first, rows) = detect(model, Loader([batch]), torch.device("cpu"))
     assert (first, second) == ("a", "b") and none.shape == (0, 6) and model.training
     boxes = found[0]["boxes"].double()
     expected = torch.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], found[0]["scores"].double(),
