@@ -49,10 +49,13 @@ def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: i
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
     """Put samples together, images zero-padded at right and bottom to the largest, rounded up to a multiple of 32.
 
-    Returns: images, uint8 (N, 3, H, W), and the list of N targets as they are.
+    Returns: images, uint8 (N, 3, H, W) in channels-last memory, and the list of N targets as they are.
     """
     sizes = [padded_size(image.shape[-2:]) for image, _ in samples]
-    images = torch.zeros(len(samples), 3, max(h for h, _ in sizes), max(w for _, w in sizes), dtype=torch.uint8)
+    # Images are decoded pixel by pixel (h, w, 3), and so they stay here: taking the channels apart would cost a worker
+    # a sixth of its time, and costs the device nothing.
+    images = torch.zeros(len(samples), max(h for h, _ in sizes), max(w for _, w in sizes), 3, dtype=torch.uint8)
+    images = images.permute(0, 3, 1, 2)
     for padded, (image, _) in zip(images, samples, strict=True):
         padded[:, : image.shape[1], : image.shape[2]] = image
     return images, [target for _, target in samples]

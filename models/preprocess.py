@@ -36,7 +36,9 @@ class Preprocess(nn.Module):
         """Normalise a uint8 RGB batch (N, 3, H, W); what lies beyond each `image_size` becomes zero."""
         if self.channel_order == "bgr":
             images = images.flip(1)
-        images = (images.to(dtype) - self.mean.to(dtype)) / self.std.to(dtype)
+        # A batch may come in channels-last memory, which would put the whole detector into that.
+        images = images.to(dtype, memory_format=torch.contiguous_format)
+        images = (images - self.mean.to(dtype)) / self.std.to(dtype)
         return zero_padding(images, targets)
 
     def convert(self, images: Tensor, targets: list[dict], source: "Preprocess") -> Tensor:

@@ -32,6 +32,14 @@ def test_normalises_and_zeroes_the_padding(args, dtype):
         assert not mine[:, h:].any() and not mine[:, :, w:].any()
 
 
+@pytest.mark.parametrize("args", [{}, CAFFE], ids=["default", "caffe"])
+def test_the_detector_gets_contiguous_images_from_any_memory_format(args):
+    images, targets = batch()
+    expected = Preprocess(**args)(images, targets)
+    found = Preprocess(**args)(images.to(memory_format=torch.channels_last), targets)
+    assert found.is_contiguous() and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-4)], ids=["64", "32"])
 @pytest.mark.parametrize("source", [{}, CAFFE, UNIT, OTHER_BGR], ids=["default", "caffe", "unit", "bgr"])
 @pytest.mark.parametrize("own", [{}, CAFFE, UNIT, OTHER_BGR], ids=["default", "caffe", "unit", "bgr"])
