@@ -1,0 +1,46 @@
+"""Time training steps beside torchvision's RetinaNet, inference, the parts of both, input pipeline and evaluation."""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kd.engine import cli
+from kd.engine.benchmark import CONFIGS, SIZES, format_report, run_benchmark
+from kd.engine.benchmark_steps import Workload
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python scripts/benchmark.py --cfg configs/gfl/gfl_r50_1x.yaml --rounds 5 --out bench.json")
+    parser.add_argument("--cfg", action="append", metavar="FILE", help="configuration; may be given several times; "
+                        f"default: {', '.join(CONFIGS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                        help="of the images, in pixels; default: 320 416 on a CPU, 800 1333 on a GPU")
+    parser.add_argument("--batch", type=int, metavar="N", help="images a step; default: 2 on a CPU, 8 on a GPU")
+    parser.add_argument("--boxes", type=int, default=Workload.boxes, metavar="K", help="boxes an image")
+    parser.add_argument("--rounds", type=int, default=Workload.rounds, metavar="R", help="whose medians are given")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="in place of the configurations' train.amp")
+    parser.add_argument("--eval-images", type=int, default=Workload.eval_images, metavar="N",
+                        help="images with 100 detections each that the evaluation is timed on, 5000 as in COCO")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
+    args = parser.parse_intermixed_args()
+    counts = (args.boxes, args.rounds, args.eval_images, 1 if args.batch is None else args.batch)
+    if min(counts) < 1 or min(args.size or (64,)) < 64:
+        parser.error("--batch, --boxes, --rounds and --eval-images must be at least 1, --size at least 64 pixels")
+    device = cli.choose_device(args.device)
+    size, batch = SIZES[device.type]
+    work = Workload(tuple(args.size or size), args.batch or batch, boxes=args.boxes, rounds=args.rounds, amp=args.amp,
+                    eval_images=args.eval_images)
+    report = run_benchmark(args.cfg or CONFIGS, device, work, args.overrides,
+                           note=lambda text: print(text, "...", file=sys.stderr))
+    print(format_report(report))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
