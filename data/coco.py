@@ -1,5 +1,6 @@
 """A COCO-format data set."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,12 @@ class CocoDataset(Dataset):
     def _read_image(self, index: int) -> Tensor:
         path = self.image_folder / self.file_names[index]
         return read_annotated_image(path, self.sizes[index], self.annotation_file)
+
+    def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
+        """The same images, which evaluation resizes to fit another scale (long edge, short edge)."""
+        other = copy.copy(self)
+        other.scale = tuple(scale)
+        return other
 
     def eval_sizes(self) -> list[tuple[int, int]]:
         """The (h, w) of each image after the resize of evaluation, without reading the images."""

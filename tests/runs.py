@@ -4,7 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from small_models import enliven
+
+from data.scenes import CLASSES
+from models import build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,3 +44,12 @@ def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
     return caught.value.code
+
+
+def write_checkpoint(path: Path, cfg: dict, classes: list[str] = CLASSES) -> Path:
+    """A checkpoint of the configuration's detector, untrained, but detecting something everywhere."""
+    torch.manual_seed(0)
+    section = cfg["model"] | {"head": cfg["model"]["head"] | {"num_classes": len(classes)}}
+    detector = enliven(build_detector(section))
+    torch.save({"format": "densekd", "model": detector.state_dict(), "classes": list(classes)}, path)
+    return path

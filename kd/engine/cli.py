@@ -22,6 +22,10 @@ class UsageError(ValueError):
     """A command that cannot be carried out as it was given."""
 
 
+class Incomplete(RuntimeError):
+    """A command that was carried out but for what was told meanwhile."""
+
+
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """An argument parser with --cfg, --device and overrides, whose help ends with an example."""
     result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
@@ -52,7 +56,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ConfigError, DataError, CheckpointError, UsageError, WorkDirError, *BAD_PATHS) as error:
         code, message = 2, f"error: {error}"
-    except TrainingError as error:
+    except (TrainingError, Incomplete) as error:
         code, message = 1, f"error: {error}"
     except Stopped as error:
         code, message = 128 + error.signum, str(error)

@@ -17,6 +17,7 @@ from models.weights import load_weights
 
 from . import distributed
 from .settings import EvalConfig
+from .tta import merge_results, views
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -189,7 +190,15 @@ def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: 
     """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
-    return evaluate(detector, eval_loader(cfg, dataset), device)
+    results = detect_views(detector, cfg, dataset, device)
+    return distributed.from_first(coco_figures(results, dataset) if distributed.rank() == 0 else None)
+
+
+def detect_views(detector: Detector, cfg: dict, dataset: CocoDataset, device: torch.device) -> list[ImageResult]:
+    """`detect` on every view of the data set that `eval.tta` asks for, merged."""
+    detectors, scales = views(detector, EvalConfig(**cfg.get("eval", {})).tta, dataset.scale)
+    return merge_results([detect(one, eval_loader(cfg, dataset.at_scale(scale)), device)
+                          for scale in scales for one in detectors], detector.test)
 
 
 def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:

@@ -22,9 +22,22 @@ class TrainConfig:
 
 
 @dataclass
+class TTAConfig:
+    """The `eval.tta` section: test-time augmentation, views of every image whose detections are merged."""
+
+    flip: bool = False                            # each image mirrored, too
+    scales: list[tuple[int, int]] | None = None   # each image at all of these, in place of data.scale
+
+
+@dataclass
 class EvalConfig:
     """The `eval` section."""
 
     every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
     batch_size: int | None = None  # images per step; null is data.batch_size. The figures do not depend on it
     class_map: list[int] | None = None  # eval.py: the detector's class for each of the data's; null: they are the same
+    tta: TTAConfig | None = None   # eval.py and predict.py: see there; null: one view
+
+    def __post_init__(self):
+        if not isinstance(self.tta, TTAConfig):
+            self.tta = TTAConfig(**(self.tta or {}))

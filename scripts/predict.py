@@ -1,0 +1,42 @@
+"""Draw what a detector finds in images and videos, and write it as COCO results."""
+from pathlib import Path
+
+from data.files import find_files
+from kd.engine import cli
+from kd.engine.config import load_config
+from kd.engine.named import load_named
+from kd.engine.predict import Predictor, class_thresholds, predict_files
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, "python scripts/predict.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
+                        help="images, videos, folders (with all below them) or globs in quotes")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
+    parser.add_argument("--score-thr", type=float, default=0.3, metavar="SCORE",
+                        help="least score that is shown and written; model.test.score_thr holds, too")
+    parser.add_argument("--class-thr", nargs="+", action="extend", default=[], metavar="NAME=SCORE",
+                        help="another one for some classes")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: data.batch_size")
+    parser.add_argument("--classes", nargs="+", metavar="NAME",
+                        help="names of the classes; default: the checkpoint's, or those of data.val")
+    args = parser.parse_intermixed_args()
+    if not 0 <= args.score_thr <= 1 or (args.batch_size or 1) < 1:
+        parser.error("--score-thr needs a score from 0 to 1, and --batch-size at least 1")
+    cfg, device = load_config(args.cfg, args.overrides), cli.choose_device(args.device)
+    sources = find_files(args.input)
+    detector, classes = load_named(cfg, args.checkpoint, device, args.part, args.classes)
+    thresholds = class_thresholds(classes, args.score_thr, args.class_thr)
+    results, unread = predict_files(Predictor(detector, cfg, thresholds, device, args.batch_size), classes, sources,
+                                    args.out)
+    print(f"{len(results.results)} detections on {len(results.images)} images; pictures, predictions.json and "
+          f"images.json are in {args.out}")
+    if unread:
+        raise cli.Incomplete(f"{len(unread)} of {len(sources)} files could not be read and were left out, see above")
+
+
+if __name__ == "__main__":
+    cli.run(main)
