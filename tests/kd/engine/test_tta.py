@@ -9,7 +9,8 @@ from torchvision.io import decode_image, write_png
 
 from data import CocoDataset, generate_scenes
 from data.transforms import flip_boxes
-from kd.engine.evaluate import detect, detect_views, eval_loader, load_detector
+from kd.engine import evaluate
+from kd.engine.evaluate import eval_loader, load_detector
 from kd.engine.settings import TTAConfig
 from kd.engine.tta import merge, merge_results
 from models import ConfigError
@@ -40,6 +41,20 @@ def detector_and_data(scenes, tmp_path, split="val", **tta):
                                               "annotations": str(scenes / "annotations" / f"{split}.json")}}
     checkpoint = write_checkpoint(tmp_path / "model.pth", cfg)
     return *load_detector(cfg, checkpoint, CPU), cfg
+
+
+def records(results):
+    """A dict per detection."""
+    return [{"image_id": image_id, "bbox": row[:4].tolist(), "score": float(row[4]), "label": int(row[5])}
+            for image_id, rows in results for row in rows]
+
+
+def detect(*args):
+    return records(evaluate.detect(*args))
+
+
+def detect_views(*args):
+    return records(evaluate.detect_views(*args))
 
 
 def by_image(results):
@@ -106,13 +121,13 @@ def test_merging_suppresses_within_each_class_over_all_views():
     assert merged["boxes"].tolist() == [[0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 61]]
     assert merge([first, second], replace(test, max_per_img=2))["scores"].tolist() == pytest.approx([0.9, 0.7])
     assert merge([first], Settings(nms_iou_threshold=0.0, max_per_img=1)) is first
-    results = [[{"image_id": i, "label": label, "score": score, "bbox": [x, y, x2 - x, y2 - y]}
-                for i in ("a", 7) for (x, y, x2, y2), score, label in
-                zip(each["boxes"].tolist(), each["scores"].tolist(), each["labels"].tolist())]
+    results = [[(i, torch.column_stack([each["boxes"][:, :2], each["boxes"][:, 2:] - each["boxes"][:, :2],
+                                        each["scores"], each["labels"]]).double().numpy()) for i in ("a", 7)]
                for each in (first, second)]
-    one = [(r["score"], r["label"]) for r in merge_results(results, test) if r["image_id"] == 7]
+    found = records(merge_results(results, test))
+    one = [(r["score"], r["label"]) for r in found if r["image_id"] == 7]
     assert one == list(zip(merged["scores"].tolist(), merged["labels"].tolist()))
-    assert len(merge_results(results, test)) == 6
+    assert len(found) == 6
 
 
 def test_boxes_are_mirrored_within_the_image():
