@@ -19,7 +19,7 @@ from .finite import FiniteWatch
 from .optim import ScheduleConfig, build_optimizer
 from .settings import TrainConfig
 from .skipped import SkippedImages
-from .summary import count_parameters
+from .summary import brief, typical_size
 
 
 @dataclass
@@ -137,13 +137,14 @@ def restore(run: Run, state: dict, path: Path) -> None:
 def describe(run: Run) -> str:
     """What is about to run, in a few lines."""
     data = run.train_loader.dataset
+    size = typical_size(data.scale)
     lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
              f"{run.settings.epochs} epochs on {run.device}",
-             f"{'student' if run.distiller else 'detector'}: "
-             f"{count_parameters(run.student) / 1e6:.2f} M parameters"]
+             f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
+             f"{size[0]} x {size[1]}"]
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
-            lines.append(f"teacher: {count_parameters(teacher) / 1e6:.2f} M parameters, "
+            lines.append(f"teacher: {brief(teacher, size)}, "
                          f"distilled by {', '.join(type(m).__name__ for m in methods)}")
     if data.num_dropped_boxes:
         lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")

@@ -1,0 +1,30 @@
+"""What a configuration's models cost: parameters, operations and memory by module, and the levels of their heads."""
+import argparse
+
+from data import DataConfig
+from data.transforms import padded_size
+from kd.engine import cli
+from kd.engine.config import load_config
+from kd.engine.summary import format_summaries, models_of, summarize, typical_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
+               "model.head.num_classes=80")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, see configs/")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+                        help="of the image, rounded up to multiples of 32; default: a landscape one that fills "
+                             "data.scale")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    if args.size and min(args.size) < 1:
+        parser.error("--size needs at least 1 pixel")
+    size = padded_size(args.size) if args.size else typical_size((cfg.get("data") or {}).get("scale", DataConfig.scale))
+    print(format_summaries({title: summarize(model, size) for title, model in models_of(cfg).items()}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
