@@ -61,7 +61,8 @@ def test_predictions_are_those_of_evaluation(lively, tmp_path, monkeypatch, caps
     assert code == 0 and [image["id"] for image in listed["images"]] == [1, 2, 3, 4, 5]
     detector, dataset = load_detector(lively[3], lively[2], CPU)
     cfg = lively[3] | {"eval": {"tta": {"flip": True, "scales": [[96, 64], [160, 96]]}}} if tta else lively[3]
-    expected = detect_views(detector, cfg, dataset, CPU)
+    expected = [{"image_id": image_id, "bbox": row[:4], "score": row[4], "label": int(row[5])}
+                for image_id, rows in detect_views(detector, cfg, dataset, CPU) for row in rows]
     expected.sort(key=lambda result: result["image_id"])
     assert len(expected) > 30
     assert [(r["image_id"], r["category_id"]) for r in results] == [
