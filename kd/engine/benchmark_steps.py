@@ -90,7 +90,7 @@ def build_subject(cfg: dict, device: torch.device, work: Workload) -> Subject:
 
 
 def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
-    """A step as `train.train_epoch` makes it of a batch on the device, but for logging; it gives the loss."""
+    """A step as `train.train_step` makes it of a batch on the device, but for logging; it gives the loss."""
 
     def step() -> Tensor:
         batch = subject.student.preprocess(images, targets)
@@ -104,7 +104,7 @@ def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call
 
 
 def update(subject: Subject, total: Tensor) -> None:
-    """Backward and the optimiser, as in `train.train_epoch`."""
+    """Backward and the optimiser, as in `train.train_step`."""
     subject.optimizer.zero_grad(set_to_none=True)
     subject.scaler.scale(total).backward()
     subject.scaler.unscale_(subject.optimizer)
@@ -155,8 +155,8 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
     """
     model, student = subject.model, subject.student
     head, amp = student.bbox_head, autocast(images.device, subject.settings.amp)
-    teachers = list(zip(model.teachers, model.methods, model.names)) if isinstance(model, Distiller) else []
-    wanted = [method for _, methods, _ in teachers for method in methods]
+    teachers = model.scheduled() if isinstance(model, Distiller) else []
+    wanted = [method for _, entries in teachers for method, _, _ in entries]
     with torch.no_grad(), amp:
         images = student.preprocess(images, targets)
         own, leaves = cut_off(student.run(images, targets, union(wanted, "student_cuts"),
@@ -175,12 +175,12 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
     calls = {"anchors": under_amp(lambda: head.priors(own.outputs)),
              "assignment": under_amp(lambda: head.assign(own.outputs, targets)),
              "losses": under_amp(lambda: head.losses(own.outputs, own.assignment), train=True)}
-    for i, (teacher, methods, labels) in enumerate(teachers):
-        suffix = f" {i}" if len(teachers) > 1 else ""
+    for i, (teacher, entries) in enumerate(teachers):
+        suffix, methods = f" {i}" if len(teachers) > 1 else "", [method for method, _, _ in entries]
         calls[f"teacher{suffix}"] = under_amp(lambda t=teacher, m=methods: model._run_teacher(t, m, images, targets))
         with amp:
             seen = model._run_teacher(teacher, methods, images, targets)
-        for method, label in zip(methods, labels):
+        for method, label, _ in entries:
             calls[f"method {label}"] = under_amp(lambda m=method, s=seen: m(own, s), train=True)
     return calls | {"post-processing": under_amp(lambda: postprocess(head, own.outputs, targets, student.test))}
 
