@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from functools import partial
 
 import numpy as np
@@ -87,6 +88,8 @@ def build_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # Forked, whatever Python's default: they start at once, and end when the training process is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_init_worker, seed=seed, rank=rank),
         # without one, each epoch would take a number from the global generator
