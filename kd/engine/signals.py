@@ -1,5 +1,8 @@
 """Stopping a run politely."""
 import signal
+import time
+
+ECHO = 2.0  # seconds in which a signal is the one before once more: a launcher passes on what all have got
 
 
 class Stopped(Exception):
@@ -17,7 +20,7 @@ class StopSignals:
     """
 
     def __enter__(self) -> "StopSignals":
-        self.asked = 0
+        self.asked, self._when = 0, 0.0
         self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -26,6 +29,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame) -> None:
-        self.asked = number
-        for known, handler in self._previous.items():
-            signal.signal(known, handler)
+        if not self.asked:
+            self.asked, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > ECHO:
+            self.__exit__()
+            signal.raise_signal(number)
