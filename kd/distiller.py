@@ -106,6 +106,11 @@ class Distiller(nn.Module):
                 for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
         return [(teacher, entries) for teacher, entries in plan if entries]
 
+    @property
+    def all_methods_always_run(self) -> bool:
+        """Whether every method runs at every step."""
+        return all(option.every == 1 and option.stop_epoch is None for options in self.options for option in options)
+
     def passes(self, images: Tensor, targets: list[dict]) -> tuple[DetectorPass, list[DetectorPass], dict[str, Tensor]]:
         """Run the student and the teachers that are needed now.
 

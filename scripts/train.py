@@ -31,7 +31,7 @@ def main() -> None:
     resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)
     if resume_from is None and restarted():  # by torchrun --max-restarts, after a process was lost
         resume_from = newest_checkpoint(work_dir, missing_ok=True)
-    if resume_from is None and (work_dir / "last.pth").exists():
+    if resume_from is None and any(work_dir.glob("last*.pth")):
         raise cli.UsageError(f"{work_dir} holds a run already: --resume goes on with it, or give another --work-dir")
     train(cfg, work_dir, cli.choose_device(args.device), resume_from)
 

@@ -1,4 +1,5 @@
 """Small runs on generated scenes, for tests of the engine and the scripts."""
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def write_config(path: Path, cfg: dict) -> Path:
     return path
 
 
+def config_with(cfg: dict, **sections) -> dict:
+    """A configuration with more in some of its sections."""
+    return cfg | {name: cfg.get(name, {}) | section for name, section in sections.items()}
+
+
 def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
     """Run a script in this process; its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -53,3 +59,13 @@ def write_checkpoint(path: Path, cfg: dict, classes: list[str] = CLASSES) -> Pat
     detector = enliven(build_detector(section))
     torch.save({"format": "densekd", "model": detector.state_dict(), "classes": list(classes)}, path)
     return path
+
+
+def script(log: Path, name: str, *arguments: object) -> None:
+    """Run a script in a process of its own: the target of `processes.context.Process`. It writes into `log`."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [name, *map(str, arguments)]
+    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")

@@ -1,5 +1,6 @@
 """Checkpoints of runs: written whole or not at all, and found again."""
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,29 +13,42 @@ FORMAT = "densekd"
 
 
 def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
-    """Write a checkpoint beside its place and rename it, so that a kill at any instant leaves a loadable one.
+    """Write a checkpoint as `write_whole` does, so that a kill at any instant leaves a loadable one.
 
     Args:
         keep: how many there are of this name: last.pth, and before it last.1.pth, last.2.pth, ...
     Raises:
         TrainingError: it cannot be written, as on a full disk; the ones before are as they were.
     """
+    names = [path] + [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep)]
+
+    def make_room() -> None:
+        for older, newer in zip(names[:0:-1], names[-2::-1]):
+            if newer.exists():
+                os.replace(newer, older)
+
+    write_whole(path, {"format": FORMAT} | state, make_room)
+
+
+def write_whole(path: Path, state: dict, before: Callable[[], None] = lambda: None) -> None:
+    """Write a file of torch's beside its place, do what is to be done `before` it is there, and rename it.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".tmp")
     try:
         with open(partial, "wb") as file:
-            torch.save({"format": FORMAT} | state, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        before()
+        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         reason = " ".join(str(error).split())[:150]
         partial.unlink(missing_ok=True)
-        raise TrainingError(f"checkpoint {path} cannot be written ({reason}): the one before is as it was; make room "
-                            "and go on with --resume") from None
-    names = [path] + [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep)]
-    for older, newer in zip(names[:0:-1], names[-2::-1]):
-        if newer.exists():
-            os.replace(newer, older)
-    os.replace(partial, path)
+        raise TrainingError(f"{path} cannot be written ({reason}): what was there before is as it was; make room and "
+                            "go on with --resume") from None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -43,14 +57,27 @@ def read_checkpoint(path: Path) -> dict:
     Raises:
         CheckpointError: missing, damaged, or not a checkpoint of a run.
     """
+    return read_plain(path, FORMAT, "checkpoint", "one that a run can be resumed from")
+
+
+def read_plain(path: Path, form: str, name: str, what: str) -> dict:
+    """A dict of tensors and plain values that this project wrote. Nothing in it can run code.
+
+    Args:
+        form: the dict's `format`.
+        name, what: what the file is called, and what it is if it is one, in errors.
+    Raises:
+        CheckpointError: missing, damaged, or of another kind.
+    """
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        raise CheckpointError(f"{name} {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "step" not in state:
-        raise CheckpointError(f"checkpoint {path} is not one that a run can be resumed from")
+    except Exception:  # torch raises many kinds for a damaged file, and advises to load it without protection
+        raise CheckpointError(f"{name} {path} cannot be read: it is damaged or cut off, or holds more than tensors and "
+                              "plain values") from None
+    if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
+        raise CheckpointError(f"{name} {path} is not {what}")
     return state
 
 

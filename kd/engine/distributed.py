@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start_processes(device: torch.device) -> torch.device:
@@ -18,7 +19,8 @@ def start_processes(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # What lies in ordinary memory goes by gloo also beside GPUs, so that asking for it does not wait for them.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -83,13 +85,38 @@ def from_first(value: object) -> object:
     return values[0]
 
 
-def any_process(flag: int) -> int:
-    """The largest of the processes' numbers: what one has noticed all will know."""
+class Agreement:
+    """What one process has noticed, all will know: the largest of their numbers at the call before, so that none waits.
+
+    One process alone gets its own at once.
+    """
+
+    def __init__(self):
+        self.number = self.work = None
+
+    def __call__(self, number: int) -> int:
+        if world_size() == 1:
+            return number
+        known = 0
+        if self.work is not None:
+            self.work.wait()
+            known = int(self.number)
+        self.number = torch.tensor(number)
+        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, async_op=True)
+        return known
+
+
+def data_parallel(model: nn.Module, device: torch.device, sometimes_unused: bool = False) -> nn.Module:
+    """A module whose gradients are averaged over the processes, and which starts with the first one's weights on all.
+
+    Args:
+        sometimes_unused: whether there are steps at which a parameter takes no part.
+    """
     if world_size() == 1:
-        return flag
-    value = torch.tensor(flag, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+        return model
+    # Buffers are shared when they are needed, see `share_buffers`, in place of at every step.
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                                   find_unused_parameters=sometimes_unused, gradient_as_bucket_view=True)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import distributed
 from .log import TrainingError
@@ -49,6 +49,22 @@ class FiniteWatch:
         report, self.pending = self.pending, None
         if self.flag.item():
             raise TrainingError(report())
+
+
+def keep_statistics(model: nn.Module) -> Callable[[Tensor], None]:
+    """Remember what the model's norms have collected, for a step that may be skipped.
+
+    Returns:
+        What puts it back if the flag that it is given, on the device, is true.
+    """
+    before = [(buffer, buffer.clone()) for module in model.modules() if module.training
+              for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+
+    def put_back(skipped: Tensor) -> None:
+        for buffer, old in before:
+            buffer.copy_(torch.where(skipped, old, buffer))
+
+    return put_back
 
 
 def describe(losses: dict[str, Tensor], targets: list[dict], step: int, path: Path) -> str:

@@ -67,14 +67,17 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl: a line per record. Lines of steps that a resumed run does again are dropped."""
+    """metrics.jsonl: a line per record. Lines that a resumed run writes again are dropped: of later steps than the one
+    that it goes on from, and of an evaluation there unless that is `evaluated`."""
 
-    def __init__(self, path: Path | None, from_step: int = 0):
+    def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False):
         self.path = path
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if from_step and 0 <= _step(line) <= from_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
+            partial = path.with_name(path.name + ".tmp")  # a run that is killed here loses nothing
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            partial.replace(path)
 
     def write(self, record: dict) -> None:
         if self.path is not None:
@@ -82,12 +85,13 @@ class Metrics:
                 file.write(json.dumps(record) + "\n")
 
 
-def _step(line: str) -> int:
-    """The step of a line, -1 where it was cut off."""
+def _is_done(line: str, step: int, evaluated: bool) -> bool:
+    """Whether a line is of what was done by a step; no line is that was cut off."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return -1
+        record = json.loads(line)
+        return record["step"] < step or (record["step"] == step and (evaluated or "AP" not in record))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def provenance(cfg: dict, device: torch.device) -> dict:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from models import build_detector, without_pretraining
-from models.weights import CheckpointError
 
 from ..distiller import Distiller, build_distiller
+from .checkpoint import read_plain, write_whole
 from .evaluate import autocast
 from .settings import TrainConfig
 
@@ -17,9 +17,9 @@ FORMAT = "densekd-replay"
 def save_replay(run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Write the batches of a step, and the weights that it began with."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
-    torch.save({"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,
-                "batches": [(images.cpu(), targets) for images, targets in batches],
-                "model": run.student.state_dict(), "methods": methods}, path)
+    write_whole(path, {"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,
+                       "batches": [(images.cpu(), targets) for images, targets in batches],
+                       "model": run.student.state_dict(), "methods": methods})
 
 
 def replay(path: Path, device: torch.device) -> str:
@@ -30,12 +30,7 @@ def replay(path: Path, device: torch.device) -> str:
     Raises:
         CheckpointError: no such file, or another one.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"replay file {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a replay file, which a run leaves where a loss is not finite")
+    state = read_plain(path, FORMAT, "file", "a replay file, which a run leaves where a loss is not finite")
     cfg, settings = state["config"], TrainConfig(**state["config"].get("train", {}))
     cfg = cfg | {"model": without_pretraining(cfg["model"])}
     model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device).train()

@@ -44,6 +44,7 @@ class Run:
     best: float = -1.0         # AP of the best evaluation
     skipped: SkippedImages = field(default_factory=SkippedImages)
     overflows: Tensor | int = 0  # steps that fp16 has skipped
+    agreement: distributed.Agreement = field(default_factory=distributed.Agreement)  # whether to stop
 
     @property
     def distiller(self) -> Distiller | None:

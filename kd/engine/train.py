@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import distributed
 from .checkpoint import read_checkpoint
 from .evaluate import autocast, evaluate, format_figures
 from .finite import describe as describe_broken
+from .finite import keep_statistics
 from .lock import open_work_dir
 from .log import Meter, Metrics, TrainingError, open_log, provenance
 from .optim import lr_factor
@@ -37,21 +37,20 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
         Stopped: SIGINT or SIGTERM, after saving.
     """
     device = distributed.start_processes(device)
+    resume_from = distributed.from_first(resume_from)
     run = build_run(cfg, work_dir, device)
     if resume_from is not None:
         restore(run, read_checkpoint(resume_from), resume_from)
     first = distributed.rank() == 0
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
-    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step)
+    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated)
     if first:
         (work_dir / "run.json").write_text(json.dumps(provenance(run.cfg, device), indent=1), encoding="utf-8")
     log.info(describe(run))
-    model = run.model
-    if distributed.world_size() > 1:
-        # A method that does not run at a step leaves its adapters without a gradient.
-        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                        find_unused_parameters=run.distiller is not None)
+    # A method that does not run at a step leaves its adapters without a gradient.
+    pauses = run.distiller is not None and not run.distiller.all_methods_always_run
+    model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
 
     if run.distiller and run.step == 0 and run.settings.check_images and run.val_loader is not None:
         log.info(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
@@ -86,7 +85,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
             run.skipped.note(targets, log)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
-        meter.add(losses, sum(len(images) for images, _ in batches))
+        meter.add(losses, sum(len(images) for images, _ in batches) * distributed.world_size())
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
             log.info("gradient norms at the neck: %s", " ".join(f"{k} {v:.3g}" for k, v in norms.items()))
@@ -101,7 +100,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
             bar.set_postfix(loss=shown["loss"])
             log.info("epoch %d step %d/%d %s", epoch + 1, run.step, settings.epochs * run.steps_per_epoch,
                      " ".join(f"{k} {v}" for k, v in shown.items()))
-        asked = distributed.any_process(signals.asked)
+        asked = run.agreement(signals.asked)
         if asked or (settings.checkpoint_every and run.step % settings.checkpoint_every == 0):
             run.finite.check()
             save(run, "last.pth")
@@ -140,6 +139,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         distiller.advance(run.step, run.steps_per_epoch, settings.epochs)
         distiller.keep_features = norms_due
 
+    put_statistics_back = keep_statistics(run.student) if scaler.is_enabled() else None
     run.optimizer.zero_grad(set_to_none=True)
     found: list[dict[str, Tensor]] = []
     for images, targets in batches:
@@ -161,6 +161,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         broken = broken | ~torch.isfinite(norm)
     if scaler.is_enabled():
         run.overflows += broken
+        put_statistics_back(broken)
     else:
         watch(run, broken, losses, batches)
     scaler.step(run.optimizer)

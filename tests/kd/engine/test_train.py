@@ -1,0 +1,212 @@
+"""The training loop: accumulation, the average of the weights, mixed precision, kills, full disks."""
+import json
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from processes import context
+from runs import config, config_with, model, script, write_config
+
+from data import generate_scenes
+from kd.engine import train as engine
+from kd.engine.checkpoint import read_checkpoint, read_plain
+from kd.engine.evaluate import evaluate_checkpoint
+from kd.engine.log import TrainingError
+from kd.engine.run import build_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return generate_scenes(tmp_path_factory.mktemp("scenes"), train=14, val=4, size=(64, 64))
+
+
+def assert_same(first, second, place=""):
+    """Two nested states are equal, bit for bit."""
+    assert type(first) is type(second), place
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            assert_same(first[key], second[key], f"{place}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), place
+        for i, pair in enumerate(zip(first, second)):
+            assert_same(*pair, f"{place}.{i}")
+    else:
+        assert torch.equal(first, second) if torch.is_tensor(first) else first == second, place
+
+
+def steps_in(work_dir):
+    """The steps, and the epochs whose evaluations, are in metrics.jsonl; but for a last line that is being written."""
+    lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
+    return [line["step"] for line in lines if "loss" in line], [line["epoch"] for line in lines if "AP" in line]
+
+
+def test_accumulated_gradients_are_the_mean_of_the_batches(scenes, tmp_path):
+    cfg = config_with(config(scenes), train={"accumulate": 2, "grad_clip": None}, optimizer={"lr": 0.0})
+    run = build_run(cfg, tmp_path, CPU)
+    groups = list(engine.in_runs(run.train_loader, 2))
+    assert [len(group) for group in groups] == [2, 2] == [2] * run.steps_per_epoch
+    groups[1] = groups[1][:1]  # as the last one of an epoch may be
+    run.model.train()
+
+    def gradients(batch):
+        images, targets = engine.to_device(*batch, run)
+        run.optimizer.zero_grad()
+        sum(run.model(images, targets).values()).backward()
+        return {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+    for group in groups:
+        alone = [gradients(batch) for batch in group]
+        losses, _ = engine.train_step(run, run.model, group)
+        for name, p in run.model.named_parameters():
+            torch.testing.assert_close(p.grad, sum(own[name] for own in alone) / len(group), rtol=1e-5, atol=1e-7)
+        assert losses["loss"].isfinite()
+
+
+def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path, monkeypatch):
+    """With accumulation, whose last group in an epoch is shorter, momentum, an average of the weights and masks."""
+    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
+    cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
+                      train={"accumulate": 3, "ema": 0.5, "checkpoint_every": 1, "check_images": 0})
+    engine.train(cfg, tmp_path / "whole", CPU)
+    taken, original = [], engine.train_step
+
+    def stop_in_time(run, model, batches):
+        taken.append(len(batches))
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return original(run, model, batches)
+
+    monkeypatch.setattr(engine, "train_step", stop_in_time)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(cfg, tmp_path / "parts", CPU)
+    assert taken == [3, 3, 1, 3, 3, 1] and read_checkpoint(tmp_path / "parts" / "last.pth")["step"] == 5
+    monkeypatch.undo()
+    engine.train(cfg, tmp_path / "parts", CPU, tmp_path / "parts" / "last.pth")
+    assert_same(read_checkpoint(tmp_path / "whole" / "last.pth"), read_checkpoint(tmp_path / "parts" / "last.pth"))
+    assert steps_in(tmp_path / "whole") == steps_in(tmp_path / "parts") == (list(range(1, 10)), [0, 1, 2])
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(scenes, tmp_path, monkeypatch):
+    cfg = config_with(config(scenes), train={"ema": 0.75})
+    seen, original = [], engine.train_step
+
+    def remember(run, *arguments):
+        result = original(run, *arguments)
+        seen.append({name: value.clone() for name, value in run.student.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(engine, "train_step", remember)
+    figures = engine.train(cfg, tmp_path, CPU)
+    state = read_checkpoint(tmp_path / "last.pth")
+    average, *others = seen
+    for weights in others:
+        average = {name: 0.75 * value + 0.25 * weights[name] for name, value in average.items()}
+    for name, value in seen[-1].items():
+        assert torch.equal(state["training"][name], value)
+        if value.is_floating_point():
+            torch.testing.assert_close(state["model"][name], average[name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(state["model"]["bbox_head.gfl_cls.weight"], state["training"]["bbox_head.gfl_cls.weight"])
+    assert evaluate_checkpoint(cfg, str(tmp_path / "last.pth"), CPU) == figures
+
+
+@pytest.mark.parametrize("amp, factor", [("fp16", 1e6), ("bf16", 1e6), ("bf16", 1e38)])
+def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
+    """fp16 skips and counts the steps; what is too large for bf16 too stops the run and leaves the step."""
+    distill = {"teacher": {"model": model(), "checkpoint": None},
+               "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1}]}
+    cfg = config_with(config(scenes, distill=distill), data={"scale": [128, 128]},
+                      train={"amp": amp, "check_images": 0})
+    original, steps = engine.to_device, []
+
+    def scaled(images, targets, run):
+        images, targets = original(images, targets, run)
+        steps.append(run.step)
+        return images * (factor if run.step in (3, 4) else 1), targets
+
+    monkeypatch.setattr(engine, "to_device", scaled)
+    if factor == 1e38:
+        with pytest.raises(TrainingError, match=r"(is nan|is inf|not finite).* at step 4, images .*--replay"):
+            engine.train(cfg, tmp_path, CPU)
+        assert read_plain(tmp_path / "replay.pth", "densekd-replay", "file", "a replay file")["step"] == 3
+        return
+    engine.train(cfg, tmp_path, CPU)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(8)) and len(lines) == 8
+    if amp == "fp16":
+        assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 2, 2, 2, 2]
+        assert lines[3]["loss"] is None and lines[-1]["loss_scale"] == lines[0]["loss_scale"] / 4
+    assert lines[-1]["loss"] > 0
+    assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
+
+
+def train_in_a_process(log, *arguments):
+    process = context.Process(target=script, args=(log, "train.py", *arguments))
+    process.start()
+    return process
+
+
+def wait_for_moment(process, work_dir, kind, step, delays):
+    """Until a checkpoint is being written after `step`; or some time after that step; or after the start."""
+    if kind == "start":
+        return process.join(delays.uniform(0, 1))
+    while process.is_alive() and (not (work_dir / "metrics.jsonl").exists() or step not in steps_in(work_dir)[0]):
+        time.sleep(0.001)
+    if kind == "step":
+        process.join(delays.uniform(0, 0.3))
+    while kind == "write" and process.is_alive() and not (work_dir / "last.pth.tmp").exists():
+        pass
+
+
+@pytest.mark.parametrize("kills, epochs", [(2, 3), pytest.param(10, 15, marks=pytest.mark.soak)])
+def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path, kills, epochs):
+    """Killed by SIGKILL wherever it is, and resumed: with momentum, an average, random masks, accumulation, workers."""
+    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
+    cfg = config_with(config(scenes, epochs, distill), data={"batch_size": 2, "workers": 2},
+                      optimizer={"momentum": 0.9}, eval={"every": 2},
+                      train={"accumulate": 2, "ema": 0.9, "checkpoint_every": 1, "keep": 2, "check_images": 0})
+    whole, parts, log, path = (tmp_path / name for name in ("whole", "parts", "log", "cfg.yaml"))
+    arguments = ["--cfg", write_config(path, cfg), "--device", "cpu", "--work-dir"]
+    process = train_in_a_process(log, *arguments, whole)
+    process.join()
+    delays = random.Random(0)
+    for kill in range(kills):
+        process = train_in_a_process(log, *arguments, parts, *(["--resume"] if any(parts.glob("last*.pth")) else []))
+        kind = ("write", "step", "start")[kill % 3]
+        wait_for_moment(process, parts, kind, 4 + kill * (4 * epochs - 6) // kills, delays)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    process = train_in_a_process(log, *arguments, parts, "--resume")
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert_same(read_checkpoint(whole / "last.pth"), read_checkpoint(parts / "last.pth"))
+    evaluated = sorted({*range(1, epochs, 2), epochs - 1})
+    assert steps_in(whole) == steps_in(parts) == (list(range(1, 4 * epochs + 1)), evaluated)
+
+
+def limited(bytes_, *arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+    script(*arguments)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(scenes, tmp_path):
+    cfg = config_with(config(scenes, 1), train={"keep": 3})
+    arguments = ["train.py", "--cfg", write_config(tmp_path / "cfg.yaml", cfg), "--device", "cpu", "--work-dir",
+                 tmp_path / "run"]
+    engine.train(cfg, tmp_path / "run", CPU)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pth*")}
+    process = context.Process(target=limited, args=(
+        100_000, tmp_path / "log", *arguments, "--resume", "train.epochs=2"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    *_, error = (tmp_path / "log").read_text().strip().splitlines()
+    assert error.startswith(f"error: {tmp_path / 'run' / 'last.pth'} cannot be written (")
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pth*")} == before
