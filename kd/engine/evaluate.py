@@ -19,6 +19,7 @@ from . import distributed
 from .settings import EvalConfig
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+CURVE_IOUS = (0.5, 0.75)  # of the precision-recall curves
 
 
 @torch.no_grad()
@@ -58,6 +59,11 @@ def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
         results: what `detect` returned.
         dataset: whose annotation file the figures are computed against.
     """
+    return read_figures(coco_evaluation(results, dataset), dataset)
+
+
+def coco_evaluation(results: list[dict], dataset: CocoDataset) -> COCOeval:
+    """pycocotools' evaluation of `detect`'s results, with its matches, precisions and figures; its ids are numbers."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
         truth.dataset, number = read_truth(dataset)
@@ -70,14 +76,37 @@ def coco_figures(results: list[dict], dataset: CocoDataset) -> dict:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def read_figures(evaluation: COCOeval, dataset: CocoDataset) -> dict:
+    """What `coco_figures` returns, out of an evaluation."""
     figures = {name: known(value) for name, value in zip(FIGURES, evaluation.stats)}
     # precision: IoU threshold, recall, class, area range (first is all), most detections (last is 100)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for k, name in enumerate(dataset.classes):
-        reached = precision[:, :, k]
-        per_class[name] = known(reached[reached > -1].mean()) if (reached > -1).any() else None
-    return figures | {"per_class": per_class}
+    return figures | {"per_class": {name: mean_precision(precision[:, :, k]) for k, name in enumerate(dataset.classes)}}
+
+
+def mean_precision(precision: np.ndarray) -> float | None:
+    """AP of a part of pycocotools' precisions, whose -1 mean that there is nothing to measure them on."""
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else None
+
+
+def precision_recall(evaluation: COCOeval, dataset: CocoDataset) -> dict:
+    """Precision over recall of every class: lists of 101 by class and IoU threshold, None without objects."""
+    params = evaluation.params
+    rows = {f"{iou:.2f}": int(np.abs(params.iouThrs - iou).argmin()) for iou in CURVE_IOUS}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return {"recall": params.recThrs.round(2).tolist(), "precision": {
+        name: {iou: precision[t, :, k].round(4).tolist() if (precision[t, :, k] > -1).any() else None
+               for iou, t in rows.items()} for k, name in enumerate(dataset.classes)}}
+
+
+def save_curves(path: Path, evaluation: COCOeval, dataset: CocoDataset) -> None:
+    """Write `precision_recall` as JSON; the first process does."""
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(precision_recall(evaluation, dataset)), encoding="utf-8")
 
 
 def known(value: float) -> float | None:
@@ -127,11 +156,19 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
     return detector.to(device).eval(), dataset
 
 
-def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
-    """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
+def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None,
+                        curves: Path | None = None) -> dict:
+    """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`.
+
+    Args:
+        curves: a file for the curves of `precision_recall`, as JSON.
+    """
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
-    return coco_figures(detect(detector, eval_loader(cfg, dataset), device), dataset)
+    evaluation = coco_evaluation(detect(detector, eval_loader(cfg, dataset), device), dataset)
+    if curves is not None:
+        save_curves(curves, evaluation, dataset)
+    return read_figures(evaluation, dataset)
 
 
 def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .checkpoint import read_checkpoint
-from .evaluate import autocast, coco_figures, detect, format_figures
+from .evaluate import autocast, coco_evaluation, detect, format_figures, read_figures, save_curves
 from .finite import describe as describe_broken
 from .lock import open_work_dir
 from .log import Meter, Metrics, TrainingError, open_log, provenance
@@ -207,8 +207,10 @@ def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
     """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
     results = detect(run.evaluated_model, run.val_loader, run.device, run.settings.amp)
-    figures = coco_figures(results, run.val_loader.dataset)
+    evaluation = coco_evaluation(results, run.val_loader.dataset)
+    figures = read_figures(evaluation, run.val_loader.dataset)
     metrics.write({"epoch": epoch, "step": run.step} | figures)
+    save_curves(run.work_dir / "precision_recall.json", evaluation, run.val_loader.dataset)
     log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True
     if (figures["AP"] or 0) > run.best:
