@@ -9,11 +9,15 @@ import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from models.checkpoint_sources import local_path
+
+if TYPE_CHECKING:
+    from .board import Board
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -67,10 +71,10 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl: a line per record. Lines of steps that a resumed run does again are dropped."""
+    """metrics.jsonl: a line per record, and `board` shows it. Lines of steps that a resumed run repeats are dropped."""
 
-    def __init__(self, path: Path | None, from_step: int = 0):
-        self.path = path
+    def __init__(self, path: Path | None, from_step: int = 0, board: "Board | None" = None):
+        self.path, self.board = path, board
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and 0 <= _step(line) <= from_step]
@@ -80,6 +84,8 @@ class Metrics:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            self.board.show(record)
 
 
 def _step(line: str) -> int:
