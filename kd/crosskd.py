@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import LOSSES, at_least_float32
-from models import Detector, DetectorPass
+from models import Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError, OneOf
 
 from .features import adapter
@@ -43,12 +43,15 @@ class CrossKD(Method):
         self.losses = build_mimic_losses(teacher.bbox_head, teacher.bbox_head.has_centerness, loss_cls_kd, loss_reg_kd,
                                          loss_center_kd)
 
-    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+    def cross_head(self, student: DetectorPass, teacher: DetectorPass) -> HeadOutputs:
+        """The teacher's head's predictions from the student's tower features."""
         cls_feats, reg_feats = (
             [align_scale(adapt(own), other) for own, other in zip(*towers)]
             for adapt, *towers in zip(self.adapters, student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut]))
-        reused = teacher.run_head(self.cut, cls_feats, reg_feats)
-        return mimic(reused, teacher.head, student, teacher, self.losses)
+        return teacher.run_head(self.cut, cls_feats, reg_feats)
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        return mimic(self.cross_head(student, teacher), teacher.head, student, teacher, self.losses)
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         features = zip(("classification", "box"), student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut])
@@ -61,7 +64,8 @@ class CrossKD(Method):
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """The student's map (N, C, H, W) with each channel's mean and deviation over the batch as in the teacher's."""
     student, teacher = at_least_float32(student), at_least_float32(teacher)
-    dims = (0, 2, 3)
-    std, mean = torch.std_mean(student, dims, keepdim=True)
-    teacher_std, teacher_mean = torch.std_mean(teacher, dims, keepdim=True)
+    dims, values = (0, 2, 3), student[:, 0].numel()
+    correction = min(1, values - 1)  # a lone value, of one image's coarsest level say, deviates by nothing
+    std, mean = torch.std_mean(student, dims, correction=correction, keepdim=True)
+    teacher_std, teacher_mean = torch.std_mean(teacher, dims, correction=correction, keepdim=True)
     return (student - mean) / (std + eps) * teacher_std + teacher_mean
