@@ -43,15 +43,24 @@ def enlarge(image: Tensor, zoom: float) -> Tensor:
     return F.interpolate(image[None].float(), scale_factor=zoom, **how)[0].round().to(torch.uint8)
 
 
-def grid(rows: list[list[Tensor]], titles: Sequence[str], title_height: int = 16) -> Tensor:
-    """Pictures in rows, white around the smaller ones, with a title over each column; uint8 (3, H, W)."""
+def mosaic(rows: list[list[Tensor]]) -> Tensor:
+    """Pictures in rows of one length, white around the smaller ones; uint8 (3, H, W)."""
     height, width = (max(picture.shape[side] for row in rows for picture in row) for side in (1, 2))
     pictures = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]), value=255)
                 for row in rows for picture in row]
-    heads = [title_strip(title, title_height, width) for title in titles]
-    head = make_grid(heads, nrow=len(titles), padding=4, pad_value=255)
-    body = make_grid(pictures, nrow=len(titles), padding=4, pad_value=255)
-    return torch.cat([head[:, :title_height + 4], body], dim=1)
+    return make_grid(pictures, nrow=len(rows[0]), padding=4, pad_value=255)
+
+
+def grid(rows: list[list[Tensor]], titles: Sequence[str], title_height: int = 16) -> Tensor:
+    """`mosaic` with a title over each column."""
+    width = max(picture.shape[2] for row in rows for picture in row)
+    head = mosaic([[title_strip(title, title_height, width) for title in titles]])
+    return torch.cat([head[:, :title_height + 4], mosaic(rows)], dim=1)
+
+
+def captioned(picture: Tensor, text: str, height: int = 16) -> Tensor:
+    """A picture with a line of text over it."""
+    return torch.cat([title_strip(text, height, picture.shape[2]), picture], dim=1)
 
 
 def title_strip(text: str, height: int, width: int) -> Tensor:
