@@ -201,9 +201,9 @@ def attention_picture(image: Tensor, target: dict, method: FGD, student: Detecto
             mask = box_masks([target["boxes"].to(own.device)], [target["image_size"]], spatial_t)[0]
             column.append(captioned(overlay(image, mask[0].cpu(), stride, float(mask.max()), SMALL),
                                     f"foreground weight up to {float(mask.max()):.3f}"))
-        top = max(float(channel_t.max()), float(channel_s.max()), 1.0)
         for who, channel in (("teacher", channel_t), ("student", channel_s)):
-            text = f"{who}'s {channel.shape[1]} channels: up to {float(channel.max()):.1f}, line at 1"
+            top = float(channel.max())
+            text = f"{who}'s {channel.shape[1]} channels: up to {top:.1f}, line at 1"
             column.append(captioned(bars(channel[0], top, SMALL, BARS, line=1.0), text))
         columns.append(torch.cat(column, dim=1))
     return mosaic([columns])
