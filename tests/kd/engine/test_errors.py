@@ -68,6 +68,13 @@ CASES = {  # objects, detections (class, box, score): what each kind of error co
     "missed": ([(A, ONE), (A, TWO)], [(A, ONE, 0.9)], {"missed": {A: 50 / 101}}),
     "nothing detected": ([(A, ONE), (A, TWO)], [], {"missed": {A: 1}}),
     "only a false one": ([(A, ONE)], [(A, FAR, 0.9)], {"missed": {A: 1}}),
+    "badly placed beside the right one": (
+        [(A, ONE), (A, TWO)], [(A, ONE, 0.9), (A, part(ONE, 0.4), 0.8)], {"missed": {A: 50 / 101}}),
+    "two badly placed for one of two": (
+        [(A, ONE), (A, TWO)], [(A, part(ONE, 0.4), 0.9), (A, part(ONE, 0.3), 0.8)], {"localisation": {A: 51 / 101}}),
+    "the better claim is the other class's": (
+        [(A, ONE), (B, TWO)], [(A, part(ONE, 0.4), 0.85), (B, ONE, 0.9), (B, TWO, 0.8)],
+        {"classification": {A: 1, B: 0.5}}),
     "the better claim counts": (  # once in its place, A's 0.9 finds the object; with its class right, B's would not
         [(A, ONE), (B, TWO)], [(A, part(ONE, 0.4), 0.9), (B, ONE, 0.85), (B, TWO, 0.8)],
         {"localisation": {A: 1}, "classification": {B: 0.5}}),
