@@ -86,8 +86,8 @@ def test_where_the_teachers_ap_comes_from(tmp_path, case, expected):
 
 def test_what_makes_runs_one_setting(tmp_path):
     configs = {"a_seed0": run_config(0), "a_seed1": run_config(1, log_every=5, keep=3, check_images=0),
-               "b": run_config(0, epochs=1), "c": run_config(0, ema=0.9), "d": run_config(0, methods=("FGD",)), "again": run_config(0),
-               "stopped": run_config(2, epochs=9)}
+               "b": run_config(0, epochs=1), "c": run_config(0, ema=0.9), "d": run_config(0, methods=("FGD",)),
+               "again": run_config(0), "stopped": run_config(2, epochs=9)}
     for name, cfg in configs.items():
         write_run(tmp_path / name, [0.1] * min(2, cfg["train"]["epochs"]), cfg)
     groups = group_runs(read_runs([tmp_path / name for name in configs])[0])
