@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from losses import LOSSES, at_least_float32, channel_statistics
-from models import Detector, DetectorPass
+from models import Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError, OneOf
 
 from .features import adapter
@@ -45,12 +45,15 @@ class CrossKD(Method):
         self.losses = build_mimic_losses(teacher.bbox_head, teacher.bbox_head.has_centerness, loss_cls_kd, loss_reg_kd,
                                          loss_center_kd)
 
-    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+    def cross_head(self, student: DetectorPass, teacher: DetectorPass) -> HeadOutputs:
+        """The teacher's head's predictions from the student's tower features."""
         cls_feats, reg_feats = (
             [align_scale(adapt(own), other, sync_stats=self.sync_stats) for own, other in zip(*towers)]
             for adapt, *towers in zip(self.adapters, student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut]))
-        reused = teacher.run_head(self.cut, cls_feats, reg_feats)
-        return mimic(reused, teacher.head, student, teacher, self.losses)
+        return teacher.run_head(self.cut, cls_feats, reg_feats)
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        return mimic(self.cross_head(student, teacher), teacher.head, student, teacher, self.losses)
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         features = zip(("classification", "box"), student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut])

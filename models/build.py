@@ -52,7 +52,8 @@ def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
     function = call.__init__ if inspect.isclass(call) else call
     hints = get_type_hints(function, include_extras=True)
     found = inspect.signature(function).parameters.values()
-    return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self"}
+    gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # a class without __init__ has them
+    return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self" and p.kind not in gathering}
 
 
 def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = (),

@@ -62,6 +62,7 @@ class Detector(nn.Module):
     """
 
     precision: Precision | None = None  # of its convolutions; None is what surrounds it
+    positives: Tensor | None = None     # anchors per image that learnt a box in the last `losses`, for logs
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
                  test: TestConfig):
@@ -126,6 +127,7 @@ class Detector(nn.Module):
     def losses(self, run: DetectorPass) -> dict[str, Tensor]:
         """The losses of a pass; leaves its assignment in it."""
         run.assignment = self.bbox_head.assign(run.outputs, run.targets)
+        self.positives = run.assignment.positive.sum(1).mean()
         return self.bbox_head.losses(run.outputs, run.assignment)
 
     def predict(self, images: Tensor, targets: list[dict], rescale: bool = True, with_nms: bool = True) -> list[dict]:

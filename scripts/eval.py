@@ -13,9 +13,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
     parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    parser.add_argument("--curves", type=Path, metavar="FILE",
+                        help="write precision over recall of every class, as train.py's precision_recall.json")
     args = parser.parse_intermixed_args()
     figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
-                                  cli.choose_device(args.device), args.part)
+                                  cli.choose_device(args.device), args.part, args.curves)
     print(format_figures(figures))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

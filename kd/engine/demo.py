@@ -10,7 +10,7 @@ from data import CocoDataset, generate_scenes
 from models import Detector
 
 from .config import load_config
-from .draw import draw_boxes, grid
+from .draw import beside_truth
 from .evaluate import load_detector
 from .summary import count_flops, count_parameters
 from .train import train
@@ -44,7 +44,7 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
         *rows])
     (work_dir / "table.md").write_text(table + "\n", encoding="utf-8")
-    write_png(compare(detectors, dataset, device), str(work_dir / "detections.png"))
+    write_png(beside_truth(detectors, dataset, PICTURES, zoom=2), str(work_dir / "detections.png"))
     return table
 
 
@@ -54,19 +54,3 @@ def describe(title: str, detector: Detector, figures: dict, minutes: float, data
     return (f"| {title} | {100 * figures['AP']:.1f} | {100 * figures['AP50']:.1f} | "
             f"{count_parameters(detector) / 1e6:.2f} | {count_flops(detector, target['pad_size']) / 1e9:.2f} | "
             f"{minutes:.1f} |")
-
-
-@torch.no_grad()
-def compare(detectors: dict[str, Detector], dataset: CocoDataset, device: torch.device) -> torch.Tensor:
-    """Ground truth and every detector's boxes on the same images, side by side: uint8 (3, H, W)."""
-    rows = []
-    for index in range(min(PICTURES, len(dataset))):
-        image, target = dataset[index]
-        row = [draw_boxes(image, target["boxes"], target["labels"], dataset.classes, zoom=2)]
-        for detector in detectors.values():
-            batch = detector.preprocess(image[None].to(device), [target])
-            found = detector.predict(batch, [target], rescale=False)[0]
-            row.append(draw_boxes(image, found["boxes"].cpu(), found["labels"].cpu(), dataset.classes,
-                                  found["scores"].cpu(), score_thr=0.4, zoom=2))
-        rows.append(row)
-    return grid(rows, ["ground truth", *detectors])

@@ -8,11 +8,15 @@ from PIL import ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 
+from data import CocoDataset
+from models import Detector
+
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
+WIDTH = 480  # of a picture in a grid, in pixels
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[str], scores: Tensor | None = None,
-               score_thr: float = 0.3, zoom: int = 1, thickness: int = 1) -> Tensor:
+               score_thr: float = 0.3, zoom: float = 1, thickness: int = 1) -> Tensor:
     """A picture with boxes, class names and scores.
 
     Args:
@@ -21,12 +25,12 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
         zoom: enlarge the picture so many times.
         thickness: enlarge lines and text so many times.
     Returns:
-        uint8 (3, H * zoom, W * zoom).
+        uint8 (3, H * zoom, W * zoom), rounded down.
     """
     if scores is not None:
         keep = scores >= score_thr
         boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
-    image = F.interpolate(image[None].float(), scale_factor=zoom, mode="nearest")[0].to(torch.uint8)
+    image = enlarge(image, zoom)
     if len(boxes) == 0:
         return image
     names = [classes[label] for label in labels.tolist()]
@@ -45,12 +49,30 @@ def larger_text(factor: int) -> dict:
     return {"font": io.BytesIO(ImageFont.load_default(size).font_bytes), "font_size": size}
 
 
+def enlarge(image: Tensor, zoom: float) -> Tensor:
+    """uint8 (3, H * zoom, W * zoom): in whole pixels where that is possible."""
+    how = {"mode": "nearest"} if zoom == int(zoom) else {"mode": "bilinear", "antialias": True}
+    return F.interpolate(image[None].float(), scale_factor=zoom, **how)[0].round().to(torch.uint8)
+
+
+def mosaic(rows: list[list[Tensor]]) -> Tensor:
+    """Pictures in rows of one length, white around the smaller ones; uint8 (3, H, W)."""
+    height, width = (max(picture.shape[side] for row in rows for picture in row) for side in (1, 2))
+    pictures = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]), value=255)
+                for row in rows for picture in row]
+    return make_grid(pictures, nrow=len(rows[0]), padding=4, pad_value=255)
+
+
 def grid(rows: list[list[Tensor]], titles: Sequence[str], title_height: int = 16) -> Tensor:
-    """Pictures of one size in rows, with a title over each column; uint8 (3, H, W)."""
-    heads = [title_strip(title, title_height, picture.shape[-1]) for title, picture in zip(titles, rows[0])]
-    pictures = make_grid([picture for row in rows for picture in row], nrow=len(titles), padding=4, pad_value=255)
-    head = make_grid(heads, nrow=len(titles), padding=4, pad_value=255)
-    return torch.cat([head[:, :title_height + 4], pictures], dim=1)
+    """`mosaic` with a title over each column."""
+    width = max(picture.shape[2] for row in rows for picture in row)
+    head = mosaic([[title_strip(title, title_height, width) for title in titles]])
+    return torch.cat([head[:, :title_height + 4], mosaic(rows)], dim=1)
+
+
+def captioned(picture: Tensor, text: str, height: int = 16) -> Tensor:
+    """A picture with a line of text over it."""
+    return torch.cat([title_strip(text, height, picture.shape[2]), picture], dim=1)
 
 
 def title_strip(text: str, height: int, width: int) -> Tensor:
@@ -58,3 +80,26 @@ def title_strip(text: str, height: int, width: int) -> Tensor:
     white = torch.full((3, height, width), 255, dtype=torch.uint8)
     # The text is the label of a box whose outline lies beyond the strip.
     return draw_bounding_boxes(white, torch.tensor([[0.0, 0.0, width, height]]), [text], "white", label_colors="black")
+
+
+@torch.no_grad()
+def beside_truth(detectors: dict[str, Detector], dataset: CocoDataset, count: int, score_thr: float = 0.4,
+                 zoom: float | None = None) -> Tensor:
+    """Ground truth and every detector's boxes on a data set's first images, side by side: uint8 (3, H, W).
+
+    Args:
+        zoom: enlarge the pictures so many times; by default to WIDTH.
+    """
+    rows = []
+    for image, target in (dataset[index] for index in range(min(count, len(dataset)))):
+        size = zoom or WIDTH / image.shape[2]
+        row = [draw_boxes(image, target["boxes"], target["labels"], dataset.classes, zoom=size)]
+        for detector in detectors.values():
+            was_training = detector.training
+            batch = image[None].to(next(detector.parameters()).device)
+            found = detector.eval().predict(detector.preprocess(batch, [target]), [target], rescale=False)[0]
+            detector.train(was_training)
+            row.append(draw_boxes(image, found["boxes"].cpu(), found["labels"].cpu(), dataset.classes,
+                                  found["scores"].cpu(), score_thr, size))
+        rows.append(row)
+    return grid(rows, ["ground truth", *detectors])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,18 +22,32 @@ from .settings import EvalConfig
 from .tta import merge_results, views
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+CURVE_IOUS = (0.5, 0.75)  # of the precision-recall curves
 
 # An image's id and its detections, float64 (n, 6): x, y, width, height in original pixels, score, label.
 ImageResult = tuple[int | str, np.ndarray]
 
 
-def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> dict:
+def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
+             curves: Path | None = None) -> dict:
     """A detector's `coco_figures` on a loader's data set, of whose images each process has a share.
 
-    The first process computes them and tells the others.
+    Args:
+        curves: a file for the curves of `precision_recall`, as JSON.
     """
-    results = detect(model, loader, device, amp)
-    return distributed.from_first(coco_figures(results, loader.dataset) if distributed.rank() == 0 else None)
+    return figures_on_first(detect(model, loader, device, amp), loader.dataset, curves)
+
+
+def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None) -> dict:
+    """`coco_figures`, which the first process computes and tells the others; it writes the curves, too."""
+    figures = None
+    if distributed.rank() == 0:
+        evaluation = coco_evaluation(results, dataset)
+        if curves is not None:
+            curves.parent.mkdir(parents=True, exist_ok=True)
+            curves.write_text(json.dumps(precision_recall(evaluation, dataset)), encoding="utf-8")
+        figures = read_figures(evaluation, dataset)
+    return distributed.from_first(figures)
 
 
 @torch.no_grad()
@@ -76,6 +92,11 @@ def coco_figures(results: list[ImageResult], dataset: CocoDataset, fast: bool = 
         dataset: whose annotation file the figures are computed against.
         fast: see `coco_api`.
     """
+    return read_figures(coco_evaluation(results, dataset, fast), dataset)
+
+
+def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool = True) -> COCOeval:
+    """The evaluator after its work on `detect`'s results: matches, precisions and figures; its ids are numbers."""
     coco, coco_eval = coco_api(fast)
     # Images are numbered in the order of their ids, in which pycocotools puts detections of equal score: its arrays
     # hold neither texts nor very large numbers.
@@ -88,14 +109,30 @@ def coco_figures(results: list[ImageResult], dataset: CocoDataset, fast: bool = 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def read_figures(evaluation: COCOeval, dataset: CocoDataset) -> dict:
+    """What `coco_figures` returns, out of an evaluation."""
     figures = {name: known(value) for name, value in zip(FIGURES, evaluation.stats)}
     # precision: IoU threshold, recall, class, area range (first is all), most detections (last is 100)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for k, name in enumerate(dataset.classes):
-        reached = precision[:, :, k]
-        per_class[name] = known(reached[reached > -1].mean()) if (reached > -1).any() else None
-    return figures | {"per_class": per_class}
+    return figures | {"per_class": {name: mean_precision(precision[:, :, k]) for k, name in enumerate(dataset.classes)}}
+
+
+def mean_precision(precision: np.ndarray) -> float | None:
+    """AP of a part of pycocotools' precisions, whose -1 mean that there is nothing to measure them on."""
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else None
+
+
+def precision_recall(evaluation: COCOeval, dataset: CocoDataset) -> dict:
+    """Precision over recall of every class: lists of 101 by class and IoU threshold, None without objects."""
+    params = evaluation.params
+    rows = {f"{iou:.2f}": int(np.abs(params.iouThrs - iou).argmin()) for iou in CURVE_IOUS}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return {"recall": params.recThrs.round(2).tolist(), "precision": {
+        name: {iou: precision[t, :, k].round(4).tolist() if (precision[t, :, k] > -1).any() else None
+               for iou, t in rows.items()} for k, name in enumerate(dataset.classes)}}
 
 
 def coco_api(fast: bool = True) -> tuple[type, type]:
@@ -105,10 +142,8 @@ def coco_api(fast: bool = True) -> tuple[type, type]:
     """
     if fast:
         with contextlib.suppress(ImportError):
-            from faster_coco_eval import COCO, COCOeval_faster
-            return COCO, COCOeval_faster
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+            import faster_coco_eval
+            return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
     return COCO, COCOeval
 
 
@@ -186,12 +221,16 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
     return detector.to(device).eval(), dataset
 
 
-def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None) -> dict:
-    """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`."""
+def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None,
+                        curves: Path | None = None) -> dict:
+    """The figures on data.val of the configuration's model with a checkpoint's weights; raises as `load_detector`.
+
+    Args:
+        curves: a file for the curves of `precision_recall`, as JSON.
+    """
     device = distributed.start_processes(device)
     detector, dataset = load_detector(cfg, checkpoint, device, part)
-    results = detect_views(detector, cfg, dataset, device)
-    return distributed.from_first(coco_figures(results, dataset) if distributed.rank() == 0 else None)
+    return figures_on_first(detect_views(detector, cfg, dataset, device), dataset, curves)
 
 
 def detect_views(detector: Detector, cfg: dict, dataset: CocoDataset, device: torch.device) -> list[ImageResult]:

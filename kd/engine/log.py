@@ -9,11 +9,15 @@ import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from models.checkpoint_sources import local_path
+
+if TYPE_CHECKING:
+    from .board import Board
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -67,11 +71,11 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl: a line per record. Lines that a resumed run writes again are dropped: of later steps than the one
-    that it goes on from, and of an evaluation there unless that is `evaluated`."""
+    """metrics.jsonl: a line per record, and `board` shows it. Lines that a resumed run writes again are dropped: of
+    later steps than the one that it goes on from, and of an evaluation there unless that is `evaluated`."""
 
-    def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False):
-        self.path = path
+    def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False, board: "Board | None" = None):
+        self.path, self.board = path, board
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
@@ -83,6 +87,8 @@ class Metrics:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            self.board.show(record)
 
 
 def _is_done(line: str, step: int, evaluated: bool) -> bool:

@@ -19,6 +19,8 @@ class TrainConfig:
     log_every: int = 10                             # steps between lines of metrics.jsonl and the log
     check_images: int = 100                         # the teacher's AP on so many is shown before the first step; 0: off
     grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never
+    tensorboard: bool = False                       # write what metrics.jsonl gets for TensorBoard, too (extra viz)
+    vis_period: int = 500                           # steps between TensorBoard's pictures of detections; 0: none
 
 
 @dataclass

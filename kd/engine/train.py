@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import distributed
+from .board import open_board
 from .checkpoint import read_checkpoint
 from .evaluate import autocast, evaluate, format_figures
 from .finite import describe as describe_broken
@@ -41,10 +42,10 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     run = build_run(cfg, work_dir, device)
     if resume_from is not None:
         restore(run, read_checkpoint(resume_from), resume_from)
-    first = distributed.rank() == 0
+    first, board = distributed.rank() == 0, open_board(run)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
-    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated)
+    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board)
     if first:
         (work_dir / "run.json").write_text(json.dumps(provenance(run.cfg, device), indent=1), encoding="utf-8")
     log.info(describe(run))
@@ -89,6 +90,8 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, s
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
             log.info("gradient norms at the neck: %s", " ".join(f"{k} {v:.3g}" for k, v in norms.items()))
+        if metrics.board is not None:
+            metrics.board.pictures(run)
         if run.step % settings.log_every == 0:
             run.finite.check()
             record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
@@ -151,7 +154,8 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
                 total = sum(value for name, value in losses.items() if "loss" in name)
             norms = distiller.gradient_norms(losses, scaler.get_scale()) if norms_due else {}
             scaler.scale(total / len(batches)).backward()
-        found.append(losses | {"loss": total} | (distiller.shares(losses) if distiller else {}))
+        found.append(losses | {"loss": total, "positives_per_image": run.student.positives} |
+                     (distiller.shares(losses) if distiller else {}))
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
 
     scaler.unscale_(run.optimizer)
@@ -207,7 +211,8 @@ def check_scale(run: Run) -> None:
 def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
     """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
-    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.settings.amp)
+    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.settings.amp,
+                       run.work_dir / "precision_recall.json")
     metrics.write({"epoch": epoch, "step": run.step} | figures)
     log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True

@@ -1,7 +1,7 @@
 """Every pair of detectors that a method claims to work on: twenty steps on one batch lower its loss."""
 import pytest
 import torch
-from small_models import CLASSES, falls, small_distiller, teacher_entry
+from small_models import CLASSES, falls, gradients, make_batch, small_distiller, teacher_entry
 
 FEATURE = [{"type": "FGD"}, {"type": "PKD", "loss_weight": 6.0}, {"type": "MGD"}, {"type": "CWD"},
            {"type": "FitNet", "loss_weight": 5.0}]
@@ -90,3 +90,11 @@ def test_a_teacher_of_more_classes_by_a_class_map(method):
     teacher = teacher_entry(head_={"num_classes": 7}) | {"class_map": [5, 0, 3]}
     assert CLASSES == 3
     falls(small_distiller(method, teacher=teacher, dtype=torch.float32))
+
+
+def test_crosskd_of_one_small_image():
+    """Its coarsest map is a single value, which has no deviation."""
+    distiller = small_distiller({"type": "CrossKD", "reused_teacher_head_idx": 1})
+    losses = distiller(*make_batch(sizes=((64, 96),), counts=(3,)))
+    assert all(value.isfinite() for value in losses.values()), losses
+    assert all(g is None or g.isfinite().all() for g in gradients(distiller, losses).values())

@@ -1,0 +1,209 @@
+"""What a detector's AP is lost to: the error types of TIDE (Bolya et al., arXiv:2008.08115, section 2).
+
+An error's weight is what AP at IoU 0.5 would gain were all errors of its kind put right, one kind at a time.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask
+from pycocotools.cocoeval import COCOeval
+
+FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU: from the one on an object counts as found, up to the other as not touched
+CORRECT, CLASS, BOX, BOTH, DUPLICATE, NOTHING = range(6)
+KINDS = {"classification": CLASS, "localisation": BOX, "both": BOTH, "duplicate": DUPLICATE, "background": NOTHING}
+ERRORS = (*KINDS, "missed")
+
+
+@dataclass
+class Judged:
+    """Every detection and object of a data set, and what is wrong with it. Classes are numbered from 0."""
+
+    num_classes: int
+    image: np.ndarray    # (D,) number of its image; detections within a crowd of their class are not here
+    box: np.ndarray      # (D, 4) x, y, width, height
+    label: np.ndarray    # (D,)
+    score: np.ndarray    # (D,)
+    kind: np.ndarray     # (D,) CORRECT, or the kind of its error
+    object: np.ndarray   # (D,) the object found, or the one that it alone would find once put right; otherwise -1
+    object_image: np.ndarray  # (G,) crowds are not here
+    object_box: np.ndarray    # (G, 4)
+    object_label: np.ndarray  # (G,)
+    object_area: np.ndarray   # (G,) as annotated, by which COCO tells sizes apart
+
+    @property
+    def found(self) -> np.ndarray:
+        """(G,) bool: objects that are found."""
+        return np.isin(np.arange(len(self.object_label)), self.object[self.kind == CORRECT])
+
+    @property
+    def missed(self) -> np.ndarray:
+        """(G,) bool: objects that no detection finds, nor would with its box or its class put right."""
+        return ~np.isin(np.arange(len(self.object_label)), self.object)
+
+
+def judge(evaluation: COCOeval) -> Judged:
+    """Sort every detection that pycocotools has matched at IoU 0.5, or not, into the kinds of errors.
+
+    Args:
+        evaluation: after `evaluate()`, of boxes.
+    """
+    params = evaluation.params
+    at = int(np.abs(params.iouThrs - FOREGROUND).argmin())
+    images, areas = len(params.imgIds), len(params.areaRng)
+    detections, objects = [], []
+    for i in range(images):
+        place, own, theirs = {}, [], []  # the objects' numbers by annotation id, this image's detections and objects
+        matched = [(k, evaluation.evalImgs[k * areas * images + i]) for k in range(len(params.catIds))]
+        matched = [(k, match) for k, match in matched if match is not None]
+        for k, match in matched:
+            for annotation in (evaluation.cocoGt.anns[number] for number in match["gtIds"]):
+                if not annotation["iscrowd"]:
+                    place[annotation["id"]] = len(objects) + len(theirs)
+                    theirs.append((i, k, *annotation["bbox"], annotation["area"]))
+        for k, match in matched:
+            for number, partner, ignored in zip(match["dtIds"], match["dtMatches"][at], match["dtIgnore"][at]):
+                if not ignored:
+                    found = evaluation.cocoDt.anns[number]
+                    own.append((i, k, *found["bbox"], found["score"], place.get(int(partner), -1)))
+        detections += judge_image(sorted(own, key=lambda row: -row[6]), theirs, len(objects))
+        objects += theirs
+    d, g = np.array(detections).reshape(-1, 9), np.array(objects).reshape(-1, 7)
+    return Judged(len(params.catIds), d[:, 0].astype(int), d[:, 2:6], d[:, 1].astype(int), d[:, 6], d[:, 8].astype(int),
+                  d[:, 7].astype(int), g[:, 0].astype(int), g[:, 2:6], g[:, 1].astype(int), g[:, 6])
+
+
+def judge_image(detections: list[tuple], objects: list[tuple], first: int) -> list[tuple]:
+    """One image's detections, best first, with their kinds.
+
+    Args:
+        detections: rows of image, label, box, score and the number of the object found, or -1.
+        objects: rows of image, label, box and area, numbered from `first`.
+    Returns:
+        The rows, each with its kind; where an error put right would find an object that nothing else finds, nor any
+        better detection would, the row names that object.
+    """
+    labels = np.array([row[1] for row in objects], dtype=int)
+    taken = np.isin(np.arange(len(objects)) + first, [row[7] for row in detections])
+    overlap = iou([row[2:6] for row in detections], [row[2:6] for row in objects])
+    claimed, rows = set(), []
+    for row, overlaps in zip(detections, overlap):
+        kind, number = CORRECT, row[7]
+        if number < 0:
+            kind, index = kind_of_error(overlaps, labels == row[1], taken)
+            if index >= 0 and not taken[index] and index not in claimed:
+                claimed.add(index)
+                number = first + index
+        rows.append((*row[:7], number, kind))
+    return rows
+
+
+def kind_of_error(overlaps: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[int, int]:
+    """The kind of a detection that finds nothing, and the object that it is meant for, or -1.
+
+    Args:
+        overlaps: (G,) IoU with the image's objects; same: (G,) those of its class; taken: (G,) those found.
+    """
+    if not len(overlaps):
+        return NOTHING, -1
+    own, other = np.where(same, overlaps, 0), np.where(same, 0, overlaps)
+    if BACKGROUND <= own.max() <= FOREGROUND:
+        return BOX, int(own.argmax())
+    if other.max() >= FOREGROUND:
+        return CLASS, int(other.argmax())
+    if np.where(taken, own, 0).max() >= FOREGROUND:
+        return DUPLICATE, -1
+    return (NOTHING if overlaps.max() <= BACKGROUND else BOTH), -1
+
+
+def iou(boxes: list, others: list) -> np.ndarray:
+    """IoU (D, G) of boxes x, y, width, height, as pycocotools computes it."""
+    if not boxes or not others:
+        return np.zeros((len(boxes), len(others)))
+    return mask.iou(np.array(boxes, dtype=float), np.array(others, dtype=float), [0] * len(others))
+
+
+def average_precision(scores: np.ndarray, correct: np.ndarray, objects: int) -> float | None:
+    """COCO's AP of one class at one IoU: precision, made to fall, at 101 recalls. None without objects."""
+    if objects == 0:
+        return None
+    correct = correct[np.argsort(-scores, kind="stable")]
+    found = np.cumsum(correct)
+    precision = found / np.arange(1, len(found) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(found / objects, np.linspace(0, 1, 101), side="left")
+    return float(np.append(precision, np.zeros(1))[np.minimum(places, len(precision))].mean())
+
+
+def class_aps(labels: np.ndarray, scores: np.ndarray, correct: np.ndarray, objects: np.ndarray) -> list[float | None]:
+    """AP of every class; `objects` (K,) are their numbers."""
+    return [average_precision(scores[labels == k], correct[labels == k], int(count)) for k, count in enumerate(objects)]
+
+
+def ap50(judged: Judged) -> list[float | None]:
+    """AP at IoU 0.5 of every class, as pycocotools has it."""
+    objects = np.bincount(judged.object_label, minlength=judged.num_classes)
+    return class_aps(judged.label, judged.score, judged.kind == CORRECT, objects)
+
+
+def lost_ap(judged: Judged) -> dict[str, list[float | None]]:
+    """For every kind of error, what each class's AP at IoU 0.5 gains once all errors of that kind are put right.
+
+    Put right means: a box or a class is made that of its object, if nothing else finds that and no better detection
+    would, and otherwise the detection is taken out, as are the other kinds; objects missed are no longer counted. Where
+    a class has none left then, its AP is 1: all of it was lost by missing them (TIDE's own code says 0).
+    """
+    before, objects = ap50(judged), np.bincount(judged.object_label, minlength=judged.num_classes)
+    correct, lost = judged.kind == CORRECT, {}
+    for name, kind in KINDS.items():
+        wrong = judged.kind == kind
+        mended = wrong & (judged.object >= 0)
+        labels = np.where(mended, judged.object_label[judged.object], judged.label) if mended.any() else judged.label
+        keep = ~wrong | mended
+        lost[name] = gains(class_aps(labels[keep], judged.score[keep], (correct | mended)[keep], objects), before)
+    missed = np.bincount(judged.object_label[judged.missed], minlength=judged.num_classes)
+    after = class_aps(judged.label, judged.score, correct, objects - missed)
+    lost["missed"] = gains([1.0 if ap is None else ap for ap in after], before)
+    return lost
+
+
+def count_errors(judged: Judged, label: int | None = None) -> dict[str, int]:
+    """Objects, errors of every kind and missed objects, of one class or of all; an error's class is the detection's."""
+    here = judged.label >= 0 if label is None else judged.label == label
+    objects = judged.object_label >= 0 if label is None else judged.object_label == label
+    return {"objects": int(objects.sum()), **{name: int((here & (judged.kind == kind)).sum())
+                                              for name, kind in KINDS.items()},
+            "missed": int((objects & judged.missed).sum())}
+
+
+def gains(after: list[float | None], before: list[float | None]) -> list[float | None]:
+    """Differences by class; None for a class without objects."""
+    return [None if b is None else a - b for a, b in zip(after, before)]
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean over classes that have objects."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def confusion_matrix(judged: Judged, score_thr: float) -> np.ndarray:
+    """(K + 1, K + 1) counts of objects by class (row) and the class that they were taken for (column).
+
+    Detections from `score_thr` on take, best first, the free object that they overlap most, if IoU is 0.5 or more. The
+    last row holds those that take none, the last column objects that none takes.
+    """
+    k = judged.num_classes
+    matrix = np.zeros((k + 1, k + 1), dtype=int)
+    for i in np.union1d(judged.image, judged.object_image):
+        own = np.flatnonzero((judged.image == i) & (judged.score >= score_thr))  # best first
+        objects = np.flatnonzero(judged.object_image == i)
+        overlap, free = iou(list(judged.box[own]), list(judged.object_box[objects])), np.ones(len(objects), dtype=bool)
+        for d, overlaps in zip(own, overlap):
+            candidates = np.where(free, overlaps, 0)
+            if len(objects) and candidates.max() >= FOREGROUND:
+                free[candidates.argmax()] = False
+                matrix[judged.object_label[objects[candidates.argmax()]], judged.label[d]] += 1
+            else:
+                matrix[k, judged.label[d]] += 1
+        np.add.at(matrix, (judged.object_label[objects[free]], k), 1)
+    return matrix

@@ -1,0 +1,38 @@
+"""What a detector's AP is lost to: classification, localisation, duplicates, background, missed objects; of two
+checkpoints side by side, where one is better than the other."""
+import argparse
+from pathlib import Path
+
+from kd.engine import cli
+from kd.engine.analyze import analyze, format_tables, save_analysis
+from kd.engine.config import load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python scripts/analyze.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+               "--checkpoint runs/student_gfl_r18w16/last.pth --checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth")
+    parser.add_argument("--cfg", required=True, action="append", metavar="FILE",
+                        help="configuration; given twice, the second checkpoint's own")
+    parser.add_argument("--checkpoint", required=True, action="append", metavar="PATH",
+                        help="weights, of any format, or their URL; given twice, two models side by side")
+    parser.add_argument("--score-thr", type=float, default=0.3,
+                        help="of the confusion matrix and of what counts as found; default: 0.3")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write analysis.md and analysis.json, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the files'")
+    args = parser.parse_intermixed_args()
+    if len(args.checkpoint) > 2 or len(args.cfg) not in (1, len(args.checkpoint)):
+        raise cli.UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg)} --cfg: give one or two "
+                             "checkpoints, and one configuration for both or one each")
+    cfgs = [load_config(cfg, args.overrides) for cfg in args.cfg]
+    found = analyze(cfgs * (len(args.checkpoint) // len(cfgs)), args.checkpoint, cli.choose_device(args.device),
+                    args.score_thr)
+    print(format_tables(found, args.score_thr))
+    if args.out:
+        save_analysis(found, args.out, args.score_thr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,30 @@
+"""Draw runs: losses and AP over epochs, precision over recall of each class, and the gap to the teacher closed. Runs
+that differ only in seed are one line, their mean, in a band from the lowest to the highest."""
+import argparse
+import sys
+from pathlib import Path
+
+from kd.engine import cli
+from kd.engine.compare import compare
+from kd.engine.plot import plot_runs
+from kd.engine.records import read_runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 --out plots")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="work dirs of train.py, or metrics.jsonl files that were kept of them")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures, PNG")
+    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="where no run tells it: the teacher's AP")
+    args = parser.parse_args()
+    runs, notes = read_runs(args.runs)
+    if notes:
+        print("\n".join(notes), file=sys.stderr)
+    rows = compare(runs, None if args.teacher_ap is None else args.teacher_ap / 100)
+    print("\n".join(map(str, plot_runs(runs, rows, args.out))))
+
+
+if __name__ == "__main__":
+    cli.run(main)

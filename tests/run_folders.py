@@ -1,0 +1,38 @@
+"""Folders such as runs leave, written by hand."""
+import copy
+import json
+from pathlib import Path
+
+from runs import config
+
+TEACHER = b"a teacher's checkpoint"
+
+
+def run_config(seed: int = 0, epochs: int = 2, methods: tuple[str, ...] = (), teacher: Path | None = None,
+               **train) -> dict:
+    """A run's configuration as run.json holds it."""
+    cfg = copy.deepcopy(config(Path("scenes"), epochs))
+    cfg["model"]["head"]["num_classes"] = 6
+    cfg["train"] |= {"seed": seed, **train}
+    if methods:
+        cfg["distill"] = {"teacher": {"cfg": "teacher.yaml", "checkpoint": str(teacher)},
+                          "methods": [{"type": method} for method in methods]}
+    return cfg
+
+
+def write_run(folder: Path, aps: list[float | None], cfg: dict | None, teachers: dict[str, str] | None = None,
+              checkpoint: bytes | None = None) -> Path:
+    """A run of three steps an epoch, with an AP after each of its epochs so far."""
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch, ap in enumerate(aps):
+        lines += [{"epoch": epoch, "step": 3 * epoch + i, "lr": 0.1, "loss_cls": 2.0 / (3 * epoch + i),
+                   "loss": 4.0 / (3 * epoch + i), "images_per_second": 10.0 * i} for i in (1, 2, 3)]
+        lines.append({"epoch": epoch, "step": 3 * epoch + 3, "AP": ap, "AP50": ap, "AP75": ap, "APs": None, "APm": ap,
+                      "APl": ap, "per_class": {"disc": ap, "ring": None}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if cfg is not None:
+        (folder / "run.json").write_text(json.dumps({"config": cfg, "teachers": teachers or {}}))
+    if checkpoint is not None:
+        (folder / "last.pth").write_bytes(checkpoint)
+    return folder

@@ -1,0 +1,134 @@
+"""What the pages of docs/ show runs as it stands there."""
+import re
+
+import pytest
+import torch
+from runs import ROOT, config, run_script, write_config
+from small_models import falls, make_batch, small_config, small_distiller
+
+import kd.distiller
+import kd.engine.train
+from data import generate_scenes
+from data.annotations import read_annotations
+from kd.engine.config import load_config, parse_yaml
+from models import build_detector
+from models.detector import BACKBONES, HEADS
+
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.S | re.M)
+
+
+def run(code: str, **scope) -> dict:
+    exec(compile(code, "<page>", "exec"), scope)  # noqa: S102 our own page
+    return scope
+
+
+@pytest.fixture
+def cosine(monkeypatch):
+    method = run(blocks("new_method.md", "python")[0], __name__="kd.cosine")["Cosine"]
+    monkeypatch.setitem(kd.distiller.METHODS, "Cosine", method)
+    return method
+
+
+def test_the_method_is_short():
+    assert len(blocks("new_method.md", "python")[0].splitlines()) < 30
+
+
+def test_the_method_learns_and_its_test_passes(cosine):
+    run(blocks("new_method.md", "python")[2])["test_cosine"]()
+
+
+def test_the_method_is_what_it_says(cosine):
+    distiller = small_distiller({"type": "Cosine", "loss_weight": 3, "levels": [0, 2]})
+    images, targets = make_batch()
+    found = distiller(images, targets)
+    student, teacher = (detector.extract_features(images) for detector in (distiller.student, distiller.teacher))
+    expected = sum((1 - (student[i] * teacher[i]).sum(1) / student[i].norm(dim=1) / teacher[i].norm(dim=1)).mean()
+                   for i in (0, 2))
+    assert found["loss_cosine"].item() == pytest.approx(3 * expected.item())
+    with pytest.raises(ValueError, match="methods.0.levels: must be a list"):
+        small_distiller({"type": "Cosine", "levels": 1})
+
+
+def test_the_method_from_the_command_line(cosine, tmp_path, monkeypatch, capsys):
+    entry = parse_yaml(blocks("new_method.md", "yaml")[0], "page")["distill"]["methods"][0]
+    scenes = generate_scenes(tmp_path / "scenes", train=4, val=2, size=(64, 64))
+    teacher = config(scenes)["model"]
+    path = write_config(tmp_path / "cfg.yaml", config(scenes, 1, {
+        "teacher": {"model": teacher, "checkpoint": None}, "methods": [entry]}))
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "Cosine0 (Cosine) from teacher 0: times 0 now; loss_weight 0.5" in printed
+    assert "student neck output 2 (4, 16, 2, 2) <- teacher neck output 2" in printed and "loss_cosine " in printed
+
+
+def test_the_script_of_the_method_page(cosine, monkeypatch):
+    called = []
+    monkeypatch.setattr(kd.engine.train, "train", lambda *arguments: called.append(arguments))
+    monkeypatch.chdir(ROOT)
+    run(blocks("new_method.md", "python")[1], Cosine=cosine)
+    (cfg, work_dir, device), = called
+    assert cfg["distill"]["methods"] == [{"type": "Cosine", "loss_weight": 0.5}] and work_dir.name == "cosine"
+
+
+def test_the_configurations_are_valid(cosine, tmp_path, monkeypatch):
+    code = blocks("extending.md", "python")
+    monkeypatch.setitem(BACKBONES, "PlainNet", run(code[0])["PlainNet"])
+    for i, text in enumerate(blocks("new_method.md", "yaml") + blocks("extending.md", "yaml")):
+        text = text.replace("_base_: student", f"_base_: {ROOT}/configs/bccd/student")
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(text.replace("../_base_", f"{ROOT}/configs/_base_"))
+        load_config(path, [] if "head" in text or "_base_" in text else ["model.head.type=GFLHead"])
+
+
+def test_the_annotations_are_valid(tmp_path):
+    (tmp_path / "a.json").write_text(blocks("extending.md", "json")[0])
+    read = read_annotations(tmp_path / "a.json")
+    assert read.classes == ["cell"] and read.boxes[0].tolist() == [[12, 30, 212, 150]]
+
+
+@pytest.mark.parametrize("kind, index, table", [("PlainNet", 0, BACKBONES), ("DistanceHead", 1, HEADS)])
+def test_a_part_of_ones_own(monkeypatch, kind, index, table):
+    """It trains, detects, and is distilled, as student and as teacher."""
+    monkeypatch.setitem(table, kind, run(blocks("extending.md", "python")[index], __name__="models.own")[kind])
+    model = small_config()
+    if kind == "PlainNet":
+        model["backbone"] = {"type": kind, "width": 4}
+    else:
+        model["head"] = {"type": kind, "num_classes": 3, "stacked_convs": 2, "feat_channels": 16,
+                         "norm_cfg": {"type": "GN", "num_groups": 4}}
+    torch.manual_seed(0)
+    detector = build_detector(model)
+    images, targets = make_batch(dtype=torch.float32)
+    optimizer, history = torch.optim.Adam(detector.parameters(), lr=0.003), []
+    for _ in range(60):
+        loss = sum(detector.loss(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.7 * history[0]
+    detector.eval()
+    found = detector.predict(images, targets, rescale=False)
+    assert len(found) == 2 and sum(len(each["boxes"]) for each in found)
+
+    methods = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"}]
+    distiller = kd.build_distiller({"model": model, "distill": {"teacher": {"model": model, "checkpoint": None},
+                                                                "methods": methods}}).train()
+    assert {"loss_cls_kd", "loss_reg_kd", "loss_fgd"} <= set(falls(distiller))
+
+
+def test_links_lead_somewhere():
+    for name, text in PAGES.items():
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        assert all((ROOT / "docs" / link).exists() for link in links), (name, links)
+
+
+def test_files_that_are_named_exist():
+    for name, text in PAGES.items():
+        named = set(re.findall(r"(?:configs|scripts|models|kd)/[\w/]+\.(?:yaml|py)", text))
+        missing = {path for path in named if not (ROOT / path).exists()}
+        assert missing <= {"kd/cosine.py", "configs/bccd/cosine.yaml"}, (name, missing)
