@@ -12,7 +12,7 @@ from models import Detector, DetectorPass, build_detector, without_pretraining
 from models.postprocess import postprocess
 
 from ..distiller import Distiller, build_distiller, union
-from .evaluate import autocast
+from .evaluate import autocast, memory_format
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import TrainConfig
 from .timing import Call
@@ -82,7 +82,8 @@ def prepare(cfg: dict, work: Workload) -> dict:
 def build_subject(cfg: dict, device: torch.device, work: Workload) -> Subject:
     """A configuration's model in training, at the learning rate of the first step, so that it stays as it is."""
     settings = TrainConfig(**cfg.get("train", {}))
-    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device).train()
+    model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
+    model = model.to(device, memory_format=memory_format(cfg)).train()
     optimizer = build_optimizer(cfg.get("optimizer", {}), model, work.batch)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor(ScheduleConfig(**cfg.get("schedule", {})), 0, 1)

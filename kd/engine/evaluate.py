@@ -18,7 +18,7 @@ from models import ConfigError, Detector, build_detector, without_pretraining
 from models.weights import load_weights
 
 from . import distributed
-from .settings import EvalConfig
+from .settings import EvalConfig, TrainConfig
 from .tta import merge_results, views
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -218,7 +218,7 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
     load_weights(detector, checkpoint, part)
     if class_map is not None:
         detector.bbox_head.select_classes(class_map)
-    return detector.to(device).eval(), dataset
+    return detector.to(device, memory_format=memory_format(cfg)).eval(), dataset
 
 
 def evaluate_checkpoint(cfg: dict, checkpoint: str, device: torch.device, part: str | None = None,
@@ -238,6 +238,11 @@ def detect_views(detector: Detector, cfg: dict, dataset: CocoDataset, device: to
     detectors, scales = views(detector, EvalConfig(**cfg.get("eval", {})).tta, dataset.scale)
     return merge_results([detect(one, eval_loader(cfg, dataset.at_scale(scale)), device)
                           for scale in scales for one in detectors], detector.test)
+
+
+def memory_format(cfg: dict) -> torch.memory_format:
+    """How a configuration's weights lie in memory, see `train.channels_last`; features follow them."""
+    return torch.channels_last if TrainConfig(**cfg.get("train", {})).channels_last else torch.contiguous_format
 
 
 def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:

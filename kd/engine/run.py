@@ -14,7 +14,7 @@ from models.weights import CheckpointError
 from ..distiller import Distiller, build_distiller
 from . import distributed
 from .checkpoint import save_checkpoint
-from .evaluate import eval_loader, with_classes
+from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
 from .optim import ScheduleConfig, build_optimizer
 from .settings import TrainConfig
@@ -76,7 +76,8 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     if val_set is not None and val_set.classes != train_set.classes:
         raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
-    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device)
+    model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
+    model = model.to(device, memory_format=memory_format(cfg))
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
