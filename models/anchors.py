@@ -1,4 +1,5 @@
 """What predictions are made from: anchor boxes on every cell of every level."""
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Priors(NamedTuple):
     @property
     def centers(self) -> Tensor:
         """(P, 2) x, y in pixels."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+        return (self.boxes[..., :2] + self.boxes[..., 2:]) / 2
 
 
 class AnchorGenerator:
@@ -77,24 +78,29 @@ class AnchorGenerator:
         if key not in self._cache:
             if len(self._cache) >= 64:  # multi-scale training meets many shapes
                 self._cache.clear()
-            self._cache[key] = self._grid(sizes, dtype, device)
+            image = [side * self.strides[0] for side in sizes[0]]  # height, width with padding
+            levels = [self.level(i, size, image, dtype, device) for i, size in enumerate(sizes)]
+            boxes, cells, strides, counts = zip(*levels)
+            self._cache[key] = Priors(torch.cat(boxes), torch.cat(cells), torch.cat(strides), sum(counts, ()))
         return self._cache[key]
 
-    def _grid(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
-        boxes, cells, strides, counts = [], [], [], []
-        image = [side * self.strides[0] for side in sizes[0]]  # height, width with padding
-        for (height, width), stride, base in zip(sizes, self.strides, self.base_anchors):
-            step_y, step_x = stride, stride
-            if self.style == "torchvision":
-                step_y, step_x = image[0] // height, image[1] // width
-            y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
-            cell = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).double()
-            boxes.append((cell.repeat(1, 1, 2) + self.center_offset * stride + base).reshape(-1, 4))
-            cells.append(cell.expand(-1, len(base), 2).reshape(-1, 2))
-            counts.append(len(boxes[-1]))
-            strides.append(torch.full((counts[-1],), stride))
-        return Priors(torch.cat(boxes).to(device, dtype), torch.cat(cells).to(device, dtype),
-                      torch.cat(strides).to(device, dtype), tuple(counts))
+    def level(self, level: int, size: tuple[int, int], image: Sequence[int], dtype: torch.dtype,
+              device: torch.device) -> Priors:
+        """Anchors of one level for a map of (height, width), computed anew.
+
+        Args:
+            image: height and width of the padded image in pixels.
+        """
+        (height, width), stride, base = size, self.strides[level], self.base_anchors[level]
+        step_y, step_x = stride, stride
+        if self.style == "torchvision":
+            step_y, step_x = image[0] // height, image[1] // width
+        y, x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing="ij")
+        cell = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).double()
+        boxes = (cell.repeat(1, 1, 2) + self.center_offset * stride + base).reshape(-1, 4)
+        cells = cell.expand(-1, base.shape[0], 2).reshape(-1, 2)
+        strides = torch.full(boxes.shape[:1], stride)
+        return Priors(boxes.to(device, dtype), cells.to(device, dtype), strides.to(device, dtype), (boxes.shape[0],))
 
 
 PRIORS = {"AnchorGenerator": AnchorGenerator}

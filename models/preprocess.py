@@ -34,12 +34,15 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalise a uint8 RGB batch (N, 3, H, W); what lies beyond each `image_size` becomes zero."""
+        return zero_padding(self.normalise(images, dtype), targets)
+
+    def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A uint8 RGB batch (N, 3, H, W) with the detector's statistics and channel order."""
         if self.channel_order == "bgr":
             images = images.flip(1)
         # A batch may come in channels-last memory, which would put the whole detector into that.
         images = images.to(dtype, memory_format=torch.contiguous_format)
-        images = (images - self.mean.to(dtype)) / self.std.to(dtype)
-        return zero_padding(images, targets)
+        return (images - self.mean.to(dtype)) / self.std.to(dtype)
 
     def convert(self, images: Tensor, targets: list[dict], source: "Preprocess") -> Tensor:
         """What `source` normalised, as this detector takes it."""

@@ -1,6 +1,4 @@
 """What a configuration's models cost: parameters, operations and memory by module, and the levels of their heads."""
-import argparse
-
 from data import DataConfig
 from data.transforms import padded_size
 from kd.engine import cli
@@ -9,15 +7,11 @@ from kd.engine.summary import format_summaries, models_of, summarize, typical_si
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
-               "model.head.num_classes=80")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, see configs/")
+    parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
+                                 "model.head.num_classes=80", device=False)
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
                         help="of the image, rounded up to multiples of 32; default: a landscape one that fills "
                              "data.scale")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     if args.size and min(args.size) < 1:

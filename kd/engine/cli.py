@@ -10,6 +10,8 @@ from models import ConfigError
 from models.weights import CheckpointError
 
 from .distributed import stop_processes
+from .export import ExportError
+from .extras import MissingExtra
 from .lock import WorkDirError
 from .log import TrainingError
 from .signals import Stopped
@@ -26,12 +28,13 @@ class Incomplete(RuntimeError):
     """A command that was carried out but for what was told meanwhile."""
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
+def parser(description: str, example: str, device: bool = True) -> argparse.ArgumentParser:
     """An argument parser with --cfg, --device and overrides, whose help ends with an example."""
     result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--cfg", required=True, metavar="FILE", help="configuration, see configs/")
-    result.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    if device:
+        result.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     return result
 
@@ -54,9 +57,9 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ConfigError, DataError, CheckpointError, UsageError, WorkDirError, *BAD_PATHS) as error:
+    except (ConfigError, DataError, CheckpointError, UsageError, MissingExtra, WorkDirError, *BAD_PATHS) as error:
         code, message = 2, f"error: {error}"
-    except (TrainingError, Incomplete) as error:
+    except (TrainingError, ExportError, Incomplete) as error:
         code, message = 1, f"error: {error}"
     except Stopped as error:
         code, message = 128 + error.signum, str(error)

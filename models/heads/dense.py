@@ -129,6 +129,11 @@ class DenseHead(nn.Module):
         return HeadOutputs(flatten(cls, self.num_classes), flatten(box, self.box_channels),
                            None if centerness[0] is None else flatten(centerness, 1).squeeze(-1), sizes, kept)
 
+    def run_level(self, feature: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`predict_maps` of one level from the neck's features (N, in_channels, H, W)."""
+        towers = [self._run_tower(convs, feature, 0, ())[0] for convs in (self.cls_convs, self.reg_convs)]
+        return self.predict_maps(*towers, level)
+
     @staticmethod
     def _run_tower(convs: nn.ModuleList, x: Tensor, layer: int, cuts: Sequence[int]) -> tuple[Tensor, dict]:
         """The tower's output, and by number those of the layers in `cuts`; others are not kept alive."""

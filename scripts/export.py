@@ -1,0 +1,35 @@
+"""Write a detector as ONNX or torch.export file, and check it against PyTorch. docs/run_onnx.py shows how to run it."""
+from pathlib import Path
+
+import torch
+
+from kd.engine import cli
+from kd.engine.config import load_config
+from kd.engine.export import check_samples, export, recipe
+from kd.engine.named import load_named
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, "python scripts/export.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx", device=False)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument("--format", choices=("onnx", "pt2"), help="default: pt2 (torch.export) if --out ends so")
+    parser.add_argument("--nms", choices=("inside", "outside"), default="inside",
+                        help="suppress overlaps in the file, or leave that to the caller")
+    parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
+                        help="images to check on; default: the first two of data.val, and without data noise")
+    parser.add_argument("--classes", nargs="+", metavar="NAME",
+                        help="names of the classes; default: the checkpoint's, or those of data.val")
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.cfg, args.overrides)
+    kind = args.format or ("pt2" if args.out.suffix == ".pt2" else "onnx")
+    detector, classes = load_named(cfg, args.checkpoint, torch.device("cpu"), args.part, args.classes)
+    about = recipe(cfg, detector, classes.names, kind, args.nms)
+    agreement = export(detector, args.out, kind, about, check_samples(cfg, about, args.check))
+    print(f"wrote {args.out}, {args.out.stat().st_size / 2 ** 20:.1f} MiB. Checked: {agreement}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,85 @@
+"""A detector in one piece gives what the detector gives."""
+import pytest
+import torch
+from small_models import HEADS, enliven, small_detector
+
+from models import ConfigError
+from models.deploy import DeployedDetector, suppress
+from models.postprocess import class_nms
+
+TEST = {"score_thr": 0.5, "nms_pre": 60, "max_per_img": 30}
+
+
+def batch():
+    """Pixels and the targets that name their sizes before padding."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8)
+    return images, [{"image_size": (64, 96)}, {"image_size": (50, 70)}]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("test", [{}, {"clip": "after", "min_bbox_size": -1}, {"min_bbox_size": 2.0},
+                                  {"clip": "after", "min_bbox_size": 2.0}], ids=str)
+@pytest.mark.parametrize("preprocess", [{}, {"channel_order": "bgr", "mean": [90.0, 100.0, 110.0],
+                                             "std": [50.0, 60.0, 70.0]}], ids=["rgb", "bgr"])
+def test_detections_are_the_detectors(head, test, preprocess):
+    detector = enliven(small_detector(head, dtype=torch.float32, test=TEST | test, preprocess=preprocess)).eval()
+    images, targets = batch()
+    sizes = torch.tensor([target["image_size"] for target in targets])
+    with torch.no_grad():
+        boxes, scores, labels = DeployedDetector(detector)(images, sizes)
+        dirty = images.clone()
+        dirty[1, :, 50:], dirty[1, :, :, 70:] = 255, 7  # what lies beyond an image is nobody's business
+        again = DeployedDetector(detector)(dirty, sizes)
+        expected = detector.predict(detector.preprocess(images, targets), targets, rescale=False)
+    assert boxes.shape == (2, 30, 4) and scores.shape == labels.shape == (2, 30) and labels.dtype == torch.int64
+    assert torch.equal(again[0], boxes) and torch.equal(again[1], scores)
+    for i, one in enumerate(expected):
+        real = scores[i] > 0
+        assert len(one["scores"]) == real.sum() > 0
+        torch.testing.assert_close(scores[i][real], one["scores"])
+        torch.testing.assert_close(boxes[i][real], one["boxes"])
+        assert torch.equal(labels[i][real], one["labels"])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_without_suppression_all_candidates_come_out(head):
+    detector = enliven(small_detector(head, dtype=torch.float32, test=TEST)).eval()
+    images, targets = batch()
+    with torch.no_grad():
+        boxes, scores, labels = DeployedDetector(detector, with_nms=False)(images, torch.tensor([[64, 96], [50, 70]]))
+        expected = detector.predict(detector.preprocess(images, targets), targets, rescale=False, with_nms=False)
+    assert scores.shape == (2, 5 * 60)
+    for i, one in enumerate(expected):
+        real = scores[i] > 0
+        torch.testing.assert_close(boxes[i][real], one["boxes"])
+        torch.testing.assert_close(scores[i][real], one["scores"])
+        assert torch.equal(labels[i][real], one["labels"])
+
+
+def test_suppression_is_of_each_class_of_each_image_by_itself():
+    generator = torch.Generator().manual_seed(1)
+    corner = torch.rand(3, 40, 2, generator=generator) * 30 - 10
+    boxes = torch.cat([corner, corner + 5 + 10 * torch.rand(3, 40, 2, generator=generator)], dim=-1)
+    scores, labels = torch.rand(3, 40, generator=generator), torch.randint(0, 4, (3, 40), generator=generator)
+    scores[:, ::5] = 0
+    kept = suppress(boxes, scores, labels, 4, 0.3, 100)
+    for i in range(3):
+        real = (scores[i] > 0).nonzero().squeeze(1)
+        keep = real[class_nms(boxes[i][real], scores[i][real], labels[i][real], 0.3)]
+        expected = torch.zeros(40)
+        expected[keep] = scores[i][keep]
+        assert torch.equal(kept[i], expected) and 5 < len(keep) < len(real)
+    assert not suppress(boxes, torch.zeros_like(scores), labels, 4, 0.3, 100).any()
+
+
+@pytest.mark.parametrize("name", ["nms_pre", "max_per_img"])
+def test_an_open_number_of_detections_is_refused(name):
+    with pytest.raises(ConfigError, match=f"model.test.{name}: must be at least 1"):
+        DeployedDetector(small_detector(test={name: -1}))
+
+
+def test_it_is_in_evaluation_mode_with_all_that_is_in_it():
+    detector = small_detector(backbone={"norm_eval": False}).train()
+    assert not any(module.training for module in DeployedDetector(detector).modules())
+    assert not detector.training
