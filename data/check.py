@@ -68,9 +68,9 @@ def check_data(config: DataConfig | dict | None) -> list[SplitCheck]:
     if config is None:
         raise DataError("the configuration has no data section: there is nothing to check")
     config = read_data_config(config)
-    checks = [_check_split("data.train", config.train, config.workers)]
+    checks = [check_split("data.train", config.train, config.workers)]
     if config.val is not None:
-        train, val = checks[0], _check_split("data.val", config.val, config.workers)
+        train, val = checks[0], check_split("data.val", config.val, config.workers)
         checks.append(val)
         if train.classes and val.classes and train.classes != val.classes:
             text = f"data.train has classes {train.classes}, and data.val {val.classes}"
@@ -80,7 +80,8 @@ def check_data(config: DataConfig | dict | None) -> list[SplitCheck]:
     return checks
 
 
-def _check_split(name: str, split: Split, workers: int) -> SplitCheck:
+def check_split(name: str, split: Split, workers: int = 0, decode: bool = True) -> SplitCheck:
+    """Check one split; without `decode` its annotations alone."""
     file, folder = find_data(split.annotations), find_data(split.images)
     check = SplitCheck(name, file)
     try:
@@ -100,6 +101,7 @@ def _check_split(name: str, split: Split, workers: int) -> SplitCheck:
     images = [i for i in content["images"] if isinstance(i, dict) and needed <= i.keys() and not image_problems(i)]
     names = [os.path.abspath(folder / image["file_name"]) for image in images]
     check.files = set(names)
+    images = images if decode else []
     if repeated := len(names) - len(check.files):
         check.notes.append(f"{repeated} images name a file that another image names, too")
     num_turned = 0

@@ -1,0 +1,229 @@
+"""Downloads that go on where they were cut off, checked by size and checksum, and archives unpacked safely."""
+
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from tqdm import tqdm
+
+BLOCK = 1 << 20  # bytes
+ATTEMPTS = 5  # in a row without a byte
+PAUSE = 2.0  # seconds before the second attempt, twice as long before each further one
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+
+# Where COCO's own server is reached over https; its other name, images.cocodataset.org, has no certificate.
+COCO_SERVER = "https://s3.amazonaws.com/images.cocodataset.org"
+
+
+class DownloadError(OSError):
+    """A download or an archive that is not what it should be, in one line."""
+
+
+class Archive(NamedTuple):
+    """A zip file on a server."""
+
+    path: str  # below the server's address
+    size: int  # in bytes
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+
+COCO_2017 = {
+    "annotations": Archive("annotations/annotations_trainval2017.zip", 252907541,
+                           "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+    "val": Archive("zips/val2017.zip", 815585330,
+                   "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+    "train": Archive("zips/train2017.zip", 19336861798,
+                     "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+}
+
+
+def prepare_coco(out: Path, parts: Sequence[str] = tuple(COCO_2017), server: str = COCO_SERVER,
+                 keep_archives: bool = False) -> list[str]:
+    """Download and unpack COCO 2017 into `out`: train2017/, val2017/ and annotations/.
+
+    Whatever was done before is not done again: parts that are unpacked, and bytes that are downloaded.
+
+    Args:
+        parts: of `COCO_2017`.
+        server: the address that the archives lie below.
+        keep_archives: leave the zip files in `out`, too.
+
+    Returns: a line for each part.
+
+    Raises DownloadError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for part in parts:
+        archive = COCO_2017[part]
+        done, file = out / f".{archive.name}.unpacked", out / archive.name
+        if done.exists():
+            lines.append(f"{archive.name}: unpacked before")
+            continue
+        if not file.exists():
+            download(f"{server.rstrip('/')}/{archive.path}", file, archive.size, archive.sha256)
+        count = unpack(file, out)
+        done.touch()
+        if not keep_archives:
+            file.unlink()
+        lines.append(f"{archive.name}: checked, and {count} files unpacked into {out}")
+    return lines
+
+
+def download(url: str, file: Path, size: int, sha256: str) -> None:
+    """Download `url` to `file`, which is there when it is complete and right, and not before.
+
+    What has come so far is in `NAME.partial`; the next call goes on behind it, if the server can send parts of files.
+
+    Raises DownloadError: no encrypted connection (but to this machine), a server that does not answer or answers
+    something else, no room, another size or checksum.
+    """
+    _check_encrypted(url)
+    partial = file.with_name(file.name + ".partial")
+    _check_room(file, size - _size(partial))
+    with tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
+        failures = 0
+        while (there := _size(partial)) < size:
+            reason = _fetch(url, partial, there, size, bar)
+            failures = 0 if _size(partial) > there else failures + 1
+            if failures == ATTEMPTS:
+                raise DownloadError(
+                    f"cannot download {url}: {reason}, after {there} of {size} bytes; the same command goes on there"
+                )
+            time.sleep(PAUSE * 2 ** (failures - 1) if failures else 0)
+    if (found := _size(partial)) != size or (found := checksum(partial)) != sha256:
+        partial.unlink()
+        expected = size if isinstance(found, int) else sha256
+        raise DownloadError(
+            f"the download of {url} has the size or SHA-256 {found}, and should have {expected}: it was thrown away; "
+            "try again, or another server"
+        )
+    os.replace(partial, file)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _check_room(file: Path, count: int) -> None:
+    """Raise DownloadError if `count` bytes have no room."""
+    free = shutil.disk_usage(file.parent).free
+    if free < count:
+        raise DownloadError(
+            f"{file} needs {count / 2**30:.1f} GiB, and {file.parent} has {free / 2**30:.1f} GiB free: make room, or "
+            "give another folder"
+        )
+
+
+def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
+    """Append to `partial` what comes behind its first `there` bytes; returns why it has ended.
+
+    Raises DownloadError where another attempt would be of no use.
+    """
+    headers = {"User-Agent": "densekd", "Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
+    try:
+        with build_opener(_EncryptedRedirects).open(Request(url, headers=headers), timeout=60) as answer:
+            start, total = 0, answer.headers.get("Content-Length")
+            if answer.status == 206:
+                match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+                start, total = (int(match[1]), match[2]) if match else (-1, None)
+            if start not in (0, there):
+                raise DownloadError(f"cannot download {url}: the server sent another part than it was asked for")
+            if total is not None and total.isdigit() and int(total) != size:
+                raise DownloadError(f"cannot download {url}: it has {total} bytes there, and should have {size}")
+            bar.reset(size)
+            bar.update(start)
+            with open(partial, "ab" if start else "wb") as file:  # a server that cannot send parts begins anew
+                while block := answer.read(BLOCK):
+                    file.write(block)
+                    bar.update(len(block))
+        return "the connection ended"
+    except DownloadError:
+        raise
+    except HTTPError as error:
+        if error.code < 500:  # it will answer no other way the next time
+            raise DownloadError(f"cannot download {url}: {error}") from None
+        return str(error)
+    except (OSError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", error))
+
+
+class _EncryptedRedirects(HTTPRedirectHandler):
+    """Follows no redirection from https to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check_encrypted(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_encrypted(url: str) -> None:
+    address = urlparse(url)
+    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in _THIS_MACHINE):
+        raise DownloadError(f"{url} is not an https address: downloads come over encrypted connections only")
+
+
+def checksum(file: Path) -> str:
+    """SHA-256, with a progress bar."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream, tqdm(total=file.stat().st_size, desc=f"checking {file.name}", unit="B",
+                                          unit_scale=True, leave=False, disable=None) as bar:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def unpack(file: Path, out: Path) -> int:
+    """Unpack a zip file into `out`; members that are there in their full size are left as they are.
+
+    Returns: the number of files in it.
+
+    Raises DownloadError, before anything is written: no zip file, a member whose name leads out of `out`, a link; and
+    while it is written: a damaged member.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            for info in members:
+                _check_member(info, file)
+            _check_room(out / file.stem, sum(info.file_size for info in members if not _is_there(info, out)))
+            for info in tqdm(members, f"unpacking {file.name}", leave=False, disable=None):
+                if _is_there(info, out):
+                    continue
+                target = out / info.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(target.name + ".partial")
+                with archive.open(info) as source, open(partial, "wb") as written:
+                    shutil.copyfileobj(source, written, BLOCK)
+                os.replace(partial, target)
+            return len(members)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise DownloadError(f"archive {file} is damaged ({error}): delete it, and download it again") from None
+
+
+def _is_there(info: zipfile.ZipInfo, out: Path) -> bool:
+    target = out / info.filename
+    return target.is_file() and target.stat().st_size == info.file_size
+
+
+def _check_member(info: zipfile.ZipInfo, file: Path) -> None:
+    name = info.filename
+    if any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
+        raise DownloadError(f"archive {file} holds {name!r}, which leads out of the folder: nothing of it was unpacked")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise DownloadError(f"archive {file} holds {name!r}, which is a link: nothing of it was unpacked")

@@ -1,0 +1,69 @@
+"""Turn annotated images into COCO-format files with splits, or download COCO 2017."""
+import argparse
+from pathlib import Path
+
+from data import DataError, find_data
+from data.check import format_check
+from data.download import COCO_2017, COCO_SERVER, prepare_coco
+from data.formats import read_labelled
+from data.prepare import prepare
+from kd.engine import cli
+
+FORMATS = {"voc": "Pascal VOC: Annotations/*.xml and JPEGImages/, or XML files beside their images",
+           "yolo": "YOLO: images/ and labels/*.txt, and the classes' names in a YAML file or classes.txt",
+           "csv": "CSV files with the columns file, x1, y1, x2, y2 and class"}
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter,
+        epilog="example: python scripts/prepare_data.py yolo --input photos --out photos/coco")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in FORMATS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        command.add_argument("--input", required=True, type=Path, metavar="PATH", help="folder that holds them")
+        command.add_argument("--out", required=True, type=Path, metavar="DIR",
+                             help="folder for NAME.json of each split, and data.yaml; images stay where they are")
+        command.add_argument("--split", nargs="+", metavar="NAME=SHARE",
+                             help="draw splits, as train=0.8 val=0.1 test=0.1; default: those that come with the data, "
+                                  "otherwise train=0.8 val=0.2")
+        command.add_argument("--seed", type=int, default=0, help="of the draw")
+        command.add_argument("--workers", type=int, default=2, help="processes that decode the images")
+        command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+        if name == "yolo":
+            command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name a line")
+    text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download goes on where it was"
+    coco = commands.add_parser("coco", help=text, description=text, formatter_class=formatter)
+    coco.add_argument("--out", type=Path, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
+    coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017))
+    coco.add_argument("--server", default=COCO_SERVER, metavar="URL", help="that the archives lie below")
+    coco.add_argument("--keep-archives", action="store_true", help="do not delete what is unpacked")
+    args = parser.parse_args()
+    if args.command == "coco":
+        print("\n".join(prepare_coco(args.out or find_data("coco"), args.parts, args.server, args.keep_archives)))
+        return
+    folder = read_labelled(args.command, args.input, getattr(args, "names", None))
+    checks = prepare(folder, args.out, shares(args.split), args.seed, args.skip_unreadable, args.workers)
+    print("\n\n".join(map(format_check, checks)))
+    print(f"\nA configuration inherits these data by\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]")
+    if count := sum(len(check.problems) for check in checks):
+        raise cli.UsageError(f"{count} {'problem' if count == 1 else 'problems'} in the data, see above")
+
+
+def shares(texts: list[str] | None) -> dict[str, float] | None:
+    """NAME=SHARE, each."""
+    found = {}
+    for text in texts or ():
+        name, _, share = text.partition("=")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            raise DataError(f'split "{text}" is not of the form NAME=SHARE, as train=0.8') from None
+        if name not in ("train", "val", "test"):
+            raise DataError(f'split "{text}" must be called train, val or test')
+    return found or None
+
+
+if __name__ == "__main__":
+    cli.run(main)

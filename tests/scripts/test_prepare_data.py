@@ -1,0 +1,276 @@
+"""prepare_data.py: other formats become COCO's, and COCO is downloaded."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from odd_images import pixels, write_rotated
+from PIL import Image
+from runs import run_script
+
+from data import generate_scenes
+from data.scenes import CLASSES
+from kd.engine.config import read_yaml
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Ten images with the annotations that every format is to lead back to: {file name: [(class, x1, y1, x2, y2)]}."""
+    root = generate_scenes(tmp_path_factory.mktemp("scenes"), train=10, val=1, size=SIZE)
+    content = json.loads((root / "annotations" / "train.json").read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    boxes = {name: [] for name in names.values()}
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        boxes[names[annotation["image_id"]]].append((CLASSES[annotation["category_id"] - 1], x, y, x + w, y + h))
+    boxes["000003.jpg"] = []
+    return root / "train", boxes
+
+
+def write_voc(folder, scenes, splits=None):
+    images, boxes = scenes
+    shutil.copytree(images, folder / "JPEGImages")
+    (folder / "Annotations").mkdir()
+    for name, objects in boxes.items():
+        rows = "".join(
+            f"<object><name>{label}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax>"
+            f"<ymax>{y2}</ymax></bndbox></object>" for label, x1, y1, x2, y2 in objects)
+        # the name that is stated is often another tool's
+        (folder / "Annotations" / f"{Path(name).stem}.xml").write_text(
+            f"<annotation><filename>whatever.png</filename>{rows}</annotation>")
+    for split, stems in (splits or {}).items():
+        (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems) + "\n")
+
+
+def write_yolo(folder, scenes, place=lambda name: ("", ""), names="yaml"):
+    """`place` gives the folders above and below images/ and labels/ for an image."""
+    images, boxes = scenes
+    for name, objects in boxes.items():
+        above, below = place(name)
+        for kind in ("images", "labels"):
+            (folder / above / kind / below).mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / name, folder / above / "images" / below / name)
+        rows = [f"{CLASSES.index(label)} {(x1 + x2) / 2 / SIZE[1]} {(y1 + y2) / 2 / SIZE[0]} {(x2 - x1) / SIZE[1]} "
+                f"{(y2 - y1) / SIZE[0]}" for label, x1, y1, x2, y2 in objects]
+        if rows:
+            (folder / above / "labels" / below / f"{Path(name).stem}.txt").write_text("\n".join(rows) + "\n")
+    if names == "yaml":
+        listed = "".join(f"  {k}: {name}\n" for k, name in enumerate(CLASSES))
+        (folder / "data.yaml").write_text(f"nc: 6\nnames:\n{listed}")
+    else:
+        (folder / "classes.txt").write_text("\n".join(CLASSES))
+
+
+def write_csv(folder, scenes, files=("boxes.csv",), delimiter=",", place="."):
+    images, boxes = scenes
+    shutil.copytree(images, folder / place, dirs_exist_ok=True)
+    for number, file in enumerate(files):
+        rows = [["file", "note", "x1", "y1", "x2", "y2", "class"]]
+        for name, objects in list(boxes.items())[number::len(files)]:
+            rows += [[name, "n", *map(str, corners), label] for label, *corners in objects] or [[name] + [""] * 6]
+        (folder / file).write_text("\n".join(map(delimiter.join, rows)), encoding="utf-8-sig")
+
+
+def prepare(monkeypatch, capsys, kind, source, out, *arguments):
+    code = run_script(monkeypatch, "prepare_data.py", kind, "--input", source, "--out", out, "--workers", 0, *arguments)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err.strip().splitlines()
+
+
+def read_back(out):
+    """Boxes by file's name, of all splits, and the names in each."""
+    boxes, names = {}, {}
+    for file in out.glob("*.json"):
+        content = json.loads(file.read_text())
+        images = {image["id"]: image for image in content["images"]}
+        classes = {category["id"]: category["name"] for category in content["categories"]}
+        names[file.stem] = {Path(image["file_name"]).name for image in images.values()}
+        boxes |= {Path(image["file_name"]).name: [] for image in images.values()}
+        assert all((image["height"], image["width"]) == SIZE for image in images.values())
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            boxes[Path(images[annotation["image_id"]]["file_name"]).name].append(
+                (classes[annotation["category_id"]], x, y, x + w, y + h))
+    return boxes, names
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, objects in expected.items():
+        assert [label for label, *_ in found[name]] == [label for label, *_ in objects]
+        np.testing.assert_allclose([c for _, *c in found[name]], [c for _, *c in objects], atol=1e-6)
+
+
+def by_split(name):
+    return {"0": "train", "1": "train", "2": "valid"}.get(name[5], "test")
+
+
+SOURCES = {
+    "voc": lambda folder, scenes: write_voc(folder, scenes),
+    "yolo": lambda folder, scenes: write_yolo(folder, scenes),
+    "yolo with classes.txt": lambda folder, scenes: write_yolo(folder, scenes, names="txt"),
+    "csv": lambda folder, scenes: write_csv(folder, scenes),
+    "csv with semicolons": lambda folder, scenes: write_csv(folder, scenes, delimiter=";", place="images"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_format_leads_back_to_the_same_boxes(scenes, tmp_path, monkeypatch, capsys, source):
+    SOURCES[source](tmp_path / "in", scenes)
+    code, printed, _ = prepare(monkeypatch, capsys, source.split()[0], tmp_path / "in", tmp_path / "out")
+    assert code == 0
+    found, names = read_back(tmp_path / "out")
+    assert_same(found, scenes[1])
+    assert {split: len(of) for split, of in names.items()} == {"train": 8, "val": 2}  # where nothing is said
+    assert "8 images" in printed and "no problems" in printed and str(tmp_path / "out" / "data.yaml") in printed
+    data = read_yaml(tmp_path / "out" / "data.yaml")["data"]
+    assert Path(data["val"]["annotations"]) == tmp_path / "out" / "val.json"
+    some = json.loads((tmp_path / "out" / "val.json").read_text())["images"][0]["file_name"]
+    assert (Path(data["val"]["images"]) / some).is_file()
+
+
+@pytest.mark.parametrize("kind, write, names", [
+    ("voc", lambda folder, scenes: write_voc(folder, scenes, {
+        "train": ["000000", "000001"], "val": ["000002"], "trainval": ["000000"], "disc_val": ["000009"]}),
+     {"train": [0, 1], "val": [2]}),
+    ("voc", lambda folder, scenes: write_voc(folder, scenes, {"trainval": ["000004"], "test": ["000005"]}),
+     {"train": [4], "test": [5]}),
+    ("yolo", lambda folder, scenes: write_yolo(folder, scenes, lambda name: ("", by_split(name))),
+     {"train": [0, 1], "val": [2], "test": range(3, 10)}),
+    ("yolo", lambda folder, scenes: write_yolo(folder, scenes, lambda name: (by_split(name), "")),
+     {"train": [0, 1], "val": [2], "test": range(3, 10)}),
+    ("csv", lambda folder, scenes: write_csv(folder, scenes, ("train.csv", "valid.csv")),
+     {"train": range(0, 10, 2), "val": range(1, 10, 2)})],
+    ids=["voc", "voc trainval", "yolo below", "yolo above", "csv"])
+def test_splits_that_come_with_the_data(scenes, tmp_path, monkeypatch, capsys, kind, write, names):
+    write(tmp_path / "in", scenes)
+    code, printed, _ = prepare(monkeypatch, capsys, kind, tmp_path / "in", tmp_path / "out")
+    assert code == 0
+    found = read_back(tmp_path / "out")[1]
+    assert found == {split: {f"{k:06d}.jpg" for k in numbers} for split, numbers in names.items()}
+    left = 10 - sum(map(len, found.values()))
+    assert (f"{left} images are in none of the splits" in printed) == (left > 0)
+
+
+def test_splits_are_drawn_by_the_seed_alone(scenes, tmp_path, monkeypatch, capsys):
+    write_voc(tmp_path / "in", scenes, {"train": ["000000"], "val": ["000001"]})
+    drawn = []
+    for number, seed in enumerate((0, 0, 1)):
+        code, printed, _ = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / str(number), "--split",
+                                   "train=0.5", "val=0.3", "test=0.2", "--seed", seed)
+        assert code == 0 and "the splits that come with the data are not used" in printed
+        drawn.append(read_back(tmp_path / str(number))[1])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert {split: len(names) for split, names in drawn[0].items()} == {"train": 5, "val": 3, "test": 2}
+    assert set.union(*drawn[0].values()) == set(scenes[1])
+    assert (tmp_path / "0" / "train.json").read_bytes() == (tmp_path / "1" / "train.json").read_bytes()
+    assert f"data.val.annotations={tmp_path / '0' / 'test.json'}" in (tmp_path / "0" / "data.yaml").read_text()
+
+
+@pytest.mark.parametrize("split, part", [
+    (["train=0.8", "val=0.1"], "must be above 0 and sum up to 1"), (["train=2", "val=-1"], "must be above 0"),
+    (["train:0.8"], "is not of the form NAME=SHARE"), (["train=0.9", "dev=0.1"], "must be called train, val or test"),
+    (["train=0.99", "val=0.01"], "split val has no images")])
+def test_wrong_shares(scenes, tmp_path, monkeypatch, capsys, split, part):
+    write_csv(tmp_path / "in", scenes)
+    code, _, error = prepare(monkeypatch, capsys, "csv", tmp_path / "in", tmp_path / "out", "--split", *split)
+    assert code == 2 and len(error) == 1 and part in error[0] and not (tmp_path / "out").exists()
+
+
+def edit(path, pattern, text):
+    content = path.read_text(encoding="utf-8-sig")
+    assert re.search(pattern, content)
+    path.write_text(re.sub(pattern, text, content, count=1), encoding="utf-8")
+
+
+XML, TXT = "Annotations/000001.xml", "labels/000001.txt"
+WRONG = {
+    "no xml": ("voc", lambda f: shutil.rmtree(f / "Annotations"), "is not in Pascal VOC format"),
+    "xml cut": ("voc", lambda f: edit(f / XML, "</annotation>", ""), "000001.xml: no element found"),
+    "no image": ("voc", lambda f: (f / "JPEGImages/000001.jpg").unlink(), "000001.xml: there is no image of this name"),
+    "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "object 0 has no bndbox"),
+    "no number": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>a</xmin>"), "'a'"),
+    "swapped": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>900</xmin>"),
+                "of negative width or height"),
+    "entities": ("voc", lambda f: edit(f / XML, "^", '<!DOCTYPE a [<!ENTITY b "c">]>'),
+                 "it declares a document type"),
+    "no labels": ("yolo", lambda f: shutil.rmtree(f / "labels"), "no image has a text file"),
+    "no names": ("yolo", lambda f: (f / "data.yaml").unlink(), "give --names FILE"),
+    "pixels": ("yolo", lambda f: (f / TXT).write_text("0 10 20 30 40"), "are they in pixels?"),
+    "unknown class": ("yolo", lambda f: (f / TXT).write_text("6 .5 .5 .1 .1"), "class 6 is none of 0 to 5"),
+    "four values": ("yolo", lambda f: (f / TXT).write_text("\n0 .5 .5 .1"), "000001.txt line 2: "),
+    "no column": ("csv", lambda f: edit(f / "boxes.csv", "x2", "width"), "has no column x2"),
+    "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it has neither"),
+    "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "are not numbers"),
+    "two splits": ("csv", lambda f: shutil.copy(f / "boxes.csv", f / "val.csv"), "000000.jpg is in a table of another"),
+    "leads out": ("csv", lambda f: edit(f / "boxes.csv", "000000.jpg", "../000000.jpg"), "leads out of the image"),
+    "missing image": ("csv", lambda f: (f / "000004.jpg").unlink(), "--skip-unreadable leaves them out: image"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_data_are_one_line_and_nothing_is_written(scenes, tmp_path, monkeypatch, capsys, case):
+    kind, spoil, part = WRONG[case]
+    SOURCES[kind](tmp_path / "in", scenes)
+    spoil(tmp_path / "in")
+    code, _, error = prepare(monkeypatch, capsys, kind, tmp_path / "in", tmp_path / "out")
+    assert code == 2 and len(error) == 1 and error[0].startswith("error: ") and part in error[0], error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_images_are_left_out_where_asked(scenes, tmp_path, monkeypatch, capsys):
+    write_yolo(tmp_path / "in", scenes)
+    (tmp_path / "in" / "images" / "000004.jpg").write_bytes(b"no image")
+    code, printed, _ = prepare(monkeypatch, capsys, "yolo", tmp_path / "in", tmp_path / "out", "--skip-unreadable")
+    assert code == 0 and printed.count("left out: image") == 1 and "000004.jpg cannot be read" in printed
+    assert set(read_back(tmp_path / "out")[0]) == set(scenes[1]) - {"000004.jpg"}
+
+
+def test_polygons_become_boxes_and_images_are_upright(tmp_path, monkeypatch, capsys):
+    for name in ("images", "labels"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    for k in range(2):
+        write_rotated(tmp_path / "in" / "images" / f"{k}.jpg", pixels(40, 80), 6)
+        (tmp_path / "in" / "labels" / f"{k}.txt").write_text("0 0.5 0.1 0.75 0.5 0.25 0.6\n")
+    (tmp_path / "names.txt").write_text("leaf\n")
+    assert prepare(monkeypatch, capsys, "yolo", tmp_path / "in", tmp_path / "out", "--names", tmp_path / "names.txt",
+                   "--split", "train=0.5", "val=0.5")[0] == 0
+    content = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (40, 80)
+    assert content["annotations"][0]["bbox"] == pytest.approx([10, 8, 20, 40])
+
+
+def test_voc_that_counts_from_zero_and_difficult_objects(tmp_path, monkeypatch, capsys):
+    for k in range(2):
+        Image.fromarray(pixels(40, 80)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.xml").write_text(
+            "<annotation><object><name>a</name><difficult>1</difficult><bndbox><xmin>0</xmin><ymin>3</ymin><xmax>9"
+            "</xmax><ymax>8.5</ymax></bndbox></object><object><name>a</name><bndbox><xmin>4</xmin><ymin>3</ymin><xmax>9"
+            "</xmax><ymax>8</ymax></bndbox></object></annotation>")
+    code, printed, _ = prepare(monkeypatch, capsys, "voc", tmp_path, tmp_path / "out", "--split", "train=0.5",
+                               "val=0.5")
+    assert code == 0 and "taken to count from 0" in printed and "2 objects are marked difficult" in printed
+    annotations = json.loads((tmp_path / "out" / "train.json").read_text())["annotations"]
+    assert [(a["bbox"], a["iscrowd"]) for a in annotations] == [([0, 3, 9, 5.5], 1), ([4, 3, 5, 5], 0)]
+
+
+def test_a_split_without_boxes_is_told(scenes, tmp_path, monkeypatch, capsys):
+    write_voc(tmp_path / "in", scenes, {"train": ["000000", "000001"], "val": ["000003"]})
+    code, printed, error = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / "out")
+    assert code == 2 and error == ["error: 1 problem in the data, see above"]
+    assert "no image has a box to learn" in printed
+
+
+def test_a_file_of_the_users_is_not_overwritten(scenes, tmp_path, monkeypatch, capsys):
+    write_yolo(tmp_path / "in", scenes)
+    before = (tmp_path / "in" / "data.yaml").read_bytes()
+    code, _, error = prepare(monkeypatch, capsys, "yolo", tmp_path / "in", tmp_path / "in")
+    assert code == 2 and "would be overwritten: give another --out" in error[0]
+    assert (tmp_path / "in" / "data.yaml").read_bytes() == before and not (tmp_path / "in" / "train.json").exists()
+    for _ in range(2):  # its own it writes anew
+        assert prepare(monkeypatch, capsys, "yolo", tmp_path / "in", tmp_path / "out")[0] == 0
