@@ -57,9 +57,8 @@ def results(lively, head):
     _, checkpoint, cfg = lively(head)
     detector, dataset = load_detector(cfg, checkpoint, torch.device("cpu"))
     found = {}
-    for result in detect(detector, eval_loader(cfg, dataset), torch.device("cpu")):
-        x, y, w, h = result["bbox"]
-        found.setdefault(result["image_id"], []).append(([x, y, x + w, y + h], result["score"], result["label"]))
+    for image_id, rows in detect(detector, eval_loader(cfg, dataset), torch.device("cpu")):
+        found[image_id] = [([x, y, x + w, y + h], score, int(label)) for x, y, w, h, score, label in rows]
     return dataset, found
 
 
