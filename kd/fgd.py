@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from losses import at_least_float32
 from models import Detector, DetectorPass
-from models.layers import kaiming_init
+from models.layers import from_host, kaiming_init
 
 from .features import adapter
 from .method import Method
@@ -139,7 +139,7 @@ def box_masks(boxes: list[Tensor], image_sizes: list[tuple[int, int]], like: Ten
     real = torch.zeros(n, most, dtype=torch.bool, device=like.device)
     for i, b in enumerate(boxes):
         padded[i, :len(b)], real[i, :len(b)] = b, True
-    height, width = like.new_tensor(image_sizes).T[:, :, None]  # each (N, 1)
+    height, width = from_host(image_sizes, like).T[:, :, None]  # each (N, 1)
     left, right = (padded[..., 0] / width * w).floor(), (padded[..., 2] / width * w).ceil()
     top, bottom = (padded[..., 1] / height * h).floor(), (padded[..., 3] / height * h).ceil()
     weight = real / (bottom + 1 - top) / (right + 1 - left)

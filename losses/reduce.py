@@ -58,14 +58,14 @@ def channel_statistics(x: Tensor, sync: bool = False) -> tuple[Tensor, Tensor]:
     Args:
         sync: over the maps of all processes together, each entry counting alike, instead of this one's alone.
     """
+    # In two passes by hand: torch.std_mean takes four times as long on a map's strided channels.
+    total = SumOverProcesses.apply if sync and processes() > 1 else lambda value: value
     dims = (0, 2, 3)
-    if not sync or processes() == 1:
-        correction = min(1, x[:, 0].numel() - 1)  # a lone value, of one image's coarsest level say, deviates by nothing
-        return torch.std_mean(x, dims, correction=correction, keepdim=True)
-    sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
-    *sums, count = SumOverProcesses.apply(sums).split([x.shape[1], 1])
+    sums = torch.cat([x.sum(dims), x.new_full((1,), x.numel() / x.shape[1])])
+    *sums, count = total(sums).split([x.shape[1], 1])
     mean = (sums[0] / count).view(1, -1, 1, 1)
-    variance = SumOverProcesses.apply((x - mean).square().sum(dims, keepdim=True)) / (count - 1).clamp(min=1)
+    # A lone value, of one image's coarsest level say, deviates by nothing.
+    variance = total((x - mean).square().sum(dims, keepdim=True)) / (count - 1).clamp(min=1)
     # A constant channel's deviation has no gradient, as torch.std_mean has it.
     return variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), mean
 

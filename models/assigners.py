@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .anchors import Priors
 from .build import ConfigError
+from .layers import from_host
 
 NEGATIVE, IGNORED = -1, -2
 MAX_PAIRS = 2 ** 25  # pairs of box and anchor held at once: some 2 GB at most, whatever the number of boxes
@@ -154,7 +155,7 @@ class ATSSAssigner:
         sides = torch.cat([points - boxes[:, :, None, :2], boxes[:, :, None, 2:] - points], dim=-1)
         positive &= (sides.amin(-1) > 0.01) & real.unsqueeze(-1)
         return overlaps.new_full((*boxes.shape[:2], valid.shape[1]), -1).scatter_(
-            2, candidates, torch.where(positive, overlaps, overlaps.new_tensor(-1)))
+            2, candidates, torch.where(positive, overlaps, -1))
 
     def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
         """The IoU (N, G) from which an anchor may learn each box."""
@@ -223,8 +224,8 @@ class FCOSAssigner:
     @torch.no_grad()
     def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
                  ignored_real: Tensor) -> Tensor:
-        bounds = boxes.new_tensor(self.regress_ranges).repeat_interleave(
-            torch.tensor(priors.level_sizes, device=boxes.device), dim=0)  # (P, 2)
+        ranges = from_host(self.regress_ranges, boxes)
+        bounds = torch.cat([row.expand(size, 2) for row, size in zip(ranges, priors.level_sizes)])  # (P, 2)
         assigned = torch.full_like(valid, NEGATIVE, dtype=torch.long)
         smallest = torch.full_like(valid, float("inf"), dtype=boxes.dtype)
         for part in box_chunks(boxes, len(priors.boxes)):

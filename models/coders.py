@@ -4,6 +4,8 @@ import math
 import torch
 from torch import Tensor
 
+from .layers import from_host
+
 
 class DeltaXYWHBBoxCoder:
     """Shifts and log sizes relative to an anchor (R-CNN, arXiv:1311.2524, appendix C).
@@ -23,11 +25,11 @@ class DeltaXYWHBBoxCoder:
         size, target_size = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
         shift = ((boxes[..., :2] + boxes[..., 2:]) / 2 - (anchors[..., :2] + anchors[..., 2:]) / 2) / size
         deltas = torch.cat([shift, (target_size / size).log()], dim=-1)
-        return (deltas - deltas.new_tensor(self.means)) / deltas.new_tensor(self.stds)
+        return (deltas - from_host(self.means, deltas)) / from_host(self.stds, deltas)
 
     def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
         """Boxes (..., 4) from anchors (..., 4) and deltas (..., 4)."""
-        deltas = deltas * deltas.new_tensor(self.stds) + deltas.new_tensor(self.means)
+        deltas = deltas * from_host(self.stds, deltas) + from_host(self.means, deltas)
         size = anchors[..., 2:] - anchors[..., :2]
         center = (anchors[..., :2] + anchors[..., 2:]) / 2 + size * deltas[..., :2]
         half = size * deltas[..., 2:].clamp(-self.max_log_ratio, self.max_log_ratio).exp() / 2

@@ -1,5 +1,6 @@
 """Layers that backbones, necks and heads share."""
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,12 @@ from .build import ConfigError, nearest
 
 NormCfg = str | dict | None
 ActCfg = str | dict | None
+
+
+def from_host(values: Sequence, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers on the device of `like`, of its dtype unless said; nobody waits for a GPU, as
+    `like.new_tensor(values)` does."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -109,7 +116,7 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x) if self.norm_name is None else conv_norm(self.conv, getattr(self, self.norm_name), x)
-        return self.activate(x)
+        return F.relu_(x) if isinstance(self.activate, nn.ReLU) else self.activate(x)  # nobody needs what was before
 
 
 class Scale(nn.Module):

@@ -21,7 +21,7 @@ class Preprocess(nn.Module):
         super().__init__()
         if min(std) <= 0:
             raise ConfigError("model.preprocess.std", f"must be above zero, not {list(std)}")
-        self.channel_order = channel_order
+        self.channel_order, self.statistics = channel_order, (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
 
@@ -47,7 +47,7 @@ class Preprocess(nn.Module):
     def convert(self, images: Tensor, targets: list[dict], source: "Preprocess") -> Tensor:
         """What `source` normalised, as this detector takes it."""
         same_order = self.channel_order == source.channel_order
-        if same_order and torch.equal(self.mean, source.mean) and torch.equal(self.std, source.std):
+        if same_order and self.statistics == source.statistics:
             return images
         images = images * source.std.to(images.dtype) + source.mean.to(images.dtype)
         if not same_order:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .anchors import Priors
+from .layers import from_host
 
 STRIDE_MULTIPLE = 32
 
@@ -52,11 +53,11 @@ def pad_targets(targets: list[dict], dtype: torch.dtype, device: torch.device) -
     most = max(1, *map(len, boxes))
 
     def real(rows: list[Tensor], width: int) -> Tensor:
-        counts = torch.tensor([len(r) for r in rows], device=device)
+        counts = from_host([len(r) for r in rows], boxes[0], torch.long)
         return torch.arange(width, device=device) < counts.unsqueeze(1)
 
     def sizes(pairs: list) -> Tensor:
-        return torch.tensor([[int(h), int(w)] for h, w in pairs], dtype=dtype, device=device)
+        return from_host([[int(h), int(w)] for h, w in pairs], boxes[0])
 
     padded, padded_labels = boxes[0].new_zeros(len(boxes), most, 4), labels[0].new_zeros(len(boxes), most)
     for i, (b, l) in enumerate(zip(boxes, labels)):

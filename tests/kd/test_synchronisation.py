@@ -1,0 +1,107 @@
+"""Nothing in a training step waits for the GPU."""
+from contextlib import contextmanager
+
+import pytest
+import torch
+from small_models import HEADS, make_batch, small_config, small_distiller, teacher_entry
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd import METHODS, build_distiller
+
+ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD")
+CASES = [(method, head) for method in ON_ALL_HEADS for head in HEADS] + [("LD", "GFLHead"), ("DKD", "GFLHead")]
+
+
+def entry(method: str) -> dict:
+    return {"type": method} | ({"reused_teacher_head_idx": 1} if method == "CrossKD" else {})
+
+
+def test_no_method_is_forgotten():
+    assert {method for method, _ in CASES} == METHODS.keys()
+
+
+class CopiesThatWait(TorchDispatchMode):
+    """Counts copies between CPU and GPU that are waited for. FakeTensorMode raises by itself at what reads a value on
+    the GPU: item(), nonzero(), a mask as index."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(function)
+        if name.startswith("aten._to_copy") and "device" in kwargs:
+            moved = torch.device(kwargs["device"]).type != args[0].device.type
+        else:
+            moved = name.startswith("aten.copy_") and args[0].device.type != args[1].device.type
+        if moved and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def pretended_gpu():
+    """A GPU on which nothing is computed; yields the copies that were waited for."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), CopiesThatWait() as copies:
+        yield copies.found
+
+
+def on_gpu(targets: list[dict]) -> list[dict]:
+    return [{k: v.to("cuda", non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+
+
+def config(method: str, head: str) -> dict:
+    teacher = teacher_entry(head, preprocess={"channel_order": "bgr"})
+    return {"model": small_config(head), "distill": {"teacher": teacher, "methods": [entry(method)]}}
+
+
+@pytest.mark.parametrize("method, head", CASES)
+def test_losses_do_not_wait(method, head):
+    with pretended_gpu() as found:
+        distiller = build_distiller(config(method, head)).train()
+        images, targets = make_batch(dtype=torch.float32, ignored=1)
+        images, targets = images.to("cuda"), on_gpu(targets)
+        with torch.no_grad():  # no backward without a driver
+            distiller.loss(images, targets)  # anchors are made for the first batch of a shape
+            found.clear()
+            losses = distiller.loss(images, targets)
+        assert all(value.device.type == "cuda" for value in losses.values())
+    assert not found
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(),
+                                  lambda x: torch.equal(x, x), lambda x: x.new_tensor([1.0]), lambda x: x.cpu(),
+                                  lambda x: torch.tensor([1.0], device="cuda")])
+def test_the_watch_sees_waiting(wait):
+    """The test above would fail for any of these."""
+    with pretended_gpu() as found:
+        x = torch.randn(4, device="cuda")
+        try:
+            wait(x)
+        except Exception as error:
+            found.append(type(error).__name__)
+    assert found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method, head", CASES)
+def test_a_step_does_not_wait_on_a_gpu(method, head):
+    distiller = small_distiller(entry(method), head=head, teacher=teacher_entry(head)).float().cuda().train()
+    images, targets = make_batch(dtype=torch.float32)
+    images, targets = images.cuda(), on_gpu(targets)
+    optimizer = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=0.9, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        sum(distiller(images, targets).values()).backward()
+        optimizer.step()
+
+    step()  # anchors, cuDNN's choices, the optimiser's state
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
