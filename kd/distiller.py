@@ -95,6 +95,19 @@ class Distiller(nn.Module):
             teacher.train(mode and not self.eval_teacher)
         return super().train(mode)
 
+    def compile(self, *args, **kwargs) -> None:
+        """Let `torch.compile` have the student and the teachers, see `Detector.compile`.
+
+        Raises:
+            ConfigError: a method needs outputs of modules by name.
+        """
+        for method in (method for methods in self.methods for method in methods):
+            if method.student_modules or method.teacher_modules:
+                raise ConfigError("train.compile", f"{type(method).__name__} takes outputs of modules by name, which "
+                                                   "compiled code does not give: distil levels, or do not compile")
+        for detector in (self.student, *self.teachers):
+            detector.compile(*args, **kwargs)
+
     def advance(self, step: int, steps_per_epoch: int, epochs: int) -> None:
         """Say where training stands, for the methods' schedules: steps done, of `epochs` epochs."""
         self.step, self.epoch, self.epochs = step, step / steps_per_epoch, epochs

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .reduce import at_least_float32, modulate, reduce_loss
+from .sliced import sliced_loss
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -21,13 +22,15 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
         labels: (...) int64 in [0, C]; C is background.
         weight: (...) or (..., C).
     """
-    pred = at_least_float32(pred)
-    target = one_hot(labels, pred.shape[-1]).to(pred.dtype)
-    prob = pred.sigmoid()
-    miss = prob + target - 2 * prob * target  # 1 - p_t
-    focal = (target * (2 * alpha - 1) + (1 - alpha)) * modulate(miss, gamma)
-    loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
-    return reduce_loss(loss, weight, reduction, avg_factor)
+    def entries(pred: Tensor, labels: Tensor) -> Tensor:
+        pred = at_least_float32(pred)
+        target = one_hot(labels, pred.shape[-1]).to(pred.dtype)
+        prob = pred.sigmoid()
+        miss = prob + target - 2 * prob * target  # 1 - p_t
+        focal = (target * (2 * alpha - 1) + (1 - alpha)) * modulate(miss, gamma)
+        return F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
+
+    return sliced_loss(entries, pred, (labels,), weight, reduction, avg_factor)
 
 
 def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None, beta: float = 2.0,
@@ -41,12 +44,13 @@ def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tens
     Returns:
         With reduction "none", (...): the sum over classes.
     """
-    pred = at_least_float32(pred)
-    labels, score = target
-    quality = one_hot(labels, pred.shape[-1]) * score.to(pred.dtype).unsqueeze(-1)
-    loss = F.binary_cross_entropy_with_logits(pred, quality, reduction="none")
-    loss = loss * modulate((quality - pred.sigmoid()).abs(), beta)
-    return reduce_loss(loss.sum(-1), weight, reduction, avg_factor)
+    def entries(pred: Tensor, labels: Tensor, score: Tensor) -> Tensor:
+        pred = at_least_float32(pred)
+        quality = one_hot(labels, pred.shape[-1]) * score.to(pred.dtype).unsqueeze(-1)
+        loss = F.binary_cross_entropy_with_logits(pred, quality, reduction="none")
+        return (loss * modulate((quality - pred.sigmoid()).abs(), beta)).sum(-1)
+
+    return sliced_loss(entries, pred, target, weight, reduction, avg_factor)
 
 
 def binary_cross_entropy(pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",

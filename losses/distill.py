@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
+from .sliced import sliced_loss
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
@@ -14,11 +15,12 @@ def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = 
         pred, target: (..., C) logits of student and teacher.
         weight: (...) or (..., C).
     """
-    pred = at_least_float32(pred)
-    target = at_least_float32(target).detach().sigmoid()
-    loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
-    loss = loss * modulate((pred.sigmoid() - target).abs(), beta)
-    return reduce_loss(loss, weight, reduction, avg_factor)
+    def entries(pred: Tensor, target: Tensor) -> Tensor:
+        pred, target = at_least_float32(pred), at_least_float32(target).sigmoid()
+        loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+        return loss * modulate((pred.sigmoid() - target).abs(), beta)
+
+    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 10.0,
@@ -79,10 +81,12 @@ def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
         weight: (...) or (..., C).
         T: temperature.
     """
-    pred, target = at_least_float32(pred) / T, at_least_float32(target).detach() / T
-    loss = F.binary_cross_entropy_with_logits(pred, target.sigmoid(), reduction="none")
-    loss = loss - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")
-    return reduce_loss(loss * T ** 2, weight, reduction, avg_factor)
+    def entries(pred: Tensor, target: Tensor) -> Tensor:
+        pred, target = at_least_float32(pred) / T, at_least_float32(target) / T
+        loss = F.binary_cross_entropy_with_logits(pred, target.sigmoid(), reduction="none")
+        return (loss - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")) * T ** 2
+
+    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 1.0,

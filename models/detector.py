@@ -101,6 +101,15 @@ class Detector(nn.Module):
             outputs = self.bbox_head(features, cuts) if with_head else None
         return DetectorPass(self, images, targets, features, outputs, modules=seen)
 
+    def compile(self, *args, **kwargs) -> None:
+        """Let `torch.compile` have backbone, neck and head; what is made of their outputs stays as it is.
+
+        Outputs of submodules can then no longer be kept: compiled code does not see hooks that come and go.
+        """
+        for part in (self.backbone, self.neck, self.bbox_head):
+            if part is not None:
+                part.compile(*args, **kwargs)
+
     @contextmanager
     def _watch(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Collect the outputs of submodules, by name, while the context is open."""
@@ -108,6 +117,7 @@ class Detector(nn.Module):
         for name in names:
             def keep(module, args, output, name=name):
                 seen[name] = output
+                return output.clone() if torch.is_tensor(output) else None  # what goes on is changed in place
             hooks.append(self.get_submodule(name).register_forward_hook(keep))
         try:
             yield seen

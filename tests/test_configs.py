@@ -14,8 +14,9 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 CLASSES = 3
 HEAD_LOSSES = {"GFLHead": {"loss_dfl"}, "ATSSHead": {"loss_centerness"}, "FCOSHead": {"loss_centerness"},
                "RetinaHead": set()}
-METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"}, "FGD": {"loss_fgd"},
-                 "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}}
+METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"},
+                 "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}}
+
 
 def shrunk(model: dict) -> dict:
     """The same model, narrow and without weights to download."""

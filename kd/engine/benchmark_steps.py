@@ -84,6 +84,8 @@ def build_subject(cfg: dict, device: torch.device, work: Workload) -> Subject:
     settings = TrainConfig(**cfg.get("train", {}))
     model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
     model = model.to(device, memory_format=memory_format(cfg)).train()
+    if settings.compile:
+        model.compile()
     optimizer = build_optimizer(cfg.get("optimizer", {}), model, work.batch)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor(ScheduleConfig(**cfg.get("schedule", {})), 0, 1)

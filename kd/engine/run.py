@@ -82,6 +82,8 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if settings.compile:
+        model.compile()
     optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
                                 rank, world)

@@ -11,6 +11,7 @@ class TrainConfig:
     seed: int = 0                                   # of the initial weights, the order and the augmentation
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     channels_last: bool = True                      # convolutions' memory format; changes rounding and speed only
+    compile: bool = False                           # torch.compile backbones, necks and heads, the teachers' too
     grad_clip: float | None = None                  # largest norm of the whole gradient; null does not clip
     accumulate: int = 1                             # batches per optimiser step; each has its own loss normalisers
     ema: float | None = None                        # decay of a moving average of the weights, which is then evaluated

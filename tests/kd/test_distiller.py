@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from small_models import falls, gradients, make_batch, same_losses, small_config, teacher_entry
+from small_models import falls, gradients, make_batch, same_losses, small_config, small_detector, teacher_entry
 from small_models import small_distiller as make
 
 from kd import METHODS, Method, build_distiller
@@ -312,3 +312,42 @@ def test_a_new_method_is_a_class_and_a_line_in_the_table(monkeypatch):
     falls(model)
     with pytest.raises(ConfigError, match='did you mean "loss_weight"'):
         make({"type": "ScoreGap", "los_weight": 2.0})
+
+
+@pytest.mark.parametrize("head", ["RetinaHead", "FCOSHead"])
+def test_compiled_it_gives_the_same(head):
+    def losses_and_gradients(compiled):
+        distiller = make(CROSSKD, FGD, head=head)
+        if compiled:
+            distiller.compile(backend="aot_eager")
+        losses = distiller(*make_batch())
+        return losses, gradients(distiller, losses)
+
+    (losses, grads), (plain, plain_grads) = losses_and_gradients(True), losses_and_gradients(False)
+    for name, value in plain.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-9, atol=0)
+    for name, value in plain_grads.items():
+        assert (grads[name] is None) == (value is None)
+        if value is not None:
+            torch.testing.assert_close(grads[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_compiled_code_gives_no_outputs_of_modules():
+    distiller = make({"type": "FGD", "student_modules": ["neck.fpn_convs.0.conv"]})
+    with pytest.raises(ConfigError, match="train.compile: FGD takes outputs of modules by name"):
+        distiller.compile()
+
+
+@pytest.mark.parametrize("module", ["backbone.layer1.0.bn1", "backbone.layer1.0.bn2", "bbox_head.cls_convs.0.gn"])
+def test_what_a_module_gave_is_kept_as_it_was(module):
+    """The activation after it, and the sum with the shortcut, work in place."""
+    detector = small_detector(backbone={"zero_init_residual": False}).train()
+    images, targets = make_batch()
+    seen = detector.run(images, targets, modules=[module]).modules[module]
+    with torch.no_grad():
+        outputs = []
+        hook = detector.get_submodule(module).register_forward_hook(lambda *args: outputs.append(args[2].clone()))
+        detector.run(images, targets)
+        hook.remove()
+    assert seen.min() < 0
+    torch.testing.assert_close(seen.detach(), outputs[-1])
