@@ -29,8 +29,8 @@ def as_torchrun_does(environment: dict, *arguments) -> None:
     script(*arguments)
 
 
-def in_processes(world: int, log: Path, *arguments: object) -> None:
-    """Run a script in `world` processes that find in their environment what torchrun puts there."""
+def start_processes(world: int, log: Path, *arguments: object) -> list:
+    """A script in `world` processes that find in their environment what torchrun puts there."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -39,12 +39,16 @@ def in_processes(world: int, log: Path, *arguments: object) -> None:
         common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
+    return processes
+
+
+def assert_they_end(processes: list, code: int, log: Path) -> None:
     for process in processes:
         process.join(60)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * world, log.read_text()
+    assert codes == [code] * len(processes), log.read_text()
 
 
 def test_the_figures_are_the_same_to_the_byte_on_any_number_of_processes(scenes, tmp_path):
@@ -53,8 +57,9 @@ def test_the_figures_are_the_same_to_the_byte_on_any_number_of_processes(scenes,
     path, written = write_config(tmp_path / "cfg.yaml", cfg), {}
     for world in (1, 2, 3):
         out, curves = tmp_path / f"{world}.json", tmp_path / f"{world}.curves.json"
-        in_processes(world, tmp_path / "log", "eval.py", "--cfg", path, "--checkpoint", checkpoint, "--device", "cpu",
-                     "--out", out, "--curves", curves)
+        processes = start_processes(world, tmp_path / "log", "eval.py", "--cfg", path, "--checkpoint", checkpoint,
+                                    "--device", "cpu", "--out", out, "--curves", curves)
+        assert_they_end(processes, 0, tmp_path / "log")
         written[world] = out.read_bytes(), curves.read_bytes()
     assert written[1] == written[2] == written[3]
     assert json.loads(written[1][0])["AR100"] > 0  # there is something to differ in
@@ -72,7 +77,11 @@ def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
     cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
                       eval={"every": 0}, train={"ema": 0.5, "checkpoint_every": 1, "check_images": 0})
     path, whole, parts = write_config(tmp_path / "cfg.yaml", cfg), tmp_path / "whole", tmp_path / "parts"
-    in_processes(2, tmp_path / "log", "train.py", "--cfg", path, "--device", "cpu", "--work-dir", whole)
+    processes = start_processes(2, tmp_path / "log", "train.py", "--cfg", path, "--device", "cpu", "--work-dir", whole)
+    assert_they_end(processes, 0, tmp_path / "log")
+    assert sorted(file.name for file in whole.iterdir()) == [
+        "best.pth", "last.pth", "metrics.jsonl", "precision_recall.json", "run.json", "run.lock", "train.log"]
+    assert (tmp_path / "log").read_text().count("step 12/12") == 1  # the first process alone speaks
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                 "--max-restarts", "1", "--monitor-interval", "0.1"]
     with open(tmp_path / "log", "w") as log:
@@ -96,6 +105,19 @@ def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
             assert torch.equal(value, states[1][part][name]), name
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+
+
+def test_a_signal_to_one_process_stops_all_after_saving(scenes, tmp_path):
+    cfg = config_with(config(scenes, 1000), data={"batch_size": 2}, eval={"every": 0})
+    path, work_dir, log = write_config(tmp_path / "cfg.yaml", cfg), tmp_path / "run", tmp_path / "log"
+    processes = start_processes(2, log, "train.py", "--cfg", path, "--device", "cpu", "--work-dir", work_dir)
+    while not (work_dir / "metrics.jsonl").exists() or '"step": 5,' not in (work_dir / "metrics.jsonl").read_text():
+        assert all(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.005)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert_they_end(processes, 128 + signal.SIGTERM, log)
+    (last, *_) = re.findall(r"stopped at step (\d+) after saving", log.read_text())
+    assert torch.load(work_dir / "last.pth", weights_only=True)["step"] == int(last)
 
 
 def test_the_store_of_a_restart():

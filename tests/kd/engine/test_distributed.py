@@ -10,9 +10,12 @@ from small_models import make_batch, small_detector, small_distiller, teacher_en
 
 from data import generate_scenes
 from kd.engine import distributed
-from kd.engine.checkpoint import read_checkpoint
+from kd.engine import train as engine
+from kd.engine.checkpoint import read_checkpoint, read_plain
+from kd.engine.log import TrainingError
 from kd.engine.run import build_run
 from kd.engine.sharding import shard
+from kd.engine.skipped import SkippedImages
 from kd.engine.train import train
 from losses import channel_statistics, mean_over_processes
 from models import ConfigError, Preprocess
@@ -65,7 +68,10 @@ def statistics():
     (share(x) / (std + 1) * weight - mean.square()).square().sum().backward()
     rows = torch.arange(14.0, dtype=torch.float64).view(7, 2)
     rank, few = distributed.rank(), torch.tensor(0.25)
-    return {"std": std.detach(), "mean": mean.detach(), "gradient": x.grad,
+    skipped, log = SkippedImages(), mock.Mock()
+    skipped.note([{"skipped": [f"image {rank} does not exist", "image 9 is empty"]}], log)
+    skipped.report(0, log)
+    return {"skipped": sorted(skipped.lines), "std": std.detach(), "mean": mean.detach(), "gradient": x.grad,
             "rows": distributed.gather_rows(share(rows) if rank else rows[:0]),
             "means": [float(mean_over_processes(torch.tensor(float(rank)))), float(mean_over_processes(few, least=2))],
             "first": distributed.from_first({"rank": rank})}
@@ -157,6 +163,8 @@ def test_means_rows_and_values(alone, results):
     for result in results:
         assert result["statistics"]["means"] == [(world - 1) / 2, 2 / world]
         assert result["statistics"]["first"] == {"rank": 0}
+        assert result["statistics"]["skipped"] == [*(f"image {i} does not exist" for i in range(world)),
+                                                   "image 9 is empty"]
     assert alone["statistics"]["means"] == [0, 2]
     gathered, *others = [result["statistics"]["rows"] for result in results]
     lost = -(-7 // world)  # the first process has sent nothing
@@ -228,3 +236,39 @@ def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="train.sync_bn: PyTorch synchronises batch norms on CUDA only"):
         build_run(cfg, tmp_path, CPU)
+
+
+def broken_on_one(cfg, work_dir):
+    """What each process says of a batch that is not finite on the last one."""
+    original = engine.to_device
+
+    def spoil(images, targets, run):
+        images, targets = original(images, targets, run)
+        spoilt = run.step == 2 and distributed.rank() == distributed.world_size() - 1
+        return images * float("inf") if spoilt else images, targets
+
+    with mock.patch.object(engine, "to_device", spoil), pytest.raises(TrainingError) as caught:
+        train(cfg, work_dir, CPU)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path):
+    cfg = config(generate_scenes(tmp_path / "scenes", train=16, val=2, size=(64, 64)), head="RetinaHead")
+    cfg = config_with(cfg, data={"batch_size": 2}, train={"checkpoint_every": 1, "grad_clip": None})
+    other, own = together(broken_on_one, 2, tmp_path / "processes", cfg, tmp_path / "run")
+    assert "a loss of another process, is not finite at step 3" in other and str(tmp_path / "run/replay.pth") in other
+    assert "loss_cls is nan" in own and str(tmp_path / "run/replay1.pth") in own
+    state = read_checkpoint(tmp_path / "run" / "last.pth")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+    assert read_plain(tmp_path / "run" / "replay1.pth", "densekd-replay", "file", "a replay file")["step"] == 2
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("gpu[03-05,9],cpu1", "gpu03"), ("gpu7", "gpu7"), ("node-a1,node-b2", "node-a1"), ("rack2-[10,12]", "rack2-10")])
+def test_slurm_says_where_the_processes_meet(nodes, first):
+    env = {"SLURM_JOB_NODELIST": nodes, "SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1",
+           "SLURM_JOB_ID": "123456"}
+    assert distributed.slurm_environment(env) == {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1",
+                                                  "MASTER_ADDR": first, "MASTER_PORT": "23456"}
+    given = distributed.slurm_environment(env | {"MASTER_ADDR": "head", "MASTER_PORT": "29500"})
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "29500")
