@@ -114,8 +114,21 @@ def teacher_in_shards():
             "head": here(distiller.teacher.bbox_head), "sharded": distiller.teacher.sharded}
 
 
+def messages():
+    """How many numbers each all-reduce of a step without DDP adds up: of plain training, and more of CrossKD."""
+    found = {}
+    for head in HEADS:
+        for method in ("plain", "CrossKD"):
+            module = build(head, method)
+            with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as sent:
+                sum(module(*make_batch()).values()).backward()
+            found[head, method] = [call.args[0].numel() for call in sent.call_args_list]
+    return found
+
+
 def everything():
-    return {"steps": steps(), "statistics": statistics(), "in DDP": teacher_in_ddp(), "shards": teacher_in_shards()}
+    return {"steps": steps(), "statistics": statistics(), "in DDP": teacher_in_ddp(), "shards": teacher_in_shards(),
+            "messages": messages()}
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +199,19 @@ def test_a_teacher_in_shards_gives_the_same_losses_and_gradients(alone, results)
         share = (found["before"] - found["head"]) / len(results)
         assert share <= found["here"] - found["head"] < 1.1 * share  # uneven parts are padded
     assert not alone["shards"]["sharded"] and alone["shards"]["here"] == alone["shards"]["before"]
+
+
+def test_what_a_step_sends_is_what_the_page_on_scaling_says(results):
+    """Normalisers, and of CrossKD with `sync_stats` 2C + 1 numbers of student and teacher for each level and tower."""
+    normalisers = {"GFLHead": (2, 1), "RetinaHead": (1, 0), "FCOSHead": (2, 2), "ATSSHead": (2, 0)}
+    for head, (count, of_crosskd) in normalisers.items():
+        for result in results:
+            sent = result["messages"]
+            assert sent[head, "plain"] == [1] * count
+            synced = [n for n in sent[head, "CrossKD"] if n > 1]
+            assert len(sent[head, "CrossKD"]) == len(synced) + count + of_crosskd
+            if head == "GFLHead":
+                assert len(synced) == 60 and sum(synced) == 5 * 2 * (2 * 24 + 1) * (2 + 1)
 
 
 def run_all(configurations, folder):
