@@ -45,6 +45,7 @@ class TeacherConfig:
     weight: float = 1.0        # multiplies the losses of all methods with this teacher
     class_map: list[int] | None = None  # the teacher's class for each of the student's; null: they have the same
     precision: Precision | None = None  # of its convolutions; null is the student's
+    shard: bool = False        # for one too large for a device: in training its weights are spread over the processes
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Distiller(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         for teacher in self.teachers:
-            teacher._apply(fn, recurse)
+            if not teacher.sharded:
+                teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "Distiller":
@@ -220,7 +222,7 @@ def build_distiller(cfg: dict) -> Distiller:
     distill = cfg["distill"]
     check_arguments(DistillConfig, distill, "distill")
     student = build_detector(cfg["model"])
-    entries = distill["teacher"] if isinstance(distill["teacher"], list) else [distill["teacher"]]
+    entries = teacher_entries(distill)
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
     methods = [build_methods(distill["methods"], student, teacher) for teacher in teachers]
     of_methods = unique_names(distill["methods"], "distill.methods", [entry["type"] for entry in distill["methods"]])
@@ -233,6 +235,11 @@ def build_distiller(cfg: dict) -> Distiller:
     if distill.get("init_student"):
         inherit(student, teachers[0])
     return Distiller(student, teachers, methods, options, distill.get("eval_teacher", True))
+
+
+def teacher_entries(distill: dict) -> list[dict]:
+    """The teachers of a `distill` section, which need not be a list."""
+    return distill["teacher"] if isinstance(distill["teacher"], list) else [distill["teacher"]]
 
 
 @torch.no_grad()

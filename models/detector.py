@@ -62,6 +62,7 @@ class Detector(nn.Module):
     """
 
     precision: Precision | None = None  # of its convolutions; None is what surrounds it
+    sharded: bool = False               # whether its weights are spread over processes; they stay where they are
     positives: Tensor | None = None     # anchors per image that learnt a box in the last `losses`, for logs
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,

@@ -121,6 +121,12 @@ def test_a_part_of_ones_own(monkeypatch, kind, index, table):
     assert {"loss_cls_kd", "loss_reg_kd", "loss_fgd"} <= set(falls(distiller))
 
 
+def test_bytes_and_efficiency_are_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run(blocks("scaling.md", "python")[0])
+    assert capsys.readouterr().out == blocks("scaling.md", "text")[0]
+
+
 def test_links_lead_somewhere():
     for name, text in PAGES.items():
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

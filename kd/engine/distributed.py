@@ -1,6 +1,7 @@
 """The little that the engine asks of torch.distributed. One process is the same code."""
 import os
 import re
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -20,8 +21,21 @@ def start_processes(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # What lies in ordinary memory goes by gloo also beside GPUs, so that asking for it does not wait for them.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **fresh_store(os.environ))
     return device
+
+
+def fresh_store(env: Mapping[str, str]) -> dict:
+    """A place to meet for processes that torchrun has restarted; nothing where PyTorch finds one by itself.
+
+    torchrun keeps its store over restarts, and with it the addresses of the processes that are no more, which PyTorch
+    then may connect to (its issue 135712). The count of restarts is the same for all processes of one node only.
+    """
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        return {}
+    store, rank, world = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store), "rank": rank,
+            "world_size": world}
 
 
 def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -114,9 +128,12 @@ def data_parallel(model: nn.Module, device: torch.device, sometimes_unused: bool
     """
     if world_size() == 1:
         return model
-    # Buffers are shared when they are needed, see `share_buffers`, in place of at every step.
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                                   find_unused_parameters=sometimes_unused, gradient_as_bucket_view=True)
+    devices = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` has another name in newer PyTorch
+        # Buffers are shared when they are needed, see `share_buffers`, in place of at every step.
+        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                       find_unused_parameters=sometimes_unused)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -29,13 +29,14 @@ ImageResult = tuple[int | str, np.ndarray]
 
 
 def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
-             curves: Path | None = None) -> dict:
-    """A detector's `coco_figures` on a loader's data set, of whose images each process has a share.
+             curves: Path | None = None, shared: bool = True) -> dict:
+    """A detector's `coco_figures` on a loader's data set.
 
     Args:
         curves: a file for the curves of `precision_recall`, as JSON.
+        shared: whether each process's loader has a share of the images; otherwise each has all of them.
     """
-    return figures_on_first(detect(model, loader, device, amp), loader.dataset, curves)
+    return figures_on_first(detect(model, loader, device, amp, shared), loader.dataset, curves)
 
 
 def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None) -> dict:
@@ -51,11 +52,13 @@ def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: P
 
 
 @torch.no_grad()
-def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none") -> list[ImageResult]:
-    """Detections on every image of a loader's data set, in its order: of all processes, on the first one.
+def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
+           shared: bool = True) -> list[ImageResult]:
+    """Detections on every image of a loader's data set, in its order.
 
-    Returns:
-        Nothing on the other processes.
+    Args:
+        shared: whether the processes have shares of the images, whose detections the first one gets, and the others
+            nothing; otherwise each has detections on all of them.
     """
     was_training = model.training
     model.eval()
@@ -69,7 +72,7 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
             place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=torch.float64)
             found.append(torch.column_stack([place, d["boxes"], d["scores"], d["labels"]]))
     model.train(was_training)
-    rows = distributed.gather_rows(torch.cat(found))
+    rows = distributed.gather_rows(torch.cat(found)) if shared else torch.cat(found)
     if rows is None:
         return []
     rows = rows[rows[:, 0].argsort(stable=True)].cpu()
@@ -245,11 +248,12 @@ def memory_format(cfg: dict) -> torch.memory_format:
     return torch.channels_last if TrainConfig(**cfg.get("train", {})).channels_last else torch.contiguous_format
 
 
-def eval_loader(cfg: dict, dataset: CocoDataset) -> DataLoader:
-    """The loader that an evaluation goes through, this process's share."""
+def eval_loader(cfg: dict, dataset: CocoDataset, shared: bool = True) -> DataLoader:
+    """The loader that an evaluation goes through: this process's share, or if not `shared` everything."""
     data = read_data_config(cfg["data"])
     size = EvalConfig(**cfg.get("eval", {})).batch_size or data.batch_size
-    return build_loader(dataset, size, False, data.workers, rank=distributed.rank(), world=distributed.world_size())
+    rank, world = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    return build_loader(dataset, size, False, data.workers, rank=rank, world=world)
 
 
 def with_classes(cfg: dict, dataset: CocoDataset) -> dict:

@@ -11,13 +11,14 @@ from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
 from models.weights import CheckpointError
 
-from ..distiller import Distiller, build_distiller
+from ..distiller import Distiller, build_distiller, teacher_entries
 from . import distributed
 from .checkpoint import save_checkpoint
 from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
 from .optim import ScheduleConfig, build_optimizer
 from .settings import TrainConfig
+from .sharding import shard
 from .skipped import SkippedImages
 from .summary import brief, typical_size
 
@@ -77,6 +78,9 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
         raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
     model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
+    for teacher, entry in zip(model.teachers, teacher_entries(cfg["distill"])) if cfg.get("distill") else ():
+        if entry.get("shard"):
+            shard(teacher, device)
     model = model.to(device, memory_format=memory_format(cfg))
     if settings.sync_bn and world > 1:
         if device.type != "cuda":

@@ -19,7 +19,8 @@ def starting_points(model: Distiller, cfg: dict, images: int, device: torch.devi
     dataset = build_dataset(replace(data, val=first), "val", training=False)
 
     def points(detector: Detector) -> float | None:
-        return evaluate(detector, eval_loader(cfg, dataset), device, amp)["AP"]
+        shared = not detector.sharded  # or else every process has to run it on every image
+        return evaluate(detector, eval_loader(cfg, dataset, shared), device, amp, shared=shared)["AP"]
 
     lines = [f"AP on the first {len(dataset)} images of data.val, before training"]
     for i, teacher in enumerate(model.teachers):

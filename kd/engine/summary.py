@@ -192,7 +192,9 @@ def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
 
 
 def brief(detector: Detector, size: tuple[int, int]) -> str:
-    """The sums in a line."""
+    """The sums in a line; of a detector in shards, which cannot be run over shapes, only the first."""
+    if detector.sharded:
+        return f"{count_parameters(detector) / 1e6:.2f} M parameters in shards"
     flops, activations = measure(detector, size)
     line = f"{count_parameters(detector) / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOPs"
     return line if activations is None else f"{line} and {mebibytes(activations)} of activations"

@@ -7,7 +7,7 @@ from small_models import falls, gradients, make_batch, same_losses, small_config
 from small_models import small_distiller as make
 
 from kd import METHODS, Method, build_distiller
-from kd.crosskd import CrossKD
+from kd.crosskd import CrossKD, align_scale
 from models import ConfigError, Preprocess, build_detector
 
 CROSSKD, FGD = {"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"}
@@ -193,6 +193,30 @@ def test_crosskd_teaches_the_students_tower_through_the_teachers_head(head, cut)
         assert (grad is not None) == reached, name
         # A bias has none in effect, for means are aligned; nor has a block whose last norm starts at zero.
         assert not reached or "bias" in name or "backbone" in name or grad.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_crosskd_aligns_features_in_float32(dtype):
+    """Of features that half precision holds, though not their squares: under AMP the losses are those without."""
+    g = torch.Generator().manual_seed(0)
+    maps = [(scale * torch.randn(2, 3, 4, 4, generator=g)).to(dtype) for scale in (1e4, 5e3)]
+    with torch.autocast("cpu", dtype):
+        aligned = align_scale(*maps)
+    assert aligned.dtype == torch.float32
+    torch.testing.assert_close(aligned, align_scale(*(x.double() for x in maps)).float(), rtol=1e-4, atol=1)
+
+    model = make(CROSSKD, dtype=torch.float32)
+    for head in (model.student.bbox_head, model.teacher.bbox_head):
+        for norm in (head.cls_convs[0].gn, head.reg_convs[0].gn):
+            norm.weight.data *= 1e3
+        for layer in (head.cls_convs[1].conv, head.reg_convs[1].conv):
+            layer.weight.data *= 1e-1
+    batch = make_batch(sizes=((128, 128), (128, 120)), dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        found = model(*batch)
+    for name, wanted in model(*batch).items():
+        assert found[name].dtype == torch.float32 and found[name].isfinite()
+        torch.testing.assert_close(found[name], wanted, rtol=0.1, atol=1e-3)
 
 
 def test_fgd_teaches_backbone_neck_and_its_own_convolutions():

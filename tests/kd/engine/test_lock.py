@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -67,12 +69,26 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         assert str(caught.value) == f"work dir {folder} cannot be written ({reason}): give another --work-dir"
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="all folders are writable for root")
-def test_a_read_only_folder(tmp_path):
-    (tmp_path / "run").mkdir(mode=0o555)
-    for folder in (tmp_path / "run", tmp_path / "run" / "deeper"):
-        with pytest.raises(WorkDirError, match="cannot be written .Permission denied"):
-            open_work_dir(folder)
+@pytest.fixture
+def nobody():
+    """Not to be root, for whom all folders are writable."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    yield
+    if was_root:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of files are those of Unix")
+def test_a_read_only_folder(nobody):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "run").mkdir(mode=0o555)
+        for work_dir in (Path(folder) / "run", Path(folder) / "run" / "deeper"):
+            with pytest.raises(WorkDirError, match="cannot be written .Permission denied"):
+                open_work_dir(work_dir)
+        with open_work_dir(Path(folder) / "other"):
+            pass
 
 
 def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from runs import config, config_with, model, script, write_config
 from data import generate_scenes
 from kd.engine import train as engine
 from kd.engine.checkpoint import read_checkpoint, read_plain
-from kd.engine.evaluate import evaluate_checkpoint
+from kd.engine.evaluate import FIGURES, evaluate_checkpoint
 from kd.engine.log import TrainingError
 from kd.engine.run import build_run
 
@@ -188,6 +188,15 @@ def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path, kills, epochs
     assert_same(read_checkpoint(whole / "last.pth"), read_checkpoint(parts / "last.pth"))
     evaluated = sorted({*range(1, epochs, 2), epochs - 1})
     assert steps_in(whole) == steps_in(parts) == (list(range(1, 4 * epochs + 1)), evaluated)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(scenes, tmp_path, monkeypatch):
+    figures = iter([0.1, 0.3, 0.2, 0.3])
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: {
+        "AP": next(figures), "per_class": {"a": 0.0}} | dict.fromkeys(FIGURES[1:], 0.0))
+    engine.train(config_with(config(scenes, 4), train={"keep": 3}), tmp_path, CPU)
+    kept = {path.name: read_checkpoint(path)["step"] for path in tmp_path.glob("*.pth*")}
+    assert kept == {"last.pth": 16, "last.1.pth": 12, "last.2.pth": 8, "best.pth": 8}
 
 
 def limited(bytes_, *arguments):

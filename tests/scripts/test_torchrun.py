@@ -1,0 +1,127 @@
+"""The scripts in several processes: under torchrun, which restarts them when one is lost, and as it starts them."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import context
+from runs import ROOT, config, config_with, model, script, write_checkpoint, write_config
+
+from data import generate_scenes
+from kd.engine.distributed import fresh_store
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Of a number of images that no number of processes divides."""
+    return generate_scenes(tmp_path_factory.mktemp("scenes"), train=13, val=7, size=(64, 64))
+
+
+def as_torchrun_does(environment: dict, *arguments) -> None:
+    os.environ.update(environment)
+    script(*arguments)
+
+
+def start_processes(world: int, log: Path, *arguments: object) -> list:
+    """A script in `world` processes that find in their environment what torchrun puts there."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [context.Process(target=as_torchrun_does, args=(
+        common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, *arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def assert_they_end(processes: list, code: int, log: Path) -> None:
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [code] * len(processes), log.read_text()
+
+
+def test_the_figures_are_the_same_to_the_byte_on_any_number_of_processes(scenes, tmp_path):
+    cfg = config_with(config(scenes), model={"test": {"score_thr": 0.0}}, eval={"batch_size": 2})
+    checkpoint = write_checkpoint(tmp_path / "weights.pth", cfg)
+    path, written = write_config(tmp_path / "cfg.yaml", cfg), {}
+    for world in (1, 2, 3):
+        out, curves = tmp_path / f"{world}.json", tmp_path / f"{world}.curves.json"
+        processes = start_processes(world, tmp_path / "log", "eval.py", "--cfg", path, "--checkpoint", checkpoint,
+                                    "--device", "cpu", "--out", out, "--curves", curves)
+        assert_they_end(processes, 0, tmp_path / "log")
+        written[world] = out.read_bytes(), curves.read_bytes()
+    assert written[1] == written[2] == written[3]
+    assert json.loads(written[1][0])["AR100"] > 0  # there is something to differ in
+
+
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are found in Linux's /proc")
+def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
+    """To the same weights, bit for bit, as a run that nobody disturbs."""
+    distill = {"teacher": {"model": model(), "checkpoint": None},
+               "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_stats": True}, {"type": "MGD"}]}
+    cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
+                      eval={"every": 0}, train={"ema": 0.5, "checkpoint_every": 1, "check_images": 0})
+    path, whole, parts = write_config(tmp_path / "cfg.yaml", cfg), tmp_path / "whole", tmp_path / "parts"
+    processes = start_processes(2, tmp_path / "log", "train.py", "--cfg", path, "--device", "cpu", "--work-dir", whole)
+    assert_they_end(processes, 0, tmp_path / "log")
+    assert sorted(file.name for file in whole.iterdir()) == [
+        "best.pth", "last.pth", "metrics.jsonl", "precision_recall.json", "run.json", "run.lock", "train.log"]
+    assert (tmp_path / "log").read_text().count("step 12/12") == 1  # the first process alone speaks
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "--max-restarts", "1", "--monitor-interval", "0.1"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([*torchrun, ROOT / "scripts/train.py", "--cfg", path, "--device", "cpu",
+                                     "--work-dir", parts], stdout=log, stderr=log,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not (parts / "metrics.jsonl").exists() or '"step": 5,' not in (parts / "metrics.jsonl").read_text():
+            assert launcher.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        os.kill(workers_of(launcher)[-1], signal.SIGKILL)
+        assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    finally:
+        launcher.terminate()
+    assert "exitcode: -9" in (tmp_path / "log").read_text()
+    assert re.search(r"resumed at step \d+", (parts / "train.log").read_text())
+    states = [torch.load(folder / "last.pth", weights_only=True) for folder in (whole, parts)]
+    for part in ("model", "training", "methods"):
+        assert states[0][part].keys() == states[1][part].keys()
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), name
+    lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+
+
+def test_a_signal_to_one_process_stops_all_after_saving(scenes, tmp_path):
+    cfg = config_with(config(scenes, 1000), data={"batch_size": 2}, eval={"every": 0})
+    path, work_dir, log = write_config(tmp_path / "cfg.yaml", cfg), tmp_path / "run", tmp_path / "log"
+    processes = start_processes(2, log, "train.py", "--cfg", path, "--device", "cpu", "--work-dir", work_dir)
+    while not (work_dir / "metrics.jsonl").exists() or '"step": 5,' not in (work_dir / "metrics.jsonl").read_text():
+        assert all(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.005)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert_they_end(processes, 128 + signal.SIGTERM, log)
+    (last, *_) = re.findall(r"stopped at step (\d+) after saving", log.read_text())
+    assert torch.load(work_dir / "last.pth", weights_only=True)["step"] == int(last)
+
+
+def test_the_store_of_a_restart():
+    """Only torchrun's own is entered anew, and only where all processes know how often it has been."""
+    alone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert fresh_store(alone) == fresh_store(alone | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) == {}
+    assert fresh_store(alone | {"WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == {}
