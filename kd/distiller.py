@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         return super().train(mode)
 
     def compile(self, *args, **kwargs) -> None:
-        """Let `torch.compile` have the student and the teachers, see `Detector.compile`.
+        """Let `torch.compile` have the student and all teachers that are not sharded, see `Detector.compile`.
 
         Raises:
             ConfigError: a method needs outputs of modules by name.
@@ -107,7 +107,7 @@ class Distiller(nn.Module):
             if method.student_modules or method.teacher_modules:
                 raise ConfigError("train.compile", f"{type(method).__name__} takes outputs of modules by name, which "
                                                    "compiled code does not give: distil levels, or do not compile")
-        for detector in (self.student, *self.teachers):
+        for detector in (self.student, *(teacher for teacher in self.teachers if not teacher.sharded)):
             detector.compile(*args, **kwargs)
 
     def advance(self, step: int, steps_per_epoch: int, epochs: int) -> None:
