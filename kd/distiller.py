@@ -1,4 +1,5 @@
 """Student, frozen teachers and any list of methods."""
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -85,7 +86,7 @@ class Distiller(nn.Module):
         """The first teacher."""
         return self.teachers[0]
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         for teacher in self.teachers:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)

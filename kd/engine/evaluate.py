@@ -159,7 +159,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]):
+def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]) -> object:
     """Annotations or detections as the evaluators take them."""
     index = coco()
     index.dataset = {"images": [{"id": number} for number in numbers.values()], "annotations": annotations,
