@@ -17,7 +17,7 @@ from models import (
     without_pretraining,
 )
 from models.build import OneOf, build, check_arguments, split_options
-from models.weights import load_weights, print_once, summary
+from models.weights import CheckpointError, load_weights, print_once, summary
 
 from .crosskd import CrossKD
 from .cwd import CWD
@@ -270,7 +270,7 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
     teacher = build_detector(without_pretraining(model))
     if entry["checkpoint"] is not None:
-        load_weights(teacher, entry["checkpoint"], entry.get("part"))
+        load_teacher(teacher, entry)
     if class_map is not None:
         try:
             teacher.bbox_head.select_classes(class_map)
@@ -278,6 +278,20 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
             raise ConfigError("distill.teacher.class_map", error.problem) from None
     teacher.precision = entry.get("precision")
     return teacher
+
+
+def load_teacher(teacher: Detector, entry: dict) -> None:
+    """Its weights.
+
+    Raises:
+        CheckpointError: they do not load completely, or are not there: then it says what to train first.
+    """
+    path = entry["checkpoint"]
+    if entry.get("cfg") and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
+        raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
+                              f"scripts/train.py --cfg {entry['cfg']} --work-dir {Path(path).parent}), or give the "
+                              "checkpoint that you have")
+    load_weights(teacher, path, entry.get("part"))
 
 
 def teacher_model(path: str) -> dict:

@@ -19,9 +19,12 @@ def main() -> None:
     figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
                                   cli.choose_device(args.device), args.part, args.curves)
     print(format_figures(figures))
+    if args.curves:
+        print(f"wrote {args.curves}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

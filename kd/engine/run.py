@@ -149,7 +149,7 @@ def describe(run: Run) -> str:
             lines.append(f"teacher: {brief(teacher, size)}, "
                          f"distilled by {', '.join(type(m).__name__ for m in methods)}")
     if data.num_dropped_boxes:
-        lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")
+        lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
     if run.step:
         lines.append(f"resumed at step {run.step}")
     return "\n".join(lines)
