@@ -20,13 +20,14 @@ TINY = ["train.epochs=1", "train.log_every=1", "train.check_images=2", "data.bat
 CONFIGURED = ("train", "eval", "predict", "export", "summary", "visualize", "analyze", "sweep", "check_data")
 EXTRA = {f"{name}.py": TINY for name in CONFIGURED} | {
     "summary.py": ["data.scale=[64, 64]"], "predict.py": TINY[-5:], "demo.py": ["--images", "8", *TINY[:6]],
+    "sweep.py": ["--seeds", "0", *TINY],
     "generate_data.py": ["--train", "8", "--val", "4", "--size", "64", "64"],
     "benchmark.py": ["--rounds", "1", "--size", "64", "64", "--batch", "1", "--eval-images", "4", "--cfg",
                      "configs/bccd/student_gfl_r18w16.yaml", "model.head.num_classes=3"]}
 SHELL = ("echo", "ln", "mkdir", "cp")
 # What a configuration's full size is made of, and what there is in its place.
 NARROW = ((r"weights: torchvision://\w+", "base_channels: 8"), (r"(out|feat)_channels: 256", r"\1_channels: 64"),
-          (r"checkpoint: https://\S+\.pth", "checkpoint: null"))
+          (r"checkpoint: https://\S+\.pth", "checkpoint: null"), (r"epochs: \d+", "epochs: 1"))
 
 
 def commands(text: str) -> list[str]:
@@ -129,7 +130,7 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         script, arguments = words[1], words[2:]
         arguments = [path for word in arguments for path in sorted(glob(word)) or [word]]
         arguments = [*EXTRA.get(Path(script).name, []), *arguments]
-        if Path(script).name in ("demo.py", "generate_data.py"):  # later ones win
+        if Path(script).name in ("demo.py", "generate_data.py", "sweep.py"):  # their last ones win
             arguments = [*words[2:], *EXTRA[Path(script).name]]
         code = run_here(ROOT / script, arguments, monkeypatch)
         assert not code, f"{line}: exit code {code}"

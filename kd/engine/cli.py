@@ -61,6 +61,9 @@ def run(main: Callable[[], None]) -> None:
         code, message = 2, f"error: {error}"
     except (TrainingError, ExportError, Incomplete) as error:
         code, message = 1, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size "
+                            "(train.accumulate makes up for it) or data.scale, or set train.amp=bf16")
     except Stopped as error:
         code, message = 128 + error.signum, str(error)
     except OSError as error:  # a disk that is full, say
