@@ -81,7 +81,7 @@ def test_no_command_hides_in_a_sentence():
 def test_troubleshooting_quotes_what_the_code_says():
     table = README.split("## Troubleshooting")[1].split("\n## ")[0]
     quotes = [quote for row in table.splitlines() if row.startswith("| `")
-              for quote in re.findall(r"`([^`]+)`", row.split("|")[1])]
+              for quote in re.findall(r"`([^`-][^`]+)`", row.split("|")[1])]
     source = "".join(path.read_text(encoding="utf-8") for folder in ("kd", "data", "models")
                      for path in sorted((ROOT / folder).rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", source)

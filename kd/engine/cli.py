@@ -9,7 +9,7 @@ from data import DataError
 from models import ConfigError
 from models.weights import CheckpointError
 
-from .distributed import stop_processes
+from .distributed import rank, stop_processes
 from .export import ExportError
 from .extras import MissingExtra
 from .lock import WorkDirError
@@ -48,6 +48,12 @@ def choose_device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def say(text: str) -> None:
+    """Print, of several processes in the first alone."""
+    if rank() == 0:
+        print(text)
 
 
 def run(main: Callable[[], None]) -> None:
