@@ -115,7 +115,7 @@ def test_of_two_processes_one_prints(tmp_path):
     """Also where the other has no image to evaluate."""
     scenes = generate_scenes(tmp_path / "scenes", train=4, val=1, size=(64, 64))
     path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "scripts/train.py", "--cfg", path, "--check", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
