@@ -40,7 +40,6 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
