@@ -264,7 +264,7 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
         if len(class_map) != num_classes:
             raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
                                                            f"{num_classes} classes")
-        if model["head"].get("num_classes") is None:
+        if model["head"].get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
             raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: say "
                                                            "model.head.num_classes in its configuration")
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
