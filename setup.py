@@ -12,6 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data"]),
+    package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")},
     install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib", "tensorboard",

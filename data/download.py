@@ -9,8 +9,9 @@ import stat
 import time
 import zipfile
 from collections.abc import Sequence
+from http.client import HTTPMessage
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -166,7 +167,8 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
 class _EncryptedRedirects(HTTPRedirectHandler):
     """Follows no redirection from https to http."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage,
+                         newurl: str) -> Request | None:
         _check_encrypted(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from data.errors import DataError
 
 
-def load_av():
+def load_av() -> ModuleType:
     """PyAV. Raises DataError where it is not installed."""
     try:
         import av

@@ -1,4 +1,5 @@
 """Student, frozen teachers and any list of methods."""
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from models import (
     without_pretraining,
 )
 from models.build import OneOf, build, check_arguments, split_options
-from models.weights import load_weights, print_once, summary
+from models.weights import CheckpointError, load_weights, print_once, summary
 
 from .crosskd import CrossKD
 from .cwd import CWD
@@ -86,7 +87,7 @@ class Distiller(nn.Module):
         """The first teacher."""
         return self.teachers[0]
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         for teacher in self.teachers:
             if not teacher.sharded:
                 teacher._apply(fn, recurse)
@@ -283,13 +284,13 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
         if len(class_map) != num_classes:
             raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
                                                            f"{num_classes} classes")
-        if model["head"].get("num_classes") is None:
+        if model["head"].get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
             raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: say "
                                                            "model.head.num_classes in its configuration")
     model = model | {"head": {"num_classes": num_classes} | model["head"]}
     teacher = build_detector(without_pretraining(model))
     if entry["checkpoint"] is not None:
-        load_weights(teacher, entry["checkpoint"], entry.get("part"))
+        load_teacher(teacher, entry)
     if class_map is not None:
         try:
             teacher.bbox_head.select_classes(class_map)
@@ -297,6 +298,20 @@ def build_teacher(entry: dict, num_classes: int) -> Detector:
             raise ConfigError("distill.teacher.class_map", error.problem) from None
     teacher.precision = entry.get("precision")
     return teacher
+
+
+def load_teacher(teacher: Detector, entry: dict) -> None:
+    """Its weights.
+
+    Raises:
+        CheckpointError: they do not load completely, or are not there: then it says what to train first.
+    """
+    path = entry["checkpoint"]
+    if entry.get("cfg") and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
+        raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
+                              f"scripts/train.py --cfg {entry['cfg']} --work-dir {Path(path).parent}), or give the "
+                              "checkpoint that you have")
+    load_weights(teacher, path, entry.get("part"))
 
 
 def teacher_model(path: str) -> dict:

@@ -21,7 +21,7 @@ class Method(nn.Module):
     teacher_head: bool = False             # whether the teacher's own predictions are needed
     pairs: FeaturePairs                    # of methods that compare maps, see `pair_features`
 
-    def pair_features(self, student: Detector, teacher: Detector, *choice) -> None:
+    def pair_features(self, student: Detector, teacher: Detector, *choice: object) -> None:
         """Compare the maps that `FeaturePairs(student, teacher, *choice)` picks."""
         self.pairs = FeaturePairs(student, teacher, *choice)
         self.student_modules, self.teacher_modules = self.pairs.student_modules, self.pairs.teacher_modules

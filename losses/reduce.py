@@ -42,13 +42,13 @@ class SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes; the gradient of every process's result comes back to each."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return SumOverProcesses.apply(grad.contiguous())
 
 

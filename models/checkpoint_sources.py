@@ -6,6 +6,8 @@ import os
 import re
 from contextlib import suppress
 from difflib import get_close_matches
+from http.client import HTTPMessage
+from typing import IO
 from urllib.parse import quote, unquote, urlparse
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 from uuid import uuid4
@@ -126,7 +128,8 @@ def _fetch(url: str, path: str, checksum: str | None) -> None:
 class _EncryptedRedirects(HTTPRedirectHandler):
     """Follows no redirection from https to http."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage,
+                         newurl: str) -> Request | None:
         _check_encrypted(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -181,7 +181,7 @@ def _check(report: LoadReport, allow_missing: list[str]) -> None:
     raise CheckpointError(
         f"{report.format} checkpoint {report.source} does not fit the model, "
         f"{report.matched} of {report.total} tensors match: {problems}. "
-        "Use the model that it was made with, or name in allow_missing what may stay as it is"
+        "Use the configuration that it was trained with; in Python, allow_missing names what may stay as it is"
     )
 
 

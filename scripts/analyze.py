@@ -32,6 +32,7 @@ def main() -> None:
     print(format_tables(found, args.score_thr))
     if args.out:
         save_analysis(found, args.out, args.score_thr)
+        print(f"wrote {args.out / 'analysis.md'} and {args.out / 'analysis.json'}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main() -> None:
     print(f"{format_rows(rows)}\n\n{explain(rows)}")
     for out in args.out:
         save_rows(rows, out)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

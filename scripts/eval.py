@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kd.engine import cli
 from kd.engine.config import load_config
+from kd.engine.distributed import rank
 from kd.engine.evaluate import evaluate_checkpoint, format_figures
 
 
@@ -18,10 +19,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
                                   cli.choose_device(args.device), args.part, args.curves)
-    print(format_figures(figures))
-    if args.out:
+    cli.say(format_figures(figures))
+    if args.curves:
+        cli.say(f"wrote {args.curves}")
+    if args.out and rank() == 0:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        cli.say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

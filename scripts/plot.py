@@ -23,7 +23,11 @@ def main() -> None:
     if notes:
         print("\n".join(notes), file=sys.stderr)
     rows = compare(runs, None if args.teacher_ap is None else args.teacher_ap / 100)
-    print("\n".join(map(str, plot_runs(runs, rows, args.out))))
+    files = plot_runs(runs, rows, args.out)
+    print("\n".join(map(str, files)))
+    if "precision_recall.png" not in {file.name for file in files}:
+        print("no precision_recall.png: none of the runs holds a precision_recall.json; eval.py --curves writes one",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main() -> None:
     folder = read_labelled(args.command, args.input, getattr(args, "names", None))
     checks = prepare(folder, args.out, shares(args.split), args.seed, args.skip_unreadable, args.workers)
     print("\n\n".join(map(format_check, checks)))
-    print(f"\nA configuration inherits these data by\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]")
+    print(f"\nA configuration inherits these data by\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]\n"
+          "docs/own_data.md goes on from here")
     if count := sum(len(check.problems) for check in checks):
         raise cli.UsageError(f"{count} {'problem' if count == 1 else 'problems'} in the data, see above")
 

@@ -55,6 +55,7 @@ def main() -> None:
         print(f"\n{format_rows(rows)}\n\n{explain(rows)}")
         for name in ("table.md", "table.csv"):
             save_rows(rows, args.work_dir / name)
+            print(f"wrote {args.work_dir / name}")
     if failure:
         raise failure
 

@@ -25,7 +25,7 @@ def main() -> None:
         return
     cfg = load_config(args.cfg, args.overrides)
     if args.check:
-        print(check(cfg, cli.choose_device(args.device)))
+        cli.say(check(cfg, cli.choose_device(args.device)))
         return
     work_dir = args.work_dir or Path("runs") / Path(args.cfg).stem
     resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)

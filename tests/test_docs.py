@@ -1,8 +1,10 @@
 """What the pages of docs/ show runs as it stands there."""
 import re
+import shlex
 
 import pytest
 import torch
+from commands import commands, make_workspace, run_command
 from runs import ROOT, config, run_script, write_config
 from small_models import falls, make_batch, small_config, small_distiller
 
@@ -138,3 +140,42 @@ def test_files_that_are_named_exist():
         named = set(re.findall(r"(?:configs|scripts|models|kd)/[\w/]+\.(?:yaml|py)", text))
         missing = {path for path in named if not (ROOT / path).exists()}
         assert missing <= {"kd/cosine.py", "configs/bccd/cosine.yaml"}, (name, missing)
+
+
+def test_the_commands_of_own_data(tmp_path, monkeypatch, capsys):
+    """From labelled photographs to an exported student."""
+    pytest.importorskip("onnxruntime", reason="the page exports")
+    workspace = make_workspace(tmp_path, monkeypatch)
+    for line in commands(PAGES["own_data.md"]):
+        run_command(line, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "no problems" in printed and "teacher 0:" in printed and "CrossKD0 (CrossKD) from teacher 0" in printed
+    table = [line.split()[:2] for line in printed.splitlines()]
+    assert ["crosskd", "CrossKD"] in table and ["student", "-"] in table
+    assert len(list((workspace / "found").rglob("*.jpg"))) == len(list((workspace / "photos/images").iterdir())) == 12
+    assert (workspace / "student.onnx").is_file() and list((workspace / "pictures").glob("*_detections.png"))
+
+
+@pytest.mark.parametrize("page", ["teachers.md", "new_method.md"])
+def test_commands_name_what_there_is(page):
+    """Those that need checkpoints or methods of one's own: their options and keys are valid, and nothing is run."""
+    lines = [line for line in commands(PAGES[page]) if line.startswith("python scripts/")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        source = (ROOT / words[1]).read_text(encoding="utf-8") + (ROOT / "kd/engine/cli.py").read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words if word.startswith("--")), line
+        for i, word in enumerate(words):
+            if word == "--cfg" and words[i + 1] != "configs/bccd/cosine.yaml":
+                load_config(ROOT / words[i + 1], [other for other in words if "=" in other])
+
+
+def test_a_teacher_with_more_classes(monkeypatch):
+    section = parse_yaml(blocks("teachers.md", "yaml")[0], "page")["distill"]
+    model = small_config(head={"num_classes": 2})
+    section["teacher"]["checkpoint"] = None
+    section["methods"] = [{"type": "Mimic"}]
+    monkeypatch.setattr(kd.distiller, "teacher_model", lambda path: small_config(
+        head={"num_classes": load_config(ROOT / path)["model"]["head"]["num_classes"]}))
+    distiller = kd.build_distiller({"model": model, "distill": section})
+    assert distiller.teacher.bbox_head.num_classes == 2

@@ -120,7 +120,7 @@ def count_table(found: Sequence[Analysis]) -> Table:
         for i, each in enumerate(found):
             counts = count_errors(each.judged, k)
             rows.append([name if i == 0 else "", each.name, *(str(counts[kind]) for kind in ("objects", *ERRORS))])
-    return "How many errors there are", ["class", "model", "objects", *ERRORS], rows
+    return "How many errors there are, whatever their score", ["class", "model", "objects", *ERRORS], rows
 
 
 def found_table(found: Sequence[Analysis], score_thr: float) -> Table:

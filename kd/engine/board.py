@@ -10,6 +10,8 @@ from .draw import beside_truth
 from .evaluate import autocast
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from .run import Run
 
 IMAGES = 4  # in a picture
@@ -22,7 +24,7 @@ class Board:
         self.folder, self.from_step, self.open, self.dataset = folder, from_step, None, None
 
     @property
-    def writer(self):
+    def writer(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
         if self.open is None:  # what a resumed run does again replaces what was written of it
             self.open = SummaryWriter(str(self.folder), purge_step=self.from_step + 1 if self.from_step else None)

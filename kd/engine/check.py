@@ -35,11 +35,11 @@ def check(cfg: dict, device: torch.device) -> str:
     losses, _ = train_step(run, run.model, [(images, targets)])  # the first one was slower, having things to set up
     losses["loss"].item()  # waits for the device
     seconds = time.perf_counter() - start
-    if run.val_loader is not None:
+    shown = None if run.val_loader is None else next(iter(run.val_loader), None)
+    if shown is not None:  # as for a process that has none of very few images
         run.model.eval()
-        images, targets = next(iter(run.val_loader))
         with torch.no_grad(), autocast(device, run.settings.amp):
-            found = run.model.predict(run.student.preprocess(images.to(device), targets), targets)
+            found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
         lines.append(f"evaluation: {sum(len(d['boxes']) for d in found)} detections on {len(found)} images")
     lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {peak_memory(device):.2f} GiB")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from data import DataError
 from models import ConfigError
 from models.weights import CheckpointError
 
-from .distributed import stop_processes
+from .distributed import rank, stop_processes
 from .export import ExportError
 from .extras import MissingExtra
 from .lock import WorkDirError
@@ -50,6 +50,12 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def say(text: str) -> None:
+    """Print, of several processes in the first alone."""
+    if rank() == 0:
+        print(text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n by signal n."""
     code = 0
@@ -61,6 +67,9 @@ def run(main: Callable[[], None]) -> None:
         code, message = 2, f"error: {error}"
     except (TrainingError, ExportError, Incomplete) as error:
         code, message = 1, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size "
+                            "(train.accumulate makes up for it) or data.scale, or set train.amp=bf16")
     except Stopped as error:
         code, message = 128 + error.signum, str(error)
     except OSError as error:  # a disk that is full, say

@@ -27,8 +27,8 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
     Returns:
         uint8 (3, H * zoom, W * zoom), rounded down.
     """
-    if scores is not None:
-        keep = scores >= score_thr
+    if scores is not None:  # the best are drawn last, over the others
+        keep = scores.argsort(stable=True)[(scores < score_thr).sum():]
         boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
     image = enlarge(image, zoom)
     if len(boxes) == 0:
@@ -38,14 +38,12 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist())]
     colors = [PALETTE[label % len(PALETTE)] for label in labels.tolist()]
     return draw_bounding_boxes(image, boxes * zoom, names, colors, width=2 * thickness, label_colors="white",
-                               fill_labels=True, **larger_text(thickness))
+                               fill_labels=True, **text_font(thickness))
 
 
-def larger_text(factor: int) -> dict:
-    """Arguments with which torchvision writes larger than it does by itself, in the font that Pillow brings."""
-    if factor == 1:
-        return {}
-    size = 10 * factor
+def text_font(factor: int = 1) -> dict:
+    """Arguments with which torchvision writes in the font that Pillow brings, so large that words stay apart."""
+    size = 11 * factor
     return {"font": io.BytesIO(ImageFont.load_default(size).font_bytes), "font_size": size}
 
 
@@ -79,7 +77,8 @@ def title_strip(text: str, height: int, width: int) -> Tensor:
     """Text on white: uint8 (3, height, width)."""
     white = torch.full((3, height, width), 255, dtype=torch.uint8)
     # The text is the label of a box whose outline lies beyond the strip.
-    return draw_bounding_boxes(white, torch.tensor([[0.0, 0.0, width, height]]), [text], "white", label_colors="black")
+    return draw_bounding_boxes(white, torch.tensor([[0.0, 0.0, width, height]]), [text], "white", label_colors="black",
+                               **text_font())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from models import ConfigError, Detector, build_detector, without_pretraining
 from models.weights import load_weights
 
 from . import distributed
+from .named import check_class_order
 from .settings import EvalConfig, TrainConfig
 from .tta import merge_results, views
 
@@ -162,7 +163,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]):
+def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]) -> object:
     """Annotations or detections as the evaluators take them."""
     index = coco()
     index.dataset = {"images": [{"id": number} for number in numbers.values()], "annotations": annotations,
@@ -219,7 +220,9 @@ def load_detector(cfg: dict, checkpoint: str | Path, device: torch.device,
                                             f"{dataset.num_classes} classes, and model.head.num_classes to be said")
     detector = build_detector(without_pretraining(cfg["model"]))
     load_weights(detector, checkpoint, part)
-    if class_map is not None:
+    if class_map is None:
+        check_class_order(checkpoint, part, dataset.classes, "eval.class_map")
+    else:
         detector.bbox_head.select_classes(class_map)
     return detector.to(device, memory_format=memory_format(cfg)).eval(), dataset
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,11 +126,13 @@ class OnnxSuppress(torch.autograd.Function):
     """`suppress`, which is ONNX's own operator there."""
 
     @staticmethod
-    def forward(ctx, boxes, scores, labels, num_classes, iou_threshold, max_per_class):
+    def forward(ctx: object, boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, iou_threshold: float,
+                max_per_class: int) -> tuple[Tensor, ...]:
         return suppress(boxes, scores, labels, num_classes, iou_threshold, max_per_class)
 
     @staticmethod
-    def symbolic(graph, boxes, scores, labels, num_classes, iou_threshold, max_per_class):
+    def symbolic(graph: Any, boxes: Any, scores: Any, labels: Any, num_classes: int, iou_threshold: float,
+                 max_per_class: int) -> Any:
         def constant(value: list | float) -> object:
             return graph.op("Constant", value_t=torch.tensor(value))
 

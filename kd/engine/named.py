@@ -74,6 +74,22 @@ def checkpoint_classes(meta: Mapping) -> list[str] | None:
     return None
 
 
+def check_class_order(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
+    """Refuse a checkpoint that has the data's classes in another order, for all it finds would bear a wrong name.
+
+    Args:
+        key: of the map that puts it right, as `eval.class_map`.
+    Raises:
+        ConfigError: it has.
+    """
+    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    if names and names != list(classes) and sorted(names) == sorted(classes) and len(set(names)) == len(names):
+        order = ",".join(str(names.index(name)) for name in classes)
+        count = f" model.head.num_classes={len(names)}" if key == "eval.class_map" else ""
+        raise ConfigError(key, f"missing: the classes of {checkpoint} are {', '.join(names)}, and the data's "
+                               f"{', '.join(classes)}: say {key}=[{order}]{count}")
+
+
 def annotated_classes(cfg: dict) -> Classes | None:
     """The classes of data.val's annotations, None where there are none."""
     val = read_data_config(cfg["data"]).val if cfg.get("data") else None

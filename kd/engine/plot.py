@@ -10,6 +10,7 @@ from models import ConfigError
 
 from .compare import Row
 from .records import RunRecord, group_runs
+from .tables import rounded
 
 COLUMNS = 3
 MOST_CLASSES = 12  # beyond, precision-recall curves are of the mean and of the first classes
@@ -58,7 +59,7 @@ def plot_runs(runs: Sequence[RunRecord], rows: Sequence[Row], out: Path) -> list
 Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 
-def draw_group(axis, label: str, curves: Sequence[Curve], number: int, marker: str = "") -> None:
+def draw_group(axis: Any, label: str, curves: Sequence[Curve], number: int, marker: str = "") -> None:
     """A line; of several curves their mean, in a band from the lowest to the highest."""
     common = sorted(set.intersection(*(set(np.round(x, 6)) for x, _ in curves)))
     if not common:
@@ -66,35 +67,52 @@ def draw_group(axis, label: str, curves: Sequence[Curve], number: int, marker: s
     values = np.array([[y[np.round(x, 6) == place][0] for place in common] for x, y in curves])
     color = f"C{number % 10}"
     label = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
-    axis.plot(common, values.mean(0), color=color, label=label, marker=marker, linewidth=1.4, markersize=4)
+    axis.plot(common, values.mean(0), color=color, label=label, marker=marker, linewidth=1.4, markersize=4,
+              clip_on=not marker)
     if len(curves) > 1:
         axis.fill_between(common, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
+def draw_bar(axis: Any, label: str, values: Sequence[float], number: int) -> None:
+    """A bar with its figure; of several values their mean, with a line from the lowest to the highest."""
+    mean = float(np.mean(values))
+    reach = [[mean - min(values)], [max(values) - mean]] if len(values) > 1 else None
+    label = label if len(values) == 1 else f"{label} ({len(values)} seeds)"
+    bar = axis.bar(number, mean, 0.7, yerr=reach, color=f"C{number % 10}", alpha=0.8, label=label)
+    axis.bar_label(bar, fmt="%.1f", padding=2)
+
+
 def plot_lines(groups: dict[str, list[RunRecord]], names: Sequence[str], read: Callable[[RunRecord, str], Curve],
-               y_label: str, marker: str = "", log: bool = False):
-    """A panel for each name, with a curve of every group that has it."""
+               y_label: str, marker: str = "", log: bool = False) -> Any | None:
+    """A panel for each name, with a curve of every group that has it, or a bar where all have single points only."""
     if not names:
         return None
     figure, axes = matplotlib_figure(len(names))
+    lone = not log and all(len(read(run, name)[0]) < 2 for runs in groups.values() for run in runs for name in names)
     for axis, name in zip(axes, names):
         for number, (label, runs) in enumerate(groups.items()):
             curves = [curve for curve in (read(run, name) for run in runs) if len(curve[0])]
-            if curves:
+            if curves and lone:
+                draw_bar(axis, label, [y[-1] for _, y in curves], number)
+            elif curves:
                 draw_group(axis, label, curves, number, marker)
-        axis.set(title=name, xlabel="epoch", ylabel=y_label)
-        axis.locator_params("x", integer=True)
-        axis.set_xlim(left=0)
+        axis.set(title=name, ylabel=y_label)
+        if lone:
+            axis.set_xticks([])
+        else:
+            axis.set(xlabel="epoch")
+            axis.locator_params("x", integer=True)
+            axis.set_xlim(left=0)
         if log:
             logarithmic(axis)
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     legend(figure, axes[:len(names)])
     return figure
 
 
-def logarithmic(axis) -> None:
+def logarithmic(axis: Any) -> None:
     """A logarithmic y axis with plain numbers, several in a decade where there are few."""
     from matplotlib.ticker import LogLocator, NullFormatter
     axis.set_yscale("log")
@@ -104,13 +122,13 @@ def logarithmic(axis) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure, axes: Iterable) -> None:
+def legend(figure: Any, axes: Iterable) -> None:
     """One legend under all panels."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, max(1, len(entries))))
 
 
-def plot_losses(groups: dict[str, list[RunRecord]]):
+def plot_losses(groups: dict[str, list[RunRecord]]) -> Any | None:
     """The losses as they were logged, on a logarithmic scale, and the learning rate."""
     def read(run: RunRecord, name: str) -> Curve:
         lines = [line for line in run.steps if line.get(name) is not None and line[name] > 0]
@@ -121,7 +139,7 @@ def plot_losses(groups: dict[str, list[RunRecord]]):
     return plot_lines(groups, ["loss", *losses, "lr"] if losses else [], read, "", log=True)
 
 
-def plot_aps(groups: dict[str, list[RunRecord]]):
+def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
     """AP in its kinds, and AP of each class where there are few."""
     def read(run: RunRecord, name: str) -> Curve:
         values = [(line["epoch"] + 1, line.get(name, (line.get("per_class") or {}).get(name)))
@@ -135,7 +153,7 @@ def plot_aps(groups: dict[str, list[RunRecord]]):
     return plot_lines(groups, names, read, "AP, points", marker="o")
 
 
-def plot_precision_recall(groups: dict[str, list[RunRecord]]):
+def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:
     """Precision over recall at IoU 0.5 (solid) and 0.75 (dashed), class by class, at the last evaluation."""
     found: dict[str, list[dict]] = {}
     for name, runs in groups.items():
@@ -169,7 +187,7 @@ def precision_of(curves: dict, names: Sequence[str], iou: str) -> np.ndarray | N
     return np.mean(lines, 0) if lines else None
 
 
-def plot_gap(rows: Sequence[Row]):
+def plot_gap(rows: Sequence[Row]) -> Any | None:
     """What share of the gap between student alone and teacher every setting closes."""
     known = [row for row in rows if row.gap_closed is not None]
     if not known:
@@ -177,7 +195,7 @@ def plot_gap(rows: Sequence[Row]):
     figure, (axis,) = matplotlib_figure(1, (8, 1 + 0.4 * len(known)))
     places, values = range(len(known)), [100 * row.gap_closed for row in known]
     bars = axis.barh(places, values, 0.6, color="C0", alpha=0.8)
-    axis.bar_label(bars, fmt="%.0f%%", padding=4)
+    axis.bar_label(bars, [f"{rounded(value):.0f}%" for value in values], padding=4)
     axis.set_yticks(list(places), [row.name for row in known])
     axis.set(xlabel="share of the gap between student alone and teacher that is closed, %")
     axis.margins(x=0.12)

@@ -178,10 +178,9 @@ def predict_video(predictor: Predictor, classes: Classes, source: Source, path: 
 
 
 def draw(sample: Sample, found: dict, classes: Classes) -> Tensor:
-    """The original picture with the boxes that were found; the worst first, so that the best are on top."""
-    back = {key: value.flip(0) for key, value in found.items()}
+    """The original picture with the boxes that were found."""
     thickness = max(1, max(sample.image.shape[1:]) // PIXELS_PER_THICKNESS)
-    return draw_boxes(sample.image, back["boxes"], back["labels"], classes.names, back["scores"], score_thr=0.0,
+    return draw_boxes(sample.image, found["boxes"], found["labels"], classes.names, found["scores"], score_thr=0.0,
                       thickness=thickness)
 
 

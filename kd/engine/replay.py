@@ -1,5 +1,6 @@
 """A step that went wrong, kept and taken once more."""
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from .checkpoint import read_plain, write_whole
 from .evaluate import autocast
 from .settings import TrainConfig
 
+if TYPE_CHECKING:
+    from .run import Run
+
 FORMAT = "densekd-replay"
 
 
-def save_replay(run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
+def save_replay(run: "Run", path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Write the batches of a step, and the weights that it began with."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
     write_whole(path, {"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,

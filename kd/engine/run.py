@@ -16,6 +16,7 @@ from . import distributed
 from .checkpoint import save_checkpoint
 from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
+from .named import check_class_order
 from .optim import ScheduleConfig, build_optimizer
 from .settings import TrainConfig
 from .sharding import shard
@@ -77,6 +78,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     if val_set is not None and val_set.classes != train_set.classes:
         raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
+    check_teachers_classes(cfg, train_set.classes)
     model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
     for teacher, entry in zip(model.teachers, teacher_entries(cfg["distill"])) if cfg.get("distill") else ():
         if entry.get("shard"):
@@ -97,6 +99,14 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     if settings.ema is not None:
         run.average = AveragedModel(run.student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
     return run
+
+
+def check_teachers_classes(cfg: dict, classes: list[str]) -> None:
+    """Refuse teachers whose checkpoints have the data's classes in another order; those that say no names pass."""
+    for entry in teacher_entries(cfg["distill"]) if cfg.get("distill") else ():
+        path = entry.get("checkpoint")
+        if entry.get("class_map") is None and path is not None and ("://" in path or Path(path).is_file()):
+            check_class_order(path, entry.get("part"), classes, "distill.teacher.class_map")
 
 
 def save(run: Run, name: str) -> None:
@@ -155,7 +165,7 @@ def describe(run: Run) -> str:
             lines.append(f"teacher: {brief(teacher, size)}, "
                          f"distilled by {', '.join(type(m).__name__ for m in methods)}")
     if data.num_dropped_boxes:
-        lines.append(f"{data.num_dropped_boxes} degenerate boxes were dropped")
+        lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
     if run.step:
         lines.append(f"resumed at step {run.step}")
     return "\n".join(lines)

@@ -184,7 +184,8 @@ def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
             extent = base[:, 2:] - base[:, :2]
             sides = sorted({round(float(side)) for side in extent.prod(1).sqrt()})
             ratios = sorted({round(float(ratio), 2) for ratio in extent[:, 1] / extent[:, 0]})
-            anchors = f"{len(base)} of side {', '.join(map(str, sides))} px"
+            anchors = f"{len(base)} anchors a cell" if len(base) > 1 else "an anchor a cell"
+            anchors += f" of side {', '.join(map(str, sides))} px"
             if ratios != [1]:
                 anchors += f", height : width {', '.join(f'{ratio:g}' for ratio in ratios)}"
         found.append(Level(stride, size, anchors))

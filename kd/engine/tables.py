@@ -33,4 +33,9 @@ def figures(rows: Rows, columns: int) -> list[bool]:
 
 def points(value: float | None, signed: bool = False) -> str:
     """A fraction in points, as AP is shown; a dash for None."""
-    return "-" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+    return "-" if value is None else f"{rounded(100 * value, 1):{'+' if signed else ''}.1f}"
+
+
+def rounded(value: float, digits: int = 0) -> float:
+    """Without a minus where nothing is left."""
+    return round(value, digits) + 0.0

@@ -98,7 +98,7 @@ def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> di
     return found | ({"device_ms": total / times / 1e3} if on_gpu else {})
 
 
-def kind(event) -> str:
+def kind(event: Any) -> str:
     """What a profiler's event is part of: "convolution", "norm", or the operator itself."""
     above = event
     while above is not None:

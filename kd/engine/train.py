@@ -3,6 +3,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
+from logging import Logger
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     return figures
 
 
-def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log, signals: StopSignals) -> None:
+def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log: Logger, signals: StopSignals) -> None:
     """What is left of one epoch, and a checkpoint at its end."""
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
@@ -208,7 +209,7 @@ def check_scale(run: Run) -> None:
                             "train.amp=bf16 or none, where the first of them is kept for a replay")
 
 
-def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log) -> dict:
+def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log: Logger) -> dict:
     """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
     figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.settings.amp,

@@ -65,7 +65,7 @@ def visualize(cfg: dict, checkpoint: str, out: Path, device: torch.device, image
     """
     if not cfg.get("distill") or not cfg.get("data"):
         raise ConfigError("distill" if cfg.get("data") else "data", "missing: give a configuration that distils, with "
-                                                                    "its data")
+                          "its data; predict.py draws what a lone detector finds")
     dataset = build_dataset(cfg["data"], "val", training=False)
     model = build_distiller(with_classes(cfg, dataset)).to(device).eval()
     load_weights(model.student, checkpoint, part)

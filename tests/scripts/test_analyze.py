@@ -33,7 +33,7 @@ def test_two_models_of_different_configurations(models, tmp_path, monkeypatch, c
                       "--out", out, "--device", "cpu", "data.workers=0") == 0
     printed = capsys.readouterr().out
     for title in ("AP, and by size of object", "AP50, and what it would gain without the errors of one kind",
-                  "How many errors there are", "Objects found (IoU 0.5, score 0.3 or more)",
+                  "How many errors there are, whatever their score", "Objects found (IoU 0.5, score 0.3 or more)",
                   "narrow: objects (rows) taken for", "wide: objects (rows) taken for"):
         assert title in printed
     narrow, wide = json.loads((out / "analysis.json").read_text())

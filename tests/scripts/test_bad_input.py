@@ -186,7 +186,7 @@ def test_odd_data_trains(sound, tmp_path, monkeypatch, capsys, head):
     assert len(lines) == 5 and losses and np.isfinite(losses).all()  # 13 images by four, and the evaluation
     assert list(lines[-1]["per_class"]) == classes
     log = (out / "train.log").read_text("utf-8")
-    assert "13 training images, 3 classes" in log and "3 degenerate boxes were dropped" in log and "細胞" in log
+    assert "13 training images, 3 classes" in log and "marked as ignored): 3" in log and "細胞" in log
 
 
 def test_class_names_that_the_terminal_cannot_show(tmp_path, sound):

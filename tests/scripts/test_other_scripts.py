@@ -1,7 +1,11 @@
 """generate_data.py, demo.py, and the help of every script."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from runs import ROOT, run_script
 from torchvision.io import decode_image, read_file
 
@@ -32,3 +36,36 @@ def test_demo(tmp_path, monkeypatch, capsys):
 def test_help_shows_an_example(script, monkeypatch, capsys):
     assert run_script(monkeypatch, script, "--help") == 0
     assert f"example: python scripts/{script}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def allocate(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong story")
+    monkeypatch.setattr("kd.engine.train.train", allocate)
+    monkeypatch.chdir(ROOT)
+    assert run_script(monkeypatch, "train.py", "--cfg", "configs/bccd/student_gfl_r18w16.yaml", "--work-dir",
+                      "runs/none", "--device", "cpu") == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "Tried to allocate 2 GiB. Lower data.batch_size" in error[0]
+
+
+EXTRAS = ("matplotlib", "tensorboard", "onnx", "onnxruntime", "av", "faster_coco_eval")
+
+
+def test_the_core_does_without_the_extras():
+    """No module and no script imports one before it is asked for what needs it."""
+    code = f"""
+import importlib, pathlib, runpy, sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None
+for folder in ("kd", "models", "losses", "data"):
+    for path in pathlib.Path(folder).rglob("*.py"):
+        parts = path.with_suffix("").parts
+        importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+for path in sorted(pathlib.Path("scripts").glob("*.py")):
+    runpy.run_path(str(path))
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip().endswith("done"), done.stderr

@@ -211,3 +211,38 @@ def test_mixed_precision(trained, tmp_path, monkeypatch, amp):
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / "run", f"train.amp={amp}",
                       "data.scale=[128, 128]",
                       "train.epochs=1", "--device", "cpu") == 0
+
+
+def test_the_same_classes_in_another_order(trained, scenes, tmp_path, monkeypatch, capsys):
+    """They would be found under wrong names: it is refused with what puts it right, which then does."""
+    path, work_dir, _ = trained
+    checkpoint, out = work_dir / "last.pth", tmp_path / "figures.json"
+    assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", checkpoint, "--out", out) == 0
+    expected = json.loads(out.read_text())
+    splits = {}
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        last = max(category["id"] for category in content["categories"])
+        turn = {category["id"]: last + 1 - category["id"] for category in content["categories"]}
+        for entry in content["categories"]:
+            entry["id"] = turn[entry["id"]]
+        for entry in content["annotations"]:
+            entry["category_id"] = turn[entry["category_id"]]
+        splits[split] = tmp_path / f"{split}.json"
+        splits[split].write_text(json.dumps(content))
+    turned = [f"data.{split}.annotations={file}" for split, file in splits.items()]
+    arguments = ["eval.py", "--cfg", path, "--checkpoint", checkpoint, "--out", out, *turned]
+    assert run_script(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("say eval.class_map=[5,4,3,2,1,0] model.head.num_classes=6")
+    assert run_script(monkeypatch, *arguments, *error.split(": say ")[1].split()) == 0
+    found = json.loads(out.read_text())
+    assert found["AP"] == pytest.approx(expected["AP"]) and found["per_class"] == pytest.approx(expected["per_class"])
+
+    teacher = {"teacher": {"model": model(), "checkpoint": str(checkpoint)}, "methods": [{"type": "FGD"}]}
+    arguments = ["train.py", "--cfg", path, "--check", "--device", "cpu", *turned,
+                 f"distill={yaml.safe_dump(teacher, default_flow_style=True, width=10000)}"]
+    assert run_script(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("say distill.teacher.class_map=[5,4,3,2,1,0]")
+    assert run_script(monkeypatch, *arguments, "distill.teacher.class_map=[5,4,3,2,1,0]") == 0

@@ -1,8 +1,11 @@
 """What a run shows before it starts: the teacher's AP, and all of `--check`."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from runs import config, model, run_script, write_config
+from runs import ROOT, config, config_with, model, run_script, write_config
 
 from data import generate_scenes
 
@@ -106,3 +109,15 @@ def test_a_detector_of_more_classes_is_evaluated_by_a_class_map(scenes, tmp_path
     assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / "wide.pth",
                       "eval.class_map=[1, 2]") == 2
     assert "eval.class_map: has 2 entries" in capsys.readouterr().err
+
+
+def test_of_two_processes_one_prints(tmp_path):
+    """Also where the other has no image to evaluate."""
+    scenes = generate_scenes(tmp_path / "scenes", train=4, val=1, size=(64, 64))
+    path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "scripts/train.py", "--cfg", path, "--check", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a step of 2 images took") == 1 and "detections on 1 images" in done.stdout

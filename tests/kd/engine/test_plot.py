@@ -49,6 +49,18 @@ def test_ap_over_epochs_with_bands_over_seeds(study):
     assert band[:, 1].max() == pytest.approx(30) and band[:, 1].min() == pytest.approx(10)
 
 
+def test_bars_where_there_is_one_evaluation(tmp_path):
+    """A curve of one point would not be seen."""
+    for seed, ap in enumerate((0.2, 0.4)):
+        write_run(tmp_path / f"alone_seed{seed}", [ap], run_config(seed, epochs=1))
+    write_run(tmp_path / "teacher", [0.6], run_config(methods=("CrossKD",), epochs=1))
+    figure = plot.plot_aps(plot.group_runs(read_runs(sorted(tmp_path.iterdir()))[0]))
+    bars = {bar.get_label(): bar.patches[0].get_height() for bar in figure.axes[0].containers
+            if hasattr(bar, "patches")}
+    assert bars == pytest.approx({"alone (2 seeds)": 30, "teacher": 60})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["30.0", "60.0"]
+
+
 def test_losses_over_epochs(study):
     figure = plot.plot_losses(plot.group_runs(read_runs(study)[0]))
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}

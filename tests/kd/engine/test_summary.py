@@ -77,8 +77,8 @@ def test_levels(head):
     found = summarize(small_detector(head), SIZE).levels
     assert [level.stride for level in found] == [8, 16, 32, 64, 128]
     assert [level.size for level in found] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
-    expected = {"GFLHead": "1 of side 128 px", "ATSSHead": "1 of side 128 px",
-                "RetinaHead": "9 of side 64, 81, 102 px, height : width 0.5, 1, 2",
+    expected = {"GFLHead": "an anchor a cell of side 128 px", "ATSSHead": "an anchor a cell of side 128 px",
+                "RetinaHead": "9 anchors a cell of side 64, 81, 102 px, height : width 0.5, 1, 2",
                 "FCOSHead": "a point, learns distances from 64 to 128 px"}[head]
     assert found[1].anchors == expected
 
