@@ -98,7 +98,7 @@ class Distiller(nn.Module):
             teacher.train(mode and not self.eval_teacher)
         return super().train(mode)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: object, **kwargs: object) -> None:
         """Let `torch.compile` have the student and all teachers that are not sharded, see `Detector.compile`.
 
         Raises:
@@ -223,7 +223,7 @@ def build_distiller(cfg: dict) -> Distiller:
     distill = cfg["distill"]
     check_arguments(DistillConfig, distill, "distill")
     student = build_detector(cfg["model"])
-    entries = teacher_entries(distill)
+    entries = teacher_entries(cfg)
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
     methods = [build_methods(distill["methods"], student, teacher) for teacher in teachers]
     of_methods = unique_names(distill["methods"], "distill.methods", [entry["type"] for entry in distill["methods"]])
@@ -238,9 +238,10 @@ def build_distiller(cfg: dict) -> Distiller:
     return Distiller(student, teachers, methods, options, distill.get("eval_teacher", True))
 
 
-def teacher_entries(distill: dict) -> list[dict]:
-    """The teachers of a `distill` section, which need not be a list."""
-    return distill["teacher"] if isinstance(distill["teacher"], list) else [distill["teacher"]]
+def teacher_entries(cfg: dict) -> list[dict]:
+    """The teachers of a configuration, which says one or a list; none without a `distill` section."""
+    teachers = cfg["distill"]["teacher"] if cfg.get("distill") else []
+    return teachers if isinstance(teachers, list) else [teachers]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Written out for all scores at once, a focal loss reads and writes a dozen tensor
 them for backward: 16 MB each for RetinaNet on a small image. Slices stay in the cache, and only the gradient is kept.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class SlicedSum(torch.autograd.Function):
     """The weighted sum of a loss's entries, whose gradient is made with it."""
 
     @staticmethod
-    def forward(ctx, entries: Callable[..., Tensor], pred: Tensor, weight: Tensor | None, *others: Tensor) -> Tensor:
+    def forward(ctx: Any, entries: Callable[..., Tensor], pred: Tensor, weight: Tensor | None,
+                *others: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[1]
         ctx.like = pred.shape, pred.dtype
         pred, weight, *others = (None if x is None else x.detach().flatten(0, pred.dim() - 2)
@@ -61,7 +63,7 @@ class SlicedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, = ctx.saved_tensors
         shape, dtype = ctx.like
         return None, (grad * saved).to(dtype).view(shape), *[None] * (len(ctx.needs_input_grad) - 2)

@@ -102,7 +102,7 @@ class Detector(nn.Module):
             outputs = self.bbox_head(features, cuts) if with_head else None
         return DetectorPass(self, images, targets, features, outputs, modules=seen)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: object, **kwargs: object) -> None:
         """Let `torch.compile` have backbone, neck and head; what is made of their outputs stays as it is.
 
         Outputs of submodules can then no longer be kept: compiled code does not see hooks that come and go.

@@ -11,7 +11,7 @@ from losses import at_least_float32
 from models import Detector, DetectorPass, build_detector, without_pretraining
 from models.postprocess import postprocess
 
-from ..distiller import Distiller, build_distiller, union
+from ..distiller import Distiller, build_distiller, teacher_entries, union
 from .evaluate import autocast, memory_format
 from .optim import ScheduleConfig, build_optimizer, lr_factor
 from .settings import TrainConfig
@@ -72,9 +72,7 @@ def prepare(cfg: dict, work: Workload) -> dict:
     model = model | {"head": model["head"] | {"num_classes": model["head"].get("num_classes") or work.classes}}
     cfg = cfg | {"model": model, "train": cfg.get("train", {}) | ({"amp": work.amp} if work.amp else {})}
     if cfg.get("distill"):
-        teachers = cfg["distill"]["teacher"]
-        teachers = [teacher | {"checkpoint": None} for teacher in
-                    (teachers if isinstance(teachers, list) else [teachers])]
+        teachers = [teacher | {"checkpoint": None} for teacher in teacher_entries(cfg)]
         cfg["distill"] = cfg["distill"] | {"teacher": teachers}
     return cfg
 

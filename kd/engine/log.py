@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from models.checkpoint_sources import local_path
 
+from ..distiller import teacher_entries
+
 if TYPE_CHECKING:
     from .board import Board
 
@@ -102,8 +104,7 @@ def _is_done(line: str, step: int, evaluated: bool) -> bool:
 
 def provenance(cfg: dict, device: torch.device) -> dict:
     """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
-    teachers = cfg["distill"]["teacher"] if cfg.get("distill") else []
-    paths = [teacher["checkpoint"] for teacher in (teachers if isinstance(teachers, list) else [teachers])]
+    paths = [teacher["checkpoint"] for teacher in teacher_entries(cfg)]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
         "commit": commit(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import DataError
 
+from ..distiller import teacher_entries
 from .settings import TrainConfig
 
 # Settings that change neither the weights nor the figures.
@@ -115,12 +116,10 @@ def setting(config: dict, teachers: dict[str, str] | None = None, distilled: boo
     for section, names in SILENT.items():
         for name in names:
             (config.get(section) or {}).pop(name, None)
-    distill = config.pop("distill", None)
-    if distilled and distill:
-        entries = distill["teacher"] if isinstance(distill["teacher"], list) else [distill["teacher"]]
-        for entry in entries:
-            entry["checkpoint"] = (teachers or {}).get(entry["checkpoint"], entry["checkpoint"])
-        config["distill"] = distill
+    if not distilled:
+        config.pop("distill", None)
+    for entry in teacher_entries(config):
+        entry["checkpoint"] = (teachers or {}).get(entry["checkpoint"], entry["checkpoint"])
     return json.dumps({key: value for key, value in config.items() if value not in ({}, None)}, sort_keys=True)
 
 

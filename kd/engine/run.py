@@ -80,9 +80,9 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
     model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
-    for teacher, entry in zip(model.teachers, teacher_entries(cfg["distill"])) if cfg.get("distill") else ():
+    for i, entry in enumerate(teacher_entries(cfg)):
         if entry.get("shard"):
-            shard(teacher, device)
+            shard(model.teachers[i], device)
     model = model.to(device, memory_format=memory_format(cfg))
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
@@ -103,7 +103,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
 
 def check_teachers_classes(cfg: dict, classes: list[str]) -> None:
     """Refuse teachers whose checkpoints have the data's classes in another order; those that say no names pass."""
-    for entry in teacher_entries(cfg["distill"]) if cfg.get("distill") else ():
+    for entry in teacher_entries(cfg):
         path = entry.get("checkpoint")
         if entry.get("class_map") is None and path is not None and ("://" in path or Path(path).is_file()):
             check_class_order(path, entry.get("part"), classes, "distill.teacher.class_map")

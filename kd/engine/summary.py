@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.transforms import padded_size
 from models import ConfigError, Detector, HeadOutputs, build_detector, without_pretraining
 
-from ..distiller import build_teacher
+from ..distiller import build_teacher, teacher_entries
 from .named import annotated_classes
 
 SHOWN = 1000  # modules of fewer parameters and operations are left out
@@ -221,9 +221,7 @@ def models_of(cfg: dict) -> dict[str, Detector]:
     student = build_detector(without_pretraining(model))
     if not cfg.get("distill"):
         return {"detector": student}
-    entries = cfg["distill"]["teacher"]
-    entries = entries if isinstance(entries, list) else [entries]
-    found = {"student": student}
+    found, entries = {"student": student}, teacher_entries(cfg)
     for i, entry in enumerate(entries):
         teacher = build_teacher(entry | {"checkpoint": None}, student.bbox_head.num_classes)
         found[f"teacher {i}" if len(entries) > 1 else "teacher"] = teacher.requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 
 from models import ConfigError
 
+from ..distiller import teacher_entries
 from .checkpoint import newest_checkpoint
 from .config import load_config
 from .lock import WorkDirError
@@ -105,21 +106,16 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
     return jobs
 
 
-def teachers_of(config: dict) -> list[dict]:
-    entries = config["distill"]["teacher"] if config.get("distill") else []
-    return entries if isinstance(entries, list) else [entries]
-
-
 def is_teacher(config: dict, teacher: Path) -> bool:
     """Whether a configuration's only teacher is of this configuration file."""
-    entries = teachers_of(config)
+    entries = teacher_entries(config)
     project = TRAIN.parents[1]  # from where such a file is looked up, too
     return len(entries) == 1 and bool(entries[0].get("cfg")) and teacher.resolve() in (
         Path(entries[0]["cfg"]).resolve(), (project / entries[0]["cfg"]).resolve())
 
 
 def check_teachers(config: dict, cfg: Path) -> None:
-    for entry in teachers_of(config):
+    for entry in teacher_entries(config):
         checkpoint = entry["checkpoint"]
         if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
