@@ -30,7 +30,7 @@ class Workload:
     warmup: int = 2
     profiled: int = 2          # training steps that shares are taken from
     amp: str | None = None     # in place of every configuration's train.amp, and of the yardstick's "none"
-    input_images: int = 16     # JPEG files that the input pipeline is timed on
+    input_images: int = 128    # JPEG files that the input pipeline is timed on
     eval_images: int = 500     # images with 100 detections each that the evaluation is timed on
 
 
