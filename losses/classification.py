@@ -23,12 +23,9 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
         weight: (...) or (..., C).
     """
     def entries(pred: Tensor, labels: Tensor) -> Tensor:
-        pred = at_least_float32(pred)
-        target = one_hot(labels, pred.shape[-1]).to(pred.dtype)
-        prob = pred.sigmoid()
-        miss = prob + target - 2 * prob * target  # 1 - p_t
-        focal = (target * (2 * alpha - 1) + (1 - alpha)) * modulate(miss, gamma)
-        return F.binary_cross_entropy_with_logits(pred, target, reduction="none") * focal
+        pred, positive = at_least_float32(pred), one_hot(labels, pred.shape[-1])
+        right = torch.where(positive, pred, -pred)  # the logit of p_t
+        return F.logsigmoid(right) * modulate((-right).sigmoid(), gamma) * torch.where(positive, -alpha, alpha - 1)
 
     return sliced_loss(entries, pred, (labels,), weight, reduction, avg_factor)
 
