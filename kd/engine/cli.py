@@ -28,11 +28,11 @@ class Incomplete(RuntimeError):
     """A command that was carried out but for what was told meanwhile."""
 
 
-def parser(description: str, example: str, device: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, example: str, device: bool = True, needs_cfg: bool = True) -> argparse.ArgumentParser:
     """An argument parser with --cfg, --device and overrides, whose help ends with an example."""
     result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--cfg", required=True, metavar="FILE", help="configuration, see configs/")
+    result.add_argument("--cfg", required=needs_cfg, metavar="FILE", help="configuration, see configs/")
     if device:
         result.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")

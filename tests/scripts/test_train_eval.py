@@ -192,16 +192,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch,
     learnt = [{k: v for k, v in each["model"].items() if "running" not in k and "batches" not in k}
               for each in (state, last)]
     assert_equal(*learnt)  # the step itself was skipped
-    assert run_script(monkeypatch, "train.py", "--cfg", path, "--replay", run / "replay.pth", "--device", "cpu") == 0
+    assert run_script(monkeypatch, "train.py", "--replay", run / "replay.pth", "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert f"images {images}: loss_cls" in printed and "outputs that are not finite, first ones first: " in printed
     assert "nan" in printed or "inf" in printed or "gradients that are not finite: backbone" in printed
 
 
 def test_replay_of_another_file(trained, monkeypatch, capsys):
-    path, work_dir, _ = trained
-    assert run_script(monkeypatch, "train.py", "--cfg", path, "--replay", work_dir / "last.pth") == 2
+    _, work_dir, _ = trained
+    assert run_script(monkeypatch, "train.py", "--replay", work_dir / "last.pth") == 2
     assert "is not a replay file" in capsys.readouterr().err
+
+
+def test_only_a_replay_needs_no_configuration(monkeypatch, capsys):
+    assert run_script(monkeypatch, "train.py", "--device", "cpu") == 2
+    assert "--cfg is required" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
