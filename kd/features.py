@@ -14,12 +14,12 @@ class FeaturePairs(nn.Module):
         levels: neck outputs, by number; all by default.
         student_modules, teacher_modules: names of modules whose outputs are compared in place of neck outputs, pair by
             pair, `neck.fpn_convs.0.conv` say; the teacher's are the student's when not given.
-        adapter_kernel: size of the convolutions, 1 or 3; None leaves the widths as they are.
+        adapter_kernel: size of the convolutions, 1 or 3.
     """
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[int] | None = None,
                  student_modules: Sequence[str] | None = None, teacher_modules: Sequence[str] | None = None,
-                 adapter_kernel: int | None = 1):
+                 adapter_kernel: int | None = 1):  # None: no convolutions, for a method that brings its own
         super().__init__()
         self.student_modules = tuple(student_modules or ())
         self.teacher_modules = tuple(teacher_modules or self.student_modules)
@@ -71,7 +71,7 @@ class FeaturePairs(nn.Module):
 
 
 def adapter(student_channels: int, teacher_channels: int, kernel: int | None) -> nn.Module:
-    """A convolution from one width to the other, or nothing where there is nothing to do."""
+    """A convolution from one width to the other; nothing where they are the same or `kernel` is None."""
     if kernel is None or student_channels == teacher_channels:
         return nn.Identity()
     return nn.Conv2d(student_channels, teacher_channels, kernel, padding=kernel // 2)

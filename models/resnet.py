@@ -97,7 +97,8 @@ class ResNet(nn.Module):
         groups: groups of a bottleneck's 3x3 convolutions.
         base_width: channels of each group in the first stage, doubled at each further one; when not given 4, and
             without groups `base_channels`.
-        weights: backbone weights to start from, see `models.weights.load_backbone_weights`.
+        weights: backbone weights to start from: a file, an https address, or a name such as
+            `torchvision://resnet50`, see `models.weights.load_backbone_weights`.
     """
 
     def __init__(self, depth: int, base_channels: int = 64, stem_channels: int | None = None, num_stages: int = 4,

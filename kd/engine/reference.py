@@ -107,9 +107,14 @@ def arguments(call: Callable, places: Places, choice: OneOf | None = None) -> st
         if any(is_given(leaf) for leaf in leaves(hint)) or (made and hint is Any):
             continue
         value = "derived" if made else show_default(default, call, name)
-        what = re.sub(r"(?<!\.)\.$", "", described.get(name, "")).replace("|", "\\|")
+        what = in_yaml(re.sub(r"(?<!\.)\.$", "", described.get(name, ""))).replace("|", "\\|")
         rows.append(f"| `{name}` | {type_name(hint, places)} | {value} | {what} |")
     return "\n".join(["| key | type | default | what |", "| --- | --- | --- | --- |", *rows]) if rows else "No keys."
+
+
+def in_yaml(text: str) -> str:
+    """A description of an argument with Python's constants as a configuration says them."""
+    return re.sub(r"\b(None|True|False)\b", lambda found: {"None": "null"}.get(found[0], found[0].lower()), text)
 
 
 def show_default(default: Any, call: Callable, name: str) -> str:

@@ -24,6 +24,7 @@ class FCOSHead(DenseHead):
         center_sampling: points learn a box only near its centre, within `center_sample_radius` strides.
         norm_on_bbox: distances are in strides and cut at zero; otherwise they are pixels, as the logits' exponential.
         centerness_on_reg: centerness is predicted by the regression tower.
+        dcn_on_last_conv: False only, as there are no deformable convolutions here.
         Others: see `DenseHead`.
     """
 

@@ -56,6 +56,7 @@ def test_every_key_of_the_configurations_is_there(path):
 
 def test_what_a_row_says():
     page = configuration_reference()
+    assert not re.search(r"\b(None|True|False)\b", page), "a configuration says null, true and false"
     assert "| `warmup` | one of `linear`, `constant` | `linear` | from that factor up to 1, or at" in page
     assert "| `milestones` | list of number | `[8, 11]` | epochs after which the rate is multiplied |" in page
     assert "| `checkpoint` | text or null | - | path or URL; null only where an untrained teacher is meant |" in page
