@@ -1,5 +1,5 @@
-"""What a detector's AP is lost to: classification, localisation, duplicates, background, missed objects; of two
-checkpoints side by side, where one is better than the other."""
+"""Show what a detector loses AP to: classification, localisation, duplicates, background, missed objects; and with two
+checkpoints, where one is better than the other."""
 import argparse
 from pathlib import Path
 
@@ -14,12 +14,13 @@ def main() -> None:
         epilog="example: python scripts/analyze.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                "--checkpoint runs/student_gfl_r18w16/last.pth --checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth")
     parser.add_argument("--cfg", required=True, action="append", metavar="FILE",
-                        help="configuration; given twice, the second checkpoint's own")
+                        help="configuration; give a second one if the second checkpoint needs its own")
     parser.add_argument("--checkpoint", required=True, action="append", metavar="PATH",
-                        help="weights, of any format, or their URL; given twice, two models side by side")
+                        help="file or URL of the weights, in any format; give two to compare them side by side")
     parser.add_argument("--score-thr", type=float, default=0.3,
-                        help="of the confusion matrix and of what counts as found; default: 0.3")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write analysis.md and analysis.json, too")
+                        help="least score in the confusion matrix and of what counts as found; default: 0.3")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="also write analysis.md and analysis.json into this folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the files'")
     args = parser.parse_intermixed_args()

@@ -1,4 +1,5 @@
-"""Time training steps beside torchvision's RetinaNet, inference, the parts of both, input pipeline and evaluation."""
+"""Time training steps beside those of torchvision's RetinaNet, inference, the parts of both, the input pipeline and
+the evaluation."""
 import argparse
 import json
 import sys
@@ -17,13 +18,16 @@ def main() -> None:
                         f"default: {', '.join(CONFIGS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
-                        help="of the images, in pixels; default: 320 416 on a CPU, 800 1333 on a GPU")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a step; default: 2 on a CPU, 8 on a GPU")
-    parser.add_argument("--boxes", type=int, default=Workload.boxes, metavar="K", help="boxes an image")
-    parser.add_argument("--rounds", type=int, default=Workload.rounds, metavar="R", help="whose medians are given")
+                        help="image size in pixels; default: 320 416 on a CPU, 800 1333 on a GPU")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per step; default: 2 on a CPU, 8 on a GPU")
+    parser.add_argument("--boxes", type=int, default=Workload.boxes, metavar="K",
+                        help="boxes per image; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=Workload.rounds, metavar="R",
+                        help="rounds that are timed; the medians are shown; default: %(default)s")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="in place of the configurations' train.amp")
     parser.add_argument("--eval-images", type=int, default=Workload.eval_images, metavar="N",
-                        help="images with 100 detections each that the evaluation is timed on, 5000 as in COCO")
+                        help="images with 100 detections each that the evaluation is timed on; COCO has 5000; "
+                             "default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
     args = parser.parse_intermixed_args()

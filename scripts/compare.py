@@ -1,4 +1,4 @@
-"""Runs in one table: AP over seeds, the gain over the student alone, the share of the gap to the teacher that is
+"""Show runs in one table: AP over seeds, the gain over the student alone, the share of the gap to the teacher that is
 closed, parameters, GFLOPs and speed."""
 import argparse
 import sys
@@ -13,10 +13,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python scripts/compare.py runs/* --out table.md --out table.csv")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work dirs of train.py; others are left out")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="work dirs of train.py; other paths are left out")
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="FILE",
-                        help="write the table, too: .md for markdown, .csv for CSV with AP as fractions")
-    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="where no run tells it: the teacher's AP")
+                        help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
+    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="the teacher's AP, if no run has it")
     args = parser.parse_args()
     runs, notes = read_runs(args.runs)
     notes += [f"{run.path} is left out: it has not been evaluated yet" for run in runs if not run.evaluations]

@@ -9,9 +9,9 @@ from kd.engine.demo import run_demo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      epilog="example: python scripts/demo.py --work-dir runs/demo")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/demo"), 
-                        help="where everything goes; an earlier demo there is replaced")
-    parser.add_argument("--images", type=int, default=400, help="scenes to train on")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/demo"),
+                        help="folder for everything; an earlier demo there is replaced; default: runs/demo")
+    parser.add_argument("--images", type=int, default=400, help="scenes to train on; default: 400")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
     args = parser.parse_args()

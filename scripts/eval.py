@@ -11,11 +11,11 @@ from kd.engine.evaluate import evaluate_checkpoint, format_figures
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/eval.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
     parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--curves", type=Path, metavar="FILE",
-                        help="write precision over recall of every class, as train.py's precision_recall.json")
+                        help="also write precision over recall of every class, as in train.py's precision_recall.json")
     args = parser.parse_intermixed_args()
     figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
                                   cli.choose_device(args.device), args.part, args.curves)

@@ -1,4 +1,5 @@
-"""Write a detector as ONNX or torch.export file, and check it against PyTorch. docs/run_onnx.py shows how to run it."""
+"""Write a detector as an ONNX or torch.export file and check it against PyTorch. docs/run_onnx.py shows how to run an
+ONNX file."""
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ from kd.engine.named import load_named
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/export.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx", device=False)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
     parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    parser.add_argument("--format", choices=("onnx", "pt2"), help="default: pt2 (torch.export) if --out ends so")
+    parser.add_argument("--format", choices=("onnx", "pt2"),
+                        help="default: pt2 (torch.export) if --out ends in .pt2, otherwise onnx")
     parser.add_argument("--nms", choices=("inside", "outside"), default="inside",
-                        help="suppress overlaps in the file, or leave that to the caller")
+                        help="do non-maximum suppression inside the file, or leave it to the caller; default: inside")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
-                        help="images to check on; default: the first two of data.val, and without data noise")
+                        help="images to check on; default: the first two of data.val, or noise if there are none")
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="names of the classes; default: the checkpoint's, or those of data.val")
     args = parser.parse_intermixed_args()

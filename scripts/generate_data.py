@@ -10,10 +10,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python scripts/generate_data.py --out datasets/scenes --train 400 --val 100")
-    parser.add_argument("--out", type=Path, default=Path("datasets/scenes"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=400, help="images to train on")
-    parser.add_argument("--val", type=int, default=100, help="images to evaluate on")
-    parser.add_argument("--size", type=int, nargs=2, default=(160, 160), metavar=("H", "W"), help="in pixels")
+    parser.add_argument("--out", type=Path, default=Path("datasets/scenes"),
+                        help="folder to write to; default: datasets/scenes")
+    parser.add_argument("--train", type=int, default=400, help="images to train on; default: 400")
+    parser.add_argument("--val", type=int, default=100, help="images to evaluate on; default: 100")
+    parser.add_argument("--size", type=int, nargs=2, default=(160, 160), metavar=("H", "W"),
+                        help="image size in pixels; default: 160 160")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     args = parser.parse_args()
     if min(args.size) < 32 or min(args.train, args.val) < 1:

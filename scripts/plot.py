@@ -1,5 +1,5 @@
-"""Draw runs: losses and AP over epochs, precision over recall of each class, and the gap to the teacher closed. Runs
-that differ only in seed are one line, their mean, in a band from the lowest to the highest."""
+"""Draw runs: losses and AP over epochs, precision over recall of each class, and the share of the gap to the teacher
+that is closed. Runs that differ only in seed become one line, their mean, in a band from the lowest to the highest."""
 import argparse
 import sys
 from pathlib import Path
@@ -15,9 +15,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 --out plots")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="work dirs of train.py, or metrics.jsonl files that were kept of them")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures, PNG")
-    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="where no run tells it: the teacher's AP")
+                        help="work dirs of train.py, or metrics.jsonl files from them")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
+    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="the teacher's AP, if no run has it")
     args = parser.parse_args()
     runs, notes = read_runs(args.runs)
     if notes:

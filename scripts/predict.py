@@ -1,4 +1,4 @@
-"""Draw what a detector finds in images and videos, and write it as COCO results."""
+"""Draw what a detector finds in images and videos, and write it as COCO-format results."""
 from pathlib import Path
 
 from data.files import find_files
@@ -11,15 +11,15 @@ from kd.engine.predict import Predictor, class_thresholds, predict_files
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/predict.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="weights, of any format, or their URL")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
     parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
-                        help="images, videos, folders (with all below them) or globs in quotes")
+                        help="images, videos, folders (searched with their subfolders) or quoted globs")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
     parser.add_argument("--score-thr", type=float, default=0.3, metavar="SCORE",
-                        help="least score that is shown and written; model.test.score_thr holds, too")
+                        help="least score that is shown and written, beside model.test.score_thr; default: 0.3")
     parser.add_argument("--class-thr", nargs="+", action="extend", default=[], metavar="NAME=SCORE",
-                        help="another one for some classes")
+                        help="another least score for some classes")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: data.batch_size")
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="names of the classes; default: the checkpoint's, or those of data.val")

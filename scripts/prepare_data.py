@@ -22,23 +22,25 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in FORMATS.items():
         command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
-        command.add_argument("--input", required=True, type=Path, metavar="PATH", help="folder that holds them")
+        command.add_argument("--input", required=True, type=Path, metavar="PATH",
+                             help="folder with the images and their labels")
         command.add_argument("--out", required=True, type=Path, metavar="DIR",
                              help="folder for NAME.json of each split, and data.yaml; images stay where they are")
         command.add_argument("--split", nargs="+", metavar="NAME=SHARE",
                              help="draw splits, as train=0.8 val=0.1 test=0.1; default: those that come with the data, "
                                   "otherwise train=0.8 val=0.2")
-        command.add_argument("--seed", type=int, default=0, help="of the draw")
-        command.add_argument("--workers", type=int, default=2, help="processes that decode the images")
+        command.add_argument("--seed", type=int, default=0, help="seed of that draw; default: 0")
+        command.add_argument("--workers", type=int, default=2, help="processes that decode the images; default: 2")
         command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
         if name == "yolo":
             command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name a line")
-    text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download goes on where it was"
+    text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download continues where it stopped"
     coco = commands.add_parser("coco", help=text, description=text, formatter_class=formatter)
     coco.add_argument("--out", type=Path, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
-    coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017))
-    coco.add_argument("--server", default=COCO_SERVER, metavar="URL", help="that the archives lie below")
-    coco.add_argument("--keep-archives", action="store_true", help="do not delete what is unpacked")
+    coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017),
+                      help="default: all")
+    coco.add_argument("--server", default=COCO_SERVER, metavar="URL", help="where the archives are")
+    coco.add_argument("--keep-archives", action="store_true", help="do not delete archives after unpacking")
     args = parser.parse_args()
     if args.command == "coco":
         print("\n".join(prepare_coco(args.out or find_data("coco"), args.parts, args.server, args.keep_archives)))

@@ -1,4 +1,4 @@
-"""What a configuration's models cost: parameters, operations and memory by module, and the levels of their heads."""
+"""Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
 from data import DataConfig
 from data.transforms import padded_size
 from kd.engine import cli
@@ -10,7 +10,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
                                  "model.head.num_classes=80", device=False)
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
-                        help="of the image, rounded up to multiples of 32; default: a landscape one that fills "
+                        help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)

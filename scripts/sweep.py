@@ -1,6 +1,6 @@
 """Train and evaluate configurations over seeds, one run after another or several at once, and compare them.
 
-What is finished is skipped and what was stopped is resumed, so that the same command goes on at any time."""
+Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
 import argparse
 from pathlib import Path
 
@@ -20,19 +20,19 @@ def main() -> None:
                "--cfg configs/bccd/crosskd_gfl_r18w16_r18w32.yaml --teacher configs/bccd/teacher_gfl_r18w32.yaml "
                "--seeds 0 1 2 --work-dir runs/bccd")
     parser.add_argument("--cfg", required=True, action="append", type=Path, metavar="FILE",
-                        help="configuration, as often as there are; one without `distill` is the student alone")
+                        help="configuration; repeat for each; one without `distill` is the student alone")
     parser.add_argument("--teacher", type=Path, metavar="FILE",
-                        help="configuration of the teacher, which is trained first, once; it takes the place of the "
-                             "checkpoint of each --cfg whose distill.teacher.cfg it is")
+                        help="configuration of the teacher, which is trained first, once; its checkpoint is then used "
+                             "by each --cfg whose distill.teacher.cfg is this file")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/sweep"),
                         help="where the runs and the table go; default: runs/sweep")
-    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="where no run tells it: the teacher's AP")
+    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="the teacher's AP, if no run has it")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per GPU, or one")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="settings that replace the files': those of distill only where there is one, and the "
-                             "teacher takes none but those of data")
+                        help="settings that replace the files'; those of distill are left out where there is no "
+                             "distill, and the teacher takes only those of data")
     args = parser.parse_intermixed_args()
     seeds = [word for word in args.seeds if "=" not in word]  # --seeds takes what follows it for seeds
     overrides = [*(word for word in args.seeds if "=" in word), *args.overrides]

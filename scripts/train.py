@@ -13,20 +13,20 @@ from kd.engine.train import train
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/train.py --cfg configs/bccd/student_gfl_r18w16.yaml train.epochs=3",
                         needs_cfg=False)
-    parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go; default: runs/ and --cfg's name")
+    parser.add_argument("--work-dir", type=Path,
+                        help="where checkpoints and logs go; default: runs/NAME for a --cfg of NAME.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
     parser.add_argument("--check", action="store_true",
                         help="show what would be trained and distilled, take two steps, write nothing, and exit")
     parser.add_argument("--replay", type=Path, metavar="FILE",
-                        help="repeat a step whose loss was not finite and show where it broke; of the other options only "
-                             "--device counts")
+                        help="repeat a step whose loss was not finite and show where it broke; needs no --cfg")
     args = parser.parse_intermixed_args()
     if args.replay:
         print(replay(args.replay, cli.choose_device(args.device)))
         return
     if args.cfg is None:
-        parser.error("--cfg is required, but for --replay")
+        parser.error("--cfg is required, except with --replay")
     cfg = load_config(args.cfg, args.overrides)
     if args.check:
         cli.say(check(cfg, cli.choose_device(args.device)))

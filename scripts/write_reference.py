@@ -1,4 +1,4 @@
-"""Write docs/configuration.md: every key of a configuration, out of the code."""
+"""Write docs/configuration.md, every key of a configuration, from the code."""
 import argparse
 from pathlib import Path
 

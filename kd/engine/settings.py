@@ -39,8 +39,8 @@ class EvalConfig:
 
     every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
     batch_size: int | None = None  # images per step; null is data.batch_size. The figures do not depend on it
-    class_map: list[int] | None = None  # eval.py: the detector's class for each of the data's; null: they are the same
-    tta: TTAConfig | None = None   # eval.py and predict.py: see there; null: one view
+    class_map: list[int] | None = None  # the detector's class for each of the data's; null: the same. Not for training
+    tta: TTAConfig | None = None   # augmentation in eval.py and predict.py; null: one view
 
     def __post_init__(self):
         if not isinstance(self.tta, TTAConfig):
