@@ -29,7 +29,7 @@ def fresh_store(env: Mapping[str, str]) -> dict:
     """A place to meet for processes that torchrun has restarted; nothing where PyTorch finds one by itself.
 
     torchrun keeps its store over restarts, and with it the addresses of the processes that are no more, which PyTorch
-    then may connect to (its issue 135712). The count of restarts is the same for all processes of one node only.
+    then may connect to (pytorch/pytorch#135712). The count of restarts is the same for all processes of one node only.
     """
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
         return {}
