@@ -7,7 +7,7 @@ from models import ConfigError
 
 @dataclass
 class MethodOptions:
-    """What every entry of `methods` may say beside its own arguments."""
+    """What every entry of `methods` may have beside its own arguments."""
 
     name: str | None = None     # tells its losses from another method's of the same kind
     weight: float = 1.0         # multiplies all its losses; with 0 they are only shown

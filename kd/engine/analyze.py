@@ -1,4 +1,4 @@
-"""Error analysis of one detector or two side by side: where does one lose AP, and where is the other better?"""
+"""Error analysis of one detector, or of two side by side: where each loses AP, and where one is better."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

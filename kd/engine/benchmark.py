@@ -1,4 +1,4 @@
-"""The benchmark: `run_benchmark` says what is timed, in order."""
+"""The benchmark: `run_benchmark` shows what is timed, in order."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TensorBoard: what metrics.jsonl gets, and pictures of detections beside the ground truth. Needs the extra `viz`."""
+"""TensorBoard: metrics.jsonl's figures, and pictures of detections beside the ground truth. Needs the extra `viz`."""
 from pathlib import Path
 from typing import TYPE_CHECKING
 

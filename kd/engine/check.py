@@ -1,4 +1,4 @@
-"""A look at a training run before it is started: what learns what from where, what it takes, and that it works."""
+"""A training run checked before it starts: what is distilled from where to where, what it costs, that it works."""
 import resource
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs in one table: figures over seeds, what they gain over the student alone, and what they cost."""
+"""Runs in one table: figures over seeds, gains over the student alone, and costs."""
 import json
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The little that the engine asks of torch.distributed. One process is the same code."""
+"""What little the engine needs of torch.distributed. A single process runs the same code."""
 import os
 import re
 import warnings

@@ -1,6 +1,6 @@
 """What a detector's AP is lost to: the error types of TIDE (Bolya et al., arXiv:2008.08115, section 2).
 
-An error's weight is what AP at IoU 0.5 would gain were all errors of its kind put right, one kind at a time.
+A kind of error costs what AP at IoU 0.5 would gain if all errors of this kind alone were corrected.
 """
 from dataclasses import dataclass
 

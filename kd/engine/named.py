@@ -1,4 +1,4 @@
-"""A detector with its weights and the names of its classes, where there need be no data to evaluate on."""
+"""A detector with its weights and class names, which needs no data to evaluate on."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What runs have left behind, read back: their figures, and which of them are the same but for the seed."""
+"""Runs read back from their work dirs: their figures, and which of them differ only in seed."""
 import copy
 import json
 import os

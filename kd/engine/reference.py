@@ -1,4 +1,4 @@
-"""The configuration reference: every key that a configuration may say, out of the signatures it is checked against."""
+"""The configuration reference: every key of a configuration, from the signatures that it is checked against."""
 import dataclasses
 import inspect
 import re
@@ -17,10 +17,10 @@ from .config import Config
 
 INTRODUCTION = f"""# Configuration reference
 
-Every key that a configuration may say, its type and its default. `python scripts/write_reference.py` writes this page
+Every key that a configuration may have, its type and its default. `python scripts/write_reference.py` writes this page
 from the signatures that configurations are checked against; the tests fail when it is out of date.
 
-A default of "-" means that the key must be given, "derived" that it follows from other parts unless it is said.
+A default of "-" means that the key must be given, "derived" that it follows from other parts unless it is given.
 {", ".join(f"`{short}`" for short in ALIASES)} are short for {", ".join(f"`{full}`" for full in ALIASES.values())}.
 """
 

@@ -1,4 +1,4 @@
-"""What teachers and student reach before the first step: a teacher that is no teacher shows here, not after days."""
+"""AP of teachers and student before the first step, so that a useless teacher is noticed now and not after days."""
 from dataclasses import replace
 
 import torch

@@ -1,4 +1,4 @@
-"""What a detector costs: parameters, operations and memory. Nothing is computed for it, so that it takes no time."""
+"""What a detector costs: parameters, operations and memory, from tensors without content, which takes no time."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
