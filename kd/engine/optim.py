@@ -22,7 +22,13 @@ def sgd(model: nn.Module, batch: int, lr: float = 0.01, momentum: float = 0.9, w
     """
     lr = scaled(lr, batch, base_batch_size)
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
-    return torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        # PyTorch makes these in the first step, from memory as it finds it, which stays there if that step is skipped.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),

@@ -56,3 +56,28 @@ def test_a_constant_warm_up_ends_at_once():
     schedule = ScheduleConfig(warmup_steps=5, warmup_factor=0.25, warmup="constant", milestones=[2], gamma=0.1)
     factors = [lr_factor(schedule, step, steps_per_epoch=3) for step in range(7)]
     assert factors == pytest.approx([0.25, 0.25, 0.25, 0.25, 1, 1, 0.1])
+
+
+@pytest.fixture
+def memory_of_nan():
+    """New memory holds NaN, where otherwise it holds what was there by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_first_step_that_overflows_leaves_nothing_behind(kind, memory_of_nan):
+    def weights(losses):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = build_optimizer({"type": kind, "lr": 0.1}, net, 4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in losses:
+            optimizer.zero_grad()
+            scaler.scale(factor * net(torch.ones(1, 4)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(weights([float("inf"), 1.0, 1.0]), weights([1.0, 1.0]))
