@@ -77,6 +77,18 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
     return optimizer
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over what an optimiser's `state_dict` gave, each tensor laid out in memory as its parameter is now.
+
+    Fused optimisers go through both in the order of memory, without a look at their strides.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 @dataclass
 class ScheduleConfig:
     """The `schedule` section: the learning rate as a factor of the optimiser's."""

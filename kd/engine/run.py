@@ -17,7 +17,7 @@ from .checkpoint import save_checkpoint
 from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
 from .named import check_class_order
-from .optim import ScheduleConfig, build_optimizer
+from .optim import ScheduleConfig, build_optimizer, load_optimizer
 from .settings import TrainConfig
 from .sharding import shard
 from .skipped import SkippedImages
@@ -144,11 +144,12 @@ def restore(run: Run, state: dict, path: Path) -> None:
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(run.optimizer, state["optimizer"])
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # of a run in fp16
+        run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
 
 

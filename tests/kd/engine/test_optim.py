@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd.engine.optim import ScheduleConfig, build_optimizer, lr_factor
+from kd.engine.optim import ScheduleConfig, build_optimizer, load_optimizer, lr_factor
 
 
 def model():
@@ -81,3 +81,23 @@ def test_a_first_step_that_overflows_leaves_nothing_behind(kind, memory_of_nan):
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
     assert torch.equal(weights([float("inf"), 1.0, 1.0]), weights([1.0, 1.0]))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_an_optimiser_goes_on_with_weights_in_another_memory_format(kind):
+    def weights(later):
+        torch.manual_seed(0)
+        net, images = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 8, 8)
+        state = None
+        for memory_format in (torch.contiguous_format, later):
+            optimizer = build_optimizer({"type": kind, "lr": 0.1}, net.to(memory_format=memory_format), 4)
+            if state is not None:
+                load_optimizer(optimizer, state)
+            for _ in range(2):
+                optimizer.zero_grad()
+                net(images).square().mean().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return net.weight.detach()
+
+    torch.testing.assert_close(weights(torch.channels_last), weights(torch.contiguous_format), rtol=1e-4, atol=1e-6)

@@ -145,6 +145,14 @@ def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
 
 
+def test_a_run_goes_on_in_fp16(scenes, tmp_path):
+    """Also one that was not begun so, whose checkpoint knows no loss scale."""
+    for epochs, amp, resume_from in ((1, "none", None), (2, "fp16", tmp_path / "last.pth")):
+        engine.train(config_with(config(scenes, epochs), train={"amp": amp}), tmp_path, CPU, resume_from)
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
+    assert last["step"] == 8 and last["loss_scale"] == 65536
+
+
 def train_in_a_process(log, *arguments):
     process = context.Process(target=script, args=(log, "train.py", *arguments))
     process.start()
