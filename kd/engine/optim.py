@@ -60,10 +60,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
         if not parameter.requires_grad:
             continue
         owner, _, kind = name.rpartition(".")
-        bias = kind == "bias" and not isinstance(model.get_submodule(owner), NORMS)
+        of_norm = isinstance(model.get_submodule(owner), NORMS)
+        bias = kind == "bias" and not of_norm
         rate, decay = (lr * bias_lr_mult, weight_decay * bias_decay_mult) if bias else (lr, weight_decay)
-        # Norm weights and biases are the parameters of less than two dimensions.
-        spared = not decay_norm_and_bias and parameter.dim() < 2
+        # A norm's may have more than one dimension, as FGD's LayerNorm; what else has less than two is a learned scale.
+        spared = not decay_norm_and_bias and (of_norm or parameter.dim() < 2)
         groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay}
             for (rate, decay), members in groups.items() if members]

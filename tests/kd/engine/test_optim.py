@@ -7,7 +7,7 @@ from kd.engine.optim import ScheduleConfig, build_optimizer, load_optimizer, lr_
 
 
 def model():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 1, 1]), nn.Conv2d(4, 2, 1))
     net[0].requires_grad_(False)
     return net
 
