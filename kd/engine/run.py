@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import build_dataset, build_loader, read_data_config
@@ -87,7 +87,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        distributed.synchronise_norms(model)
     if settings.compile:
         model.compile()
     optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world * settings.accumulate)
