@@ -8,13 +8,15 @@ import time
 import pytest
 import torch
 from processes import context
-from runs import config, config_with, model, script, write_config
+from runs import config, config_with, model, script, write_checkpoint, write_config
 
 from data import generate_scenes
+from kd.engine import distributed
 from kd.engine import train as engine
 from kd.engine.checkpoint import read_checkpoint, read_plain
 from kd.engine.evaluate import FIGURES, evaluate_checkpoint
 from kd.engine.log import TrainingError
+from kd.engine.replay import replay, save_replay
 from kd.engine.run import build_run
 
 CPU = torch.device("cpu")
@@ -143,6 +145,20 @@ def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
         assert lines[3]["loss"] is None and lines[-1]["loss_scale"] == lines[0]["loss_scale"] / 4
     assert lines[-1]["loss"] > 0
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
+
+
+def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
+    """MGD's masks differ from process to process."""
+    teacher = {"model": model(), "checkpoint": str(write_checkpoint(tmp_path / "teacher.pth", {"model": model()}))}
+    cfg = config(scenes, distill={"teacher": teacher, "methods": [{"type": "MGD", "alpha_mgd": 1.0}]})
+    run = build_run(cfg, tmp_path, CPU)
+    run.model.train()
+    batch = next(iter(run.train_loader))
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    save_replay(run, tmp_path / "replay1.pth", run.step, [batch])
+    losses, _ = engine.train_step(run, run.model, [batch])
+    monkeypatch.undo()
+    assert f" loss_mgd {losses['loss_mgd'].item():.4g}\n" in replay(tmp_path / "replay1.pth", CPU)
 
 
 def test_a_run_goes_on_in_fp16(scenes, tmp_path):
