@@ -161,6 +161,24 @@ def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
     assert f" loss_mgd {losses['loss_mgd'].item():.4g}\n" in replay(tmp_path / "replay1.pth", CPU)
 
 
+@pytest.mark.parametrize("clip", [None, 35])
+def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_checkpoint(scenes, tmp_path, monkeypatch, clip):
+    """At the last step of an epoch, from a loss that is finite."""
+    original = engine.to_device
+
+    def spoil(images, targets, run):
+        if run.step == 3:
+            bias = run.student.bbox_head.gfl_reg.bias
+            bias.register_hook(lambda grad: grad * float("nan"))
+        return original(images, targets, run)
+
+    monkeypatch.setattr(engine, "to_device", spoil)
+    with pytest.raises(TrainingError, match="the gradient, or a loss of another process, is not finite at step 4"):
+        engine.train(config_with(config(scenes), train={"grad_clip": clip, "checkpoint_every": 1}), tmp_path, CPU)
+    state = read_checkpoint(tmp_path / "last.pth")
+    assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_a_run_goes_on_in_fp16(scenes, tmp_path):
     """Also one that was not begun so, whose checkpoint knows no loss scale."""
     for epochs, amp, resume_from in ((1, "none", None), (2, "fp16", tmp_path / "last.pth")):
