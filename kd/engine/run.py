@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
@@ -13,6 +12,7 @@ from models.weights import CheckpointError
 
 from ..distiller import Distiller, build_distiller, teacher_entries
 from . import distributed
+from .average import WeightAverage
 from .checkpoint import save_checkpoint
 from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
@@ -39,7 +39,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader | None
     finite: FiniteWatch
-    average: AveragedModel | None  # moving average of the student's weights
+    average: WeightAverage | None  # moving average of the student's weights
     step: int = 0              # optimiser steps done
     saved: int = -1            # step of last.pth
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
@@ -97,7 +97,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)
     if settings.ema is not None:
-        run.average = AveragedModel(run.student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        run.average = WeightAverage(run.student, settings.ema)
     return run
 
 
@@ -120,7 +120,7 @@ def save(run: Run, name: str) -> None:
         "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg,
         "classes": run.train_loader.dataset.classes}
     if run.average is not None:
-        state |= {"training": run.student.state_dict(), "averaged": int(run.average.n_averaged)}
+        state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.settings.keep if name == "last.pth" and run.step != run.saved else 1
     save_checkpoint(run.work_dir / name, state, keep)
     if name == "last.pth":
@@ -140,7 +140,7 @@ def restore(run: Run, state: dict, path: Path) -> None:
         run.student.load_state_dict(state.get("training", state["model"]))
         if run.average is not None:
             run.average.module.load_state_dict(state["model"])
-            run.average.n_averaged.fill_(state.get("averaged", 0))
+            run.average.updates = state.get("averaged", 0)
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}

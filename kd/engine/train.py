@@ -170,7 +170,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     scaler.step(run.optimizer)
     scaler.update()
     if run.average is not None:
-        run.average.update_parameters(run.student)
+        run.average.update(run.student)
     run.step += 1
     return losses, norms
 
