@@ -28,6 +28,11 @@ class DataConfig:
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not
     group_by_aspect: bool = True  # training batches hold only landscape or only portrait images, which saves padding
 
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise DataError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
+
 
 def read_data_config(section: DataConfig | dict) -> DataConfig:
     """Turn the `data` section of a configuration into a DataConfig; one that is already passes through.

@@ -60,14 +60,21 @@ class FeaturePairs(nn.Module):
         else:
             pairs = [(student.features[level], teacher.features[level]) for level in self.levels]
         for (own, other), (name, other_name) in zip(pairs, self.places()):
-            if own.dim() != 4 or own.shape[-2:] != other.shape[-2:]:
-                raise ConfigError("distill.methods", f"{name} of the student is {tuple(own.shape)} and {other_name} of "
-                                                     f"the teacher {tuple(other.shape)}: maps of one size are needed")
+            if not (is_map(own) and is_map(other)) or own.shape[-2:] != other.shape[-2:]:
+                own, other = (tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                              for x in (own, other))
+                raise ConfigError("distill.methods", f"{name} of the student is {own} and {other_name} of the teacher "
+                                                     f"{other}: maps of one size are needed")
         return pairs
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
         """The pairs in the teacher's width: two maps (N, C_t, H, W) each."""
         return [(adapt(own), other) for adapt, (own, other) in zip(self.adapters, self.maps(student, teacher))]
+
+
+def is_map(x: object) -> bool:
+    """Whether a module's output is a map (N, C, H, W)."""
+    return isinstance(x, Tensor) and x.dim() == 4
 
 
 def adapter(student_channels: int, teacher_channels: int, kernel: int | None) -> nn.Module:

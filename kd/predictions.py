@@ -70,6 +70,6 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
         "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
-            outputs.centerness, target.centerness.detach().sigmoid(), assignment.positive,
+            outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,
             avg_factor=assignment.avg_factor)
     return found

@@ -25,7 +25,8 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
     def entries(pred: Tensor, labels: Tensor) -> Tensor:
         pred, positive = at_least_float32(pred), one_hot(labels, pred.shape[-1])
         right = torch.where(positive, pred, -pred)  # the logit of p_t
-        return F.logsigmoid(right) * modulate((-right).sigmoid(), gamma) * torch.where(positive, -alpha, alpha - 1)
+        balance = torch.where(positive, pred.new_full((), -alpha), alpha - 1)  # of two bare numbers it would be float32
+        return F.logsigmoid(right) * modulate((-right).sigmoid(), gamma) * balance
 
     return sliced_loss(entries, pred, (labels,), weight, reduction, avg_factor)
 

@@ -50,8 +50,12 @@ class DetectorPass:
         return self.detector.bbox_head
 
     def run_head(self, layer: int, cls_feats: Sequence[Tensor], reg_feats: Sequence[Tensor]) -> HeadOutputs:
-        """Predictions of this detector's head from other features, see `DenseHead.run_from`."""
-        with self.detector.autocast():
+        """Predictions of this detector's head from other features, see `DenseHead.run_from`.
+
+        Gradients may flow back through it. In this detector's own fp16 small ones would be lost, for only training in
+        fp16 scales the loss: the precision around it holds instead.
+        """
+        with nullcontext() if self.detector.precision == "fp16" else self.detector.autocast():
             return self.head.run_from(layer, cls_feats, reg_feats)
 
 

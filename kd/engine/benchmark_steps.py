@@ -109,9 +109,8 @@ def update(subject: Subject, total: Tensor) -> None:
     subject.optimizer.zero_grad(set_to_none=True)
     subject.scaler.scale(total).backward()
     subject.scaler.unscale_(subject.optimizer)
-    if subject.settings.grad_clip is not None:
-        trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
-        nn.utils.clip_grad_norm_(trained, subject.settings.grad_clip)
+    trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+    nn.utils.clip_grad_norm_(trained, subject.settings.grad_clip or float("inf"))
     subject.scaler.step(subject.optimizer)
     subject.scaler.update()
 

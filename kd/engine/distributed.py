@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.layers import FrozenBatchNorm
+
 
 def start_processes(device: torch.device) -> torch.device:
     """Join the processes that torchrun or Slurm's srun started, if one did, and return the device of this one."""
@@ -134,6 +136,14 @@ def data_parallel(model: nn.Module, device: torch.device, sometimes_unused: bool
         # Buffers are shared when they are needed, see `share_buffers`, in place of at every step.
         return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True,
                                        find_unused_parameters=sometimes_unused)
+
+
+def synchronise_norms(model: nn.Module) -> None:
+    """Put a `SyncBatchNorm` in the place of every batch norm within a module, but for those that never learn."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, FrozenBatchNorm):
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -22,7 +22,13 @@ def sgd(model: nn.Module, batch: int, lr: float = 0.01, momentum: float = 0.9, w
     """
     lr = scaled(lr, batch, base_batch_size)
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
-    return torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        # PyTorch makes these in the first step, from memory as it finds it, which stays there if that step is skipped.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
@@ -54,10 +60,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
         if not parameter.requires_grad:
             continue
         owner, _, kind = name.rpartition(".")
-        bias = kind == "bias" and not isinstance(model.get_submodule(owner), NORMS)
+        of_norm = isinstance(model.get_submodule(owner), NORMS)
+        bias = kind == "bias" and not of_norm
         rate, decay = (lr * bias_lr_mult, weight_decay * bias_decay_mult) if bias else (lr, weight_decay)
-        # Norm weights and biases are the parameters of less than two dimensions.
-        spared = not decay_norm_and_bias and parameter.dim() < 2
+        # A norm's may have more than one dimension, as FGD's LayerNorm; what else has less than two is a learned scale.
+        spared = not decay_norm_and_bias and (of_norm or parameter.dim() < 2)
         groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay}
             for (rate, decay), members in groups.items() if members]
@@ -69,6 +76,18 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over what an optimiser's `state_dict` gave, each tensor laid out in memory as its parameter is now.
+
+    Fused optimisers go through both in the order of memory, without a look at their strides.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @dataclass

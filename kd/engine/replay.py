@@ -8,6 +8,7 @@ from torch import Tensor
 from models import build_detector, without_pretraining
 
 from ..distiller import Distiller, build_distiller
+from . import distributed
 from .checkpoint import read_plain, write_whole
 from .evaluate import autocast
 from .settings import TrainConfig
@@ -22,7 +23,7 @@ def save_replay(run: "Run", path: Path, step: int, batches: list[tuple[Tensor, l
     """Write the batches of a step, and the weights that it began with."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
     write_whole(path, {"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,
-                       "batches": [(images.cpu(), targets) for images, targets in batches],
+                       "rank": distributed.rank(), "batches": [(images.cpu(), targets) for images, targets in batches],
                        "model": run.student.state_dict(), "methods": methods})
 
 
@@ -48,7 +49,7 @@ def replay(path: Path, device: torch.device) -> str:
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, output, name=name: note(broken, name, output))
     lines = [f"step {state['step'] + 1} of {path}"]
-    torch.manual_seed(hash((settings.seed, state["step"], 0)))
+    torch.manual_seed(hash((settings.seed, state["step"], state["rank"])))
     for images, targets in state["batches"]:
         ids = ", ".join(str(target.get("image_id", "?")) for target in targets)
         images = student.preprocess(images.to(device), targets)

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
@@ -13,11 +12,12 @@ from models.weights import CheckpointError
 
 from ..distiller import Distiller, build_distiller, teacher_entries
 from . import distributed
+from .average import WeightAverage
 from .checkpoint import save_checkpoint
 from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
 from .named import check_class_order
-from .optim import ScheduleConfig, build_optimizer
+from .optim import ScheduleConfig, build_optimizer, load_optimizer
 from .settings import TrainConfig
 from .sharding import shard
 from .skipped import SkippedImages
@@ -39,7 +39,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader | None
     finite: FiniteWatch
-    average: AveragedModel | None  # moving average of the student's weights
+    average: WeightAverage | None  # moving average of the student's weights
     step: int = 0              # optimiser steps done
     saved: int = -1            # step of last.pth
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
@@ -87,7 +87,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        distributed.synchronise_norms(model)
     if settings.compile:
         model.compile()
     optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world * settings.accumulate)
@@ -97,7 +97,7 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)
     if settings.ema is not None:
-        run.average = AveragedModel(run.student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        run.average = WeightAverage(run.student, settings.ema)
     return run
 
 
@@ -120,7 +120,7 @@ def save(run: Run, name: str) -> None:
         "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg,
         "classes": run.train_loader.dataset.classes}
     if run.average is not None:
-        state |= {"training": run.student.state_dict(), "averaged": int(run.average.n_averaged)}
+        state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.settings.keep if name == "last.pth" and run.step != run.saved else 1
     save_checkpoint(run.work_dir / name, state, keep)
     if name == "last.pth":
@@ -140,15 +140,16 @@ def restore(run: Run, state: dict, path: Path) -> None:
         run.student.load_state_dict(state.get("training", state["model"]))
         if run.average is not None:
             run.average.module.load_state_dict(state["model"])
-            run.average.n_averaged.fill_(state.get("averaged", 0))
+            run.average.updates = state.get("averaged", 0)
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(run.optimizer, state["optimizer"])
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # of a run in fp16
+        run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
 
 

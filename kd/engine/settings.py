@@ -2,6 +2,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from models import ConfigError
+
 
 @dataclass
 class TrainConfig:
@@ -23,6 +25,13 @@ class TrainConfig:
     grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never
     tensorboard: bool = False                       # write what metrics.jsonl gets for TensorBoard, too (extra viz)
     vis_period: int = 500                           # steps between TensorBoard's pictures of detections; 0: none
+
+    def __post_init__(self):
+        for name in ("accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}", f"must be at least 1, not {getattr(self, name)}")
+        if self.ema is not None and not 0 <= self.ema <= 1:
+            raise ConfigError("train.ema", f"must be from 0 to 1, not {self.ema}")
 
 
 @dataclass

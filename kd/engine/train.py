@@ -160,10 +160,8 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
 
     scaler.unscale_(run.optimizer)
-    broken = ~torch.isfinite(losses["loss"])
-    if settings.grad_clip is not None or scaler.is_enabled():
-        norm = nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip or float("inf"))
-        broken = broken | ~torch.isfinite(norm)
+    norm = nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip or float("inf"))
+    broken = ~(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
     if scaler.is_enabled():
         run.overflows += broken
         put_statistics_back(broken)
@@ -172,7 +170,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     scaler.step(run.optimizer)
     scaler.update()
     if run.average is not None:
-        run.average.update_parameters(run.student)
+        run.average.update(run.student)
     run.step += 1
     return losses, norms
 

@@ -266,6 +266,12 @@ def test_maps_of_other_size_are_refused():
         model.loss(*make_batch())
 
 
+def test_a_module_that_gives_several_maps_is_refused():
+    model = by_name(student_modules=["neck"])
+    with pytest.raises(ConfigError, match="neck of the student is a list and neck of the teacher a list: maps"):
+        model.loss(*make_batch())
+
+
 def test_a_module_that_is_never_called_is_refused():
     model = by_name(student_modules=["neck.fpn_convs"])
     with pytest.raises(ConfigError, match='"neck.fpn_convs" only holds other modules'):

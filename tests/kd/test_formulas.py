@@ -1,10 +1,11 @@
 """Methods without a reference file against their papers' equations, written out plainly in float64."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import make_batch, small_distiller, teacher_entry
+from small_models import make_batch, same_losses, small_distiller, teacher_entry
 
 HEADS = ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"]
 
@@ -185,3 +186,16 @@ def threshold(box, row, priors):
 def test_the_region_is_off_unless_asked_for():
     _, losses, _, _ = run({"type": "LD"})
     assert losses.keys() == {"loss_ld"}
+
+
+def test_predictions_in_half_precision_are_compared_in_float32():
+    """No loss rounds what it is given any further: the same from outputs that are promoted first."""
+    distiller = small_distiller({"type": "Mimic"}, head="ATSSHead", dtype=torch.float32)
+    student, (teacher,), _ = distiller.passes(*make_batch(dtype=torch.float32))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for seen in (student, teacher):
+            outputs = seen.outputs
+            seen.outputs = replace(outputs, cls=outputs.cls.to(dtype), centerness=outputs.centerness.to(dtype))
+        found.append(distiller.methods[0][0](student, teacher))
+    assert same_losses(*found)

@@ -1,4 +1,5 @@
 """Nothing in a training step waits for the GPU."""
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd import METHODS, build_distiller
+from kd.engine.average import WeightAverage
 
 ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD")
 CASES = [(method, head) for method in ON_ALL_HEADS for head in HEADS] + [("LD", "GFLHead"), ("DKD", "GFLHead")]
@@ -68,6 +70,17 @@ def test_losses_do_not_wait(method, head):
             found.clear()
             losses = distiller.loss(images, targets)
         assert all(value.device.type == "cuda" for value in losses.values())
+    assert not found
+
+
+def test_the_average_of_the_weights_does_not_wait(monkeypatch):
+    with pretended_gpu() as found:
+        student, other = (build_distiller(config("FGD", "GFLHead")).student for _ in range(2))
+        monkeypatch.setattr(copy, "deepcopy", lambda _: other)  # which a pretended tensor cannot bear
+        average = WeightAverage(student, 0.9)
+        found.clear()
+        for _ in range(2):
+            average.update(student)
     assert not found
 
 

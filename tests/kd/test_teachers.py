@@ -9,6 +9,7 @@ from small_models import (
     CLASSES,
     enliven,
     falls,
+    gradients,
     make_batch,
     small_config,
     small_detector,
@@ -140,6 +141,18 @@ def test_a_bf16_teacher_gives_nearly_the_same_losses():
     assert torch.equal(found["loss_cls"], exact["loss_cls"])
     assert found["loss_cls_kd"] != exact["loss_cls_kd"]
     torch.testing.assert_close(found["loss_cls_kd"], exact["loss_cls_kd"], rtol=0.05, atol=0)
+
+
+def test_an_fp16_teacher_loses_no_gradient_on_the_way_back():
+    """Of a size as many anchors make it, without a loss scale."""
+    found = []
+    for precision in ("fp32", "fp16"):
+        model = small_distiller(CROSSKD | {"weight": 1e-5}, teacher=teacher_entry() | {"precision": precision},
+                                dtype=torch.float32)
+        losses = model.loss(*make_batch(dtype=torch.float32))
+        of_method = {str(i): value for i, value in enumerate(sum(model.by_method(losses).values(), []))}
+        found.append(torch.cat([g.flatten() for g in gradients(model, of_method).values() if g is not None]))
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
 
 
 # --- the inheriting strategy ---

@@ -137,14 +137,16 @@ def test_a_teacher_gets_no_gradient(name):
     assert target.grad is None and pred.grad.any()
 
 
-def test_sigmoid_focal_loss_by_its_equation():
+@pytest.mark.parametrize("alpha", [0.25, 0.3])  # the latter is no binary fraction
+def test_sigmoid_focal_loss_by_its_equation(alpha):
     pred, labels = case("FocalLoss", dtype=torch.float64)
     expected = torch.zeros_like(pred)
     for i, label in enumerate(labels.tolist()):
         for k in range(K):
             p = torch.sigmoid(pred[i, k])
-            expected[i, k] = -0.25 * (1 - p) ** 2 * p.log() if k == label else -0.75 * p ** 2 * (1 - p).log()
-    torch.testing.assert_close(L.sigmoid_focal_loss(pred, labels, reduction="none"), expected)
+            expected[i, k] = -((alpha * (1 - p) ** 2 * p.log()) if k == label else (1 - alpha) * p ** 2 * (1 - p).log())
+    found = L.sigmoid_focal_loss(pred, labels, alpha=alpha, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_focal_loss_with_gamma_zero_is_weighted_cross_entropy():

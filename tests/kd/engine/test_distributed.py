@@ -263,6 +263,17 @@ def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
         build_run(cfg, tmp_path, CPU)
 
 
+def test_norms_that_never_learn_are_not_synchronised():
+    """They would begin to collect statistics."""
+    kinds = []
+    for norm in ("BN", "FrozenBN"):
+        backbone = small_detector(backbone={"norm_cfg": norm, "norm_eval": False}).backbone
+        distributed.synchronise_norms(backbone)
+        norms = [m for m in backbone.train().modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        kinds.append({(type(m).__name__, m.training) for m in norms})
+    assert kinds == [{("SyncBatchNorm", True)}, {("FrozenBatchNorm", False)}]
+
+
 def broken_on_one(cfg, work_dir):
     """What each process says of a batch that is not finite on the last one."""
     original = engine.to_device

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd.engine.optim import ScheduleConfig, build_optimizer, lr_factor
+from kd.engine.optim import ScheduleConfig, build_optimizer, load_optimizer, lr_factor
 
 
 def model():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 1, 1]), nn.Conv2d(4, 2, 1))
     net[0].requires_grad_(False)
     return net
 
@@ -56,3 +56,48 @@ def test_a_constant_warm_up_ends_at_once():
     schedule = ScheduleConfig(warmup_steps=5, warmup_factor=0.25, warmup="constant", milestones=[2], gamma=0.1)
     factors = [lr_factor(schedule, step, steps_per_epoch=3) for step in range(7)]
     assert factors == pytest.approx([0.25, 0.25, 0.25, 0.25, 1, 1, 0.1])
+
+
+@pytest.fixture
+def memory_of_nan():
+    """New memory holds NaN, where otherwise it holds what was there by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_first_step_that_overflows_leaves_nothing_behind(kind, memory_of_nan):
+    def weights(losses):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = build_optimizer({"type": kind, "lr": 0.1}, net, 4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in losses:
+            optimizer.zero_grad()
+            scaler.scale(factor * net(torch.ones(1, 4)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(weights([float("inf"), 1.0, 1.0]), weights([1.0, 1.0]))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_an_optimiser_goes_on_with_weights_in_another_memory_format(kind):
+    def weights(later):
+        torch.manual_seed(0)
+        net, images = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 8, 8)
+        state = None
+        for memory_format in (torch.contiguous_format, later):
+            optimizer = build_optimizer({"type": kind, "lr": 0.1}, net.to(memory_format=memory_format), 4)
+            if state is not None:
+                load_optimizer(optimizer, state)
+            for _ in range(2):
+                optimizer.zero_grad()
+                net(images).square().mean().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return net.weight.detach()
+
+    torch.testing.assert_close(weights(torch.channels_last), weights(torch.contiguous_format), rtol=1e-4, atol=1e-6)

@@ -8,13 +8,15 @@ import time
 import pytest
 import torch
 from processes import context
-from runs import config, config_with, model, script, write_config
+from runs import config, config_with, model, script, write_checkpoint, write_config
 
 from data import generate_scenes
+from kd.engine import distributed
 from kd.engine import train as engine
 from kd.engine.checkpoint import read_checkpoint, read_plain
 from kd.engine.evaluate import FIGURES, evaluate_checkpoint
 from kd.engine.log import TrainingError
+from kd.engine.replay import replay, save_replay
 from kd.engine.run import build_run
 
 CPU = torch.device("cpu")
@@ -143,6 +145,46 @@ def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
         assert lines[3]["loss"] is None and lines[-1]["loss_scale"] == lines[0]["loss_scale"] / 4
     assert lines[-1]["loss"] > 0
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
+
+
+def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
+    """MGD's masks differ from process to process."""
+    teacher = {"model": model(), "checkpoint": str(write_checkpoint(tmp_path / "teacher.pth", {"model": model()}))}
+    cfg = config(scenes, distill={"teacher": teacher, "methods": [{"type": "MGD", "alpha_mgd": 1.0}]})
+    run = build_run(cfg, tmp_path, CPU)
+    run.model.train()
+    batch = next(iter(run.train_loader))
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    save_replay(run, tmp_path / "replay1.pth", run.step, [batch])
+    losses, _ = engine.train_step(run, run.model, [batch])
+    monkeypatch.undo()
+    assert f" loss_mgd {losses['loss_mgd'].item():.4g}\n" in replay(tmp_path / "replay1.pth", CPU)
+
+
+@pytest.mark.parametrize("clip", [None, 35])
+def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_checkpoint(scenes, tmp_path, monkeypatch, clip):
+    """At the last step of an epoch, from a loss that is finite."""
+    original = engine.to_device
+
+    def spoil(images, targets, run):
+        if run.step == 3:
+            bias = run.student.bbox_head.gfl_reg.bias
+            bias.register_hook(lambda grad: grad * float("nan"))
+        return original(images, targets, run)
+
+    monkeypatch.setattr(engine, "to_device", spoil)
+    with pytest.raises(TrainingError, match="the gradient, or a loss of another process, is not finite at step 4"):
+        engine.train(config_with(config(scenes), train={"grad_clip": clip, "checkpoint_every": 1}), tmp_path, CPU)
+    state = read_checkpoint(tmp_path / "last.pth")
+    assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_run_goes_on_in_fp16(scenes, tmp_path):
+    """Also one that was not begun so, whose checkpoint knows no loss scale."""
+    for epochs, amp, resume_from in ((1, "none", None), (2, "fp16", tmp_path / "last.pth")):
+        engine.train(config_with(config(scenes, epochs), train={"amp": amp}), tmp_path, CPU, resume_from)
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
+    assert last["step"] == 8 and last["loss_scale"] == 65536
 
 
 def train_in_a_process(log, *arguments):

@@ -1,0 +1,31 @@
+"""The moving average of a detector's weights."""
+import copy
+
+import torch
+
+from models import Detector
+
+
+class WeightAverage:
+    """Exponential moving average of a detector's weights and statistics; the first update takes them as they are.
+
+    As PyTorch's `AveragedModel` with its EMA, but that one waits for the GPU at every update.
+
+    Args:
+        decay: what is kept of the average at an update.
+    """
+
+    def __init__(self, detector: Detector, decay: float):
+        self.module = copy.deepcopy(detector)  # the average
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, detector: Detector) -> None:
+        """Take in the weights that a step has led to."""
+        pairs = list(zip(self.module.state_dict().values(), detector.state_dict().values()))
+        own, other = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(own, other, 1 - self.decay if self.updates else 1.0)
+        for count, new in (pair for pair in pairs if not pair[0].is_floating_point()):
+            count.copy_(new)
+        self.updates += 1
