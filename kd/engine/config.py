@@ -12,7 +12,7 @@ from models import ConfigError, ModelConfig
 from models.build import OneOf, check_arguments, nearest
 
 from ..distiller import DistillConfig
-from .optim import OPTIMIZERS, ScheduleConfig
+from .optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
 from .settings import EvalConfig, TrainConfig
 
 
@@ -23,7 +23,8 @@ class Config:
     model: ModelConfig
     data: DataConfig | None = None
     distill: DistillConfig | None = None  # absent: plain training
-    optimizer: Annotated[dict, OneOf(OPTIMIZERS, "model", "batch", default="SGD")] = field(default_factory=dict)
+    optimizer: Annotated[dict, OneOf(OPTIMIZERS, "model", common=OptimizerOptions, default="SGD")] = field(
+        default_factory=dict)
     schedule: ScheduleConfig = field(default_factory=dict)
     train: TrainConfig = field(default_factory=dict)
     eval: EvalConfig = field(default_factory=dict)

@@ -6,21 +6,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.build import build
+from models.build import ConfigError, build, split_options
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def sgd(model: nn.Module, batch: int, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4,
-        nesterov: bool = False, decay_norm_and_bias: bool = True, bias_lr_mult: float = 1.0,
-        bias_decay_mult: float = 1.0, base_batch_size: int | None = None) -> torch.optim.Optimizer:
-    """SGD with momentum; the other arguments as in `parameter_groups`.
-
-    Args:
-        batch: images per step over all processes.
-        base_batch_size: the batch that `lr` is meant for; it is scaled linearly to the real one (arXiv:1706.02677).
-    """
-    lr = scaled(lr, batch, base_batch_size)
+def sgd(model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = False,
+        decay_norm_and_bias: bool = True, bias_lr_mult: float = 1.0,
+        bias_decay_mult: float = 1.0) -> torch.optim.Optimizer:
+    """SGD with momentum; the other arguments as in `parameter_groups`."""
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
     optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
     if momentum:
@@ -31,11 +25,9 @@ def sgd(model: nn.Module, batch: int, lr: float = 0.01, momentum: float = 0.9, w
     return optimizer
 
 
-def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999),
-          weight_decay: float = 0.05, decay_norm_and_bias: bool = True,
-          base_batch_size: int | None = None) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101); the other arguments as in `sgd`."""
-    lr = scaled(lr, batch, base_batch_size)
+def adamw(model: nn.Module, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.05,
+          decay_norm_and_bias: bool = True) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101); the other arguments as in `parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_norm_and_bias), lr, betas=tuple(betas),
                              fused=True)
 
@@ -43,8 +35,15 @@ def adamw(model: nn.Module, batch: int, lr: float = 1e-4, betas: tuple[float, fl
 OPTIMIZERS = {"SGD": sgd, "AdamW": adamw}
 
 
-def scaled(lr: float, batch: int, base_batch_size: int | None) -> float:
-    return lr if base_batch_size is None else lr * batch / base_batch_size
+@dataclass
+class OptimizerOptions:
+    """What every optimiser may say beside its own arguments."""
+
+    base_batch_size: int | None = None  # images a step that lr is meant for; it follows theirs (arXiv:1706.02677)
+
+    def __post_init__(self):
+        if self.base_batch_size is not None and self.base_batch_size < 1:
+            raise ConfigError("optimizer.base_batch_size", f"must be at least 1, not {self.base_batch_size}")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_norm_and_bias: bool = True,
@@ -71,10 +70,17 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
 
 
 def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Optimizer:
-    """The optimiser of an `optimizer` section for what `model` trains; each group remembers its `initial_lr`."""
-    optimizer = build({"type": "SGD"} | cfg, OPTIMIZERS, "optimizer", model=model, batch=batch)
+    """The optimiser of an `optimizer` section for what `model` trains; each group remembers its `initial_lr`.
+
+    Args:
+        batch: images per step over all processes.
+    """
+    options, own = split_options(cfg, OptimizerOptions)
+    base = OptimizerOptions(**options).base_batch_size
+    kind = {"type": cfg.get("type", "SGD")}
+    optimizer = build(kind | own, OPTIMIZERS, "optimizer", model=model)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["lr"] = group["initial_lr"] = group["lr"] if base is None else group["lr"] * batch / base
     return optimizer
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kd.engine.optim import ScheduleConfig, build_optimizer, load_optimizer, lr_factor
+from models import ConfigError
 
 
 def model():
@@ -36,6 +37,13 @@ def test_biases_can_have_their_own_rate_and_decay_and_those_of_norms_keep_the_pl
 def test_the_learning_rate_scales_with_the_batch_if_asked():
     assert build_optimizer({"lr": 0.01, "base_batch_size": 16}, model(), 4).param_groups[0]["lr"] == 0.0025
     assert build_optimizer({"lr": 0.01}, model(), 4).param_groups[0]["lr"] == 0.01
+
+
+def test_what_a_configuration_cannot_say():
+    with pytest.raises(ConfigError, match="optimizer.base_batch_size: must be at least 1, not 0"):
+        build_optimizer({"base_batch_size": 0}, model(), 4)
+    with pytest.raises(ConfigError, match="optimizer.batch: unknown key"):  # it follows from the data and the processes
+        build_optimizer({"batch": 4}, model(), 4)
 
 
 def test_adamw():
