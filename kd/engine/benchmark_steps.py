@@ -13,7 +13,7 @@ from models.postprocess import postprocess
 
 from ..distiller import Distiller, build_distiller, teacher_entries, union
 from .evaluate import autocast, memory_format
-from .optim import ScheduleConfig, build_optimizer, lr_factor
+from .optim import ScheduleConfig, build_optimizer, clip_gradients, lr_factor
 from .settings import TrainConfig
 from .timing import Call
 
@@ -109,8 +109,7 @@ def update(subject: Subject, total: Tensor) -> None:
     subject.optimizer.zero_grad(set_to_none=True)
     subject.scaler.scale(total).backward()
     subject.scaler.unscale_(subject.optimizer)
-    trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
-    nn.utils.clip_grad_norm_(trained, subject.settings.grad_clip or float("inf"))
+    clip_gradients(subject.model, subject.settings.grad_clip)
     subject.scaler.step(subject.optimizer)
     subject.scaler.update()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.build import ConfigError, build, split_options
 
@@ -94,6 +94,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         for name, value in own.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
+    """Scale a model's gradients down to the norm `limit` where theirs is larger, and return what it was, a scalar."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .finite import describe as describe_broken
 from .finite import keep_statistics
 from .lock import open_work_dir
 from .log import Meter, Metrics, TrainingError, open_log, provenance
-from .optim import lr_factor
+from .optim import clip_gradients, lr_factor
 from .replay import save_replay
 from .run import Run, build_run, describe, restore, save
 from .settings import EvalConfig
@@ -160,7 +160,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
 
     scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(trained(run.model), settings.grad_clip or float("inf"))
+    norm = clip_gradients(run.model, settings.grad_clip)
     broken = ~(torch.isfinite(losses["loss"]) & torch.isfinite(norm))
     if scaler.is_enabled():
         run.overflows += broken
@@ -220,7 +220,3 @@ def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log: Logger) -> dict:
         save(run, "best.pth")
     save(run, "last.pth")
     return figures
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
