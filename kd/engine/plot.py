@@ -1,4 +1,5 @@
-"""Curves of runs: losses and AP over epochs, precision over recall, and the gap closed. Needs the extra `viz`."""
+"""Curves of runs: losses and AP over epochs, precision over recall, AP over the length of training, and the gap closed.
+Needs the extra `viz`."""
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from models import ConfigError
 
 from .compare import Row
-from .records import RunRecord, group_runs
+from .records import RunRecord, group_runs, methods_of, setting
 from .tables import rounded
 
 COLUMNS = 3
@@ -46,7 +47,8 @@ def plot_runs(runs: Sequence[RunRecord], rows: Sequence[Row], out: Path) -> list
     """
     groups = group_runs(runs)
     pictures = {"losses": plot_losses(groups), "ap": plot_aps(groups),
-                "precision_recall": plot_precision_recall(groups), "gap_closed": plot_gap(rows)}
+                "precision_recall": plot_precision_recall(groups), "training_length": plot_lengths(groups),
+                "gap_closed": plot_gap(rows)}
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in pictures.items():
@@ -185,6 +187,38 @@ def precision_of(curves: dict, names: Sequence[str], iou: str) -> np.ndarray | N
     """(101,) mean precision of some classes, out of what `precision_recall` gave; None where they have no objects."""
     lines = [curves["precision"][name][iou] for name in names if curves["precision"].get(name, {}).get(iou)]
     return np.mean(lines, 0) if lines else None
+
+
+def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
+    """AP at the end over epochs of training, of settings that were trained in several lengths over the same seeds."""
+    settings: dict[str, dict[int, dict[int, RunRecord]]] = {}  # by epochs and seed
+    for runs in groups.values():
+        for run in runs:
+            if run.config is not None and run.finished and run.evaluations[-1]["AP"] is not None:
+                timeless = run.config | {"schedule": None, "train": run.config["train"] | {"epochs": None}}
+                lengths = settings.setdefault(setting(timeless, run.teachers), {})
+                lengths.setdefault(run.epochs, {}).setdefault(run.seed, run)
+    known = [lengths for lengths in settings.values() if len(lengths) > 1]
+    if not known:
+        return None
+    figure, (axis,) = matplotlib_figure(1, (7, 4.2))
+    for number, lengths in enumerate(known):
+        seeds = set.intersection(*map(set, lengths.values()))
+        curves = [(np.array(sorted(lengths)),
+                   np.array([100 * lengths[epochs][seed].evaluations[-1]["AP"] for epochs in sorted(lengths)]))
+                  for seed in sorted(seeds)]
+        first = next(iter(lengths[max(lengths)].values()))
+        if curves:
+            draw_group(axis, methods_of(first.config) or "student alone", curves, number, marker="o")
+    ticks = sorted({epochs for lengths in known for epochs in lengths})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.set(title="AP at the end of training", xlabel="epochs of training, the schedule scaled with them",
+             ylabel="AP, points")
+    axis.grid(alpha=0.3)
+    legend(figure, [axis])
+    return figure
 
 
 def plot_gap(rows: Sequence[Row]) -> Any | None:

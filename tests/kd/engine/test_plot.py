@@ -19,7 +19,9 @@ from kd.engine import plot  # noqa: E402
 def study(tmp_path):
     """A teacher, and over two seeds the student alone and with CrossKD."""
     folder = tmp_path / "runs"
-    write_run(folder / "teacher", [0.2, 0.5, 0.5], run_config(epochs=3), checkpoint=TEACHER)
+    larger = run_config(epochs=3)
+    larger["model"]["head"]["stacked_convs"] = 3
+    write_run(folder / "teacher", [0.2, 0.5, 0.5], larger, checkpoint=TEACHER)
     path = folder / "teacher" / "last.pth"
     for seed in (0, 1):
         write_run(folder / f"alone_seed{seed}", [0.1, 0.2 + 0.1 * seed], run_config(seed))
@@ -77,6 +79,20 @@ def test_precision_over_recall(study):
     drawn = lines(panels["disc"])
     assert list(drawn) == ["crosskd, IoU 0.50", "crosskd, IoU 0.75"]
     assert drawn["crosskd, IoU 0.50"].get_ydata()[0] == pytest.approx(0.95)  # between 1 and 0.9
+
+
+def test_ap_over_the_length_of_training(study, tmp_path):
+    assert plot.plot_lengths(plot.group_runs(read_runs(study)[0])) is None
+    for seed in (0, 1, 2):
+        write_run(tmp_path / "long" / f"alone_seed{seed}", [0.1, 0.2, 0.3, 0.4 + 0.1 * seed],
+                  run_config(seed, epochs=4))
+    write_run(tmp_path / "stopped" / "alone_seed0", [0.9], run_config(0, epochs=8))
+    figure = plot.plot_lengths(plot.group_runs(read_runs([*study, *sorted(tmp_path.glob("[ls]*/alone*"))])[0]))
+    axis, = figure.axes
+    drawn = lines(axis)
+    assert list(drawn) == ["student alone (2 seeds)"]  # the third was not trained in both lengths
+    assert drawn["student alone (2 seeds)"].get_xdata().tolist() == [2, 4]
+    assert drawn["student alone (2 seeds)"].get_ydata().tolist() == pytest.approx([25, 45])
 
 
 def test_gap_closed(study):
