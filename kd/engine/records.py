@@ -154,6 +154,8 @@ def group_name(runs: Sequence[RunRecord]) -> str:
 
 
 def methods_of(config: dict | None) -> str:
-    """The methods of a configuration, `CrossKD+FGD` say; empty for plain training."""
+    """The methods of a configuration, `CrossKD+FGD` say, and `init_student` where it is set; empty for plain training."""
     distill = (config or {}).get("distill")
-    return "+".join(entry["type"] for entry in distill["methods"]) if distill else ""
+    if not distill:
+        return ""
+    return "+".join([entry["type"] for entry in distill["methods"]] + ["init_student"] * distill.get("init_student", False))

@@ -163,8 +163,8 @@ def describe(run: Run) -> str:
              f"{size[0]} x {size[1]}"]
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
-            lines.append(f"teacher: {brief(teacher, size)}, "
-                         f"distilled by {', '.join(type(m).__name__ for m in methods)}")
+            names = ", ".join(type(method).__name__ for method in methods)
+            lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}")
     if data.num_dropped_boxes:
         lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
     if run.step:

@@ -44,6 +44,19 @@ def test_means_gain_and_gap(tmp_path):
     assert alone.gain is None and teacher.gain is None and crosskd.images_per_second == 20
 
 
+def test_what_inherits_only_is_not_alone(tmp_path):
+    paths = study(tmp_path)
+    path = tmp_path / "teacher" / "last.pth"
+    for name, methods in (("inherits", ()), ("also_fgd", ("FGD",))):
+        cfg = run_config(0)
+        cfg["distill"] = {"teacher": {"cfg": "teacher.yaml", "checkpoint": str(path)}, "init_student": True,
+                          "methods": [{"type": method} for method in methods]}
+        paths.append(write_run(tmp_path / name, [0.2, 0.35], cfg, {str(path): DIGEST}))
+    rows = rows_of(paths)
+    assert rows["inherits"].methods == "init_student" and rows["also_fgd"].methods == "FGD+init_student"
+    assert rows["inherits"].gain == pytest.approx(0.05) and rows["inherits"].gap_closed == pytest.approx(0.05 / 0.2)
+
+
 def test_a_gain_is_by_pairs_of_one_seed(tmp_path):
     paths = study(tmp_path)
     rows = rows_of([path for path in paths if path.name != "alone_seed1"])
