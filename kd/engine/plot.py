@@ -10,7 +10,7 @@ import numpy as np
 from models import ConfigError
 
 from .compare import Row
-from .records import RunRecord, group_runs, methods_of, setting
+from .records import RunRecord, group_name, group_runs, methods_of, setting
 from .tables import rounded
 
 COLUMNS = 3
@@ -67,9 +67,9 @@ def draw_group(axis: Any, label: str, curves: Sequence[Curve], number: int, mark
     if not common:
         return
     values = np.array([[y[np.round(x, 6) == place][0] for place in common] for x, y in curves])
-    color = f"C{number % 10}"
+    color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
     label = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
-    axis.plot(common, values.mean(0), color=color, label=label, marker=marker, linewidth=1.4, markersize=4,
+    axis.plot(common, values.mean(0), style, color=color, label=label, marker=marker, linewidth=1.4, markersize=4,
               clip_on=not marker)
     if len(curves) > 1:
         axis.fill_between(common, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
@@ -195,27 +195,28 @@ def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
     for runs in groups.values():
         for run in runs:
             if run.config is not None and run.finished and run.evaluations[-1]["AP"] is not None:
-                timeless = run.config | {"schedule": None, "train": run.config["train"] | {"epochs": None}}
+                timeless = run.config | {"schedule": None, "train": run.config.get("train", {}) | {"epochs": None}}
                 lengths = settings.setdefault(setting(timeless, run.teachers), {})
                 lengths.setdefault(run.epochs, {}).setdefault(run.seed, run)
     known = [lengths for lengths in settings.values() if len(lengths) > 1]
     if not known:
         return None
     figure, (axis,) = matplotlib_figure(1, (7, 4.2))
-    for number, lengths in enumerate(known):
-        seeds = set.intersection(*map(set, lengths.values()))
+    longest = [list(lengths[max(lengths)].values()) for lengths in known]
+    labels = [methods_of(runs[0].config) or "student alone" for runs in longest]
+    for number, (lengths, runs, label) in enumerate(zip(known, longest, labels)):
         curves = [(np.array(sorted(lengths)),
                    np.array([100 * lengths[epochs][seed].evaluations[-1]["AP"] for epochs in sorted(lengths)]))
-                  for seed in sorted(seeds)]
-        first = next(iter(lengths[max(lengths)].values()))
+                  for seed in sorted(set.intersection(*map(set, lengths.values())))]
         if curves:
-            draw_group(axis, methods_of(first.config) or "student alone", curves, number, marker="o")
+            label = label if labels.count(label) == 1 else group_name(runs)
+            draw_group(axis, label, curves, number, marker="o")
     ticks = sorted({epochs for lengths in known for epochs in lengths})
     axis.set_xscale("log")
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
-    axis.set(title="AP at the end of training", xlabel="epochs of training, the schedule scaled with them",
-             ylabel="AP, points")
+    axis.set(title="AP at the end of training", xlabel="epochs of training", ylabel="AP, points",
+             ylim=(0, 1.08 * axis.get_ylim()[1]))
     axis.grid(alpha=0.3)
     legend(figure, [axis])
     return figure
