@@ -1,6 +1,6 @@
 """Draw runs: losses and AP over epochs, precision over recall of each class, AP over the length of training where there
-are several, and the share of the gap to the teacher that is closed. Runs that differ only in seed become one line, their
-mean, in a band from the lowest to the highest."""
+are several, and the share of the gap to the teacher that is closed. Runs that differ only in seed become one line,
+their mean, in a band from the lowest to the highest."""
 import argparse
 import sys
 from pathlib import Path

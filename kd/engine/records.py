@@ -154,8 +154,9 @@ def group_name(runs: Sequence[RunRecord]) -> str:
 
 
 def methods_of(config: dict | None) -> str:
-    """The methods of a configuration, `CrossKD+FGD` say, and `init_student` where it is set; empty for plain training."""
+    """The methods of a configuration, `CrossKD+FGD` say, and `init_student` if it is set; empty for plain training."""
     distill = (config or {}).get("distill")
     if not distill:
         return ""
-    return "+".join([entry["type"] for entry in distill["methods"]] + ["init_student"] * distill.get("init_student", False))
+    inherits = ["init_student"] if distill.get("init_student") else []
+    return "+".join([*(entry["type"] for entry in distill["methods"]), *inherits])
