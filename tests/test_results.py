@@ -1,0 +1,88 @@
+"""RESULTS.md says what the records in results/ say."""
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from kd.engine.compare import Row, compare, over_seeds, with_deviation
+from kd.engine.records import read_runs
+from kd.engine.tables import points, rounded
+
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+RECORD = re.compile(r"\[[^]]+\]\((results/[^)]+)\)")
+
+
+def tables() -> Iterator[list[list[str]]]:
+    """The cells of every table, its header first."""
+    for block in re.findall(r"(?:^\|.*\|\n)+", RESULTS, re.M):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        yield [header, *rows]
+
+
+def with_records() -> list:
+    """(record, figures by column, the AP in the row named teacher) of every row that links to its record."""
+    found = []
+    for header, *rows in tables():
+        teacher = next((row for row in rows if row[0].strip("[").startswith("teacher")), None)
+        known = None if teacher is None else float(dict(zip(header, teacher))["AP"].split()[0])
+        for row in rows:
+            record = RECORD.fullmatch(row[0])
+            if record:
+                cells = dict(zip(header[1:], row[1:]))
+                found.append(pytest.param(record[1], cells, known, id=record[1].removeprefix("results/")))
+    return found
+
+
+@cache
+def rows_of(folder: Path, teacher: float | None) -> list[Row]:
+    """The table that compare.py makes of a folder."""
+    paths = sorted({metrics.parent for metrics in folder.rglob("metrics.jsonl")} | set(folder.glob("*.jsonl")))
+    return compare(read_runs(paths)[0], None if teacher is None else teacher / 100)
+
+
+def signed(row: Row) -> str:
+    return points(row.gain, signed=True) + ("" if row.interval is None else f" ± {100 * row.interval:.1f}")
+
+
+@pytest.mark.parametrize(("record", "cells", "teacher"), with_records())
+def test_a_row(record, cells, teacher):
+    place = ROOT / record
+    row = next(row for row in rows_of(place.parent, teacher)
+               if any(run.path == place or place in run.path.parents for run in row.runs))
+    classes = {name for run in row.runs for name in run.evaluations[-1].get("per_class", {})}
+    for column, shown in cells.items():
+        if not shown:
+            continue
+        if column in row.figures:
+            assert shown == with_deviation(*row.figures[column]), column
+        elif column in classes:
+            values = [run.evaluations[-1]["per_class"][column] for run in row.runs]
+            assert shown == with_deviation(*over_seeds(values)), column
+        elif column == "AP on val":
+            found = [json.loads((run.path / "val.json").read_text(encoding="utf-8"))["AP"] for run in row.runs]
+            assert shown == with_deviation(*over_seeds(found))
+        elif column == "gain":
+            assert shown == signed(row)
+        elif column == "of the gap closed":
+            assert shown == f"{rounded(100 * row.gap_closed):.0f}%"
+        elif column == "seeds":
+            assert shown == ", ".join(str(run.seed) for run in row.runs)
+        elif column == "epochs":
+            assert shown == str(row.runs[0].epochs)
+
+
+def test_every_record_is_linked_to():
+    missing = [folder for metrics in (ROOT / "results").rglob("*.jsonl")
+               if f"({(folder := record_of(metrics).relative_to(ROOT).as_posix())})" not in RESULTS]
+    assert not sorted(set(missing))
+
+
+def record_of(metrics: Path) -> Path:
+    """What a row links to: the folder of a run or of its seeds, or a lone file, of several seeds the first."""
+    if metrics.name != "metrics.jsonl":
+        return metrics.with_name(re.sub(r"_seed\d+$", "", metrics.stem) + ".jsonl")
+    return metrics.parent.parent if re.fullmatch(r"seed\d+", metrics.parent.name) else metrics.parent
