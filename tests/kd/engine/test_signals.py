@@ -7,7 +7,15 @@ from kd.engine import signals
 from kd.engine.signals import StopSignals
 
 
-def test_a_signal_and_its_echo_ask_and_a_later_one_ends_the_program(monkeypatch):
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_and_its_echo_ask_and_a_later_one_ends_the_program(interruptible, monkeypatch):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
         assert stop.asked == 0
