@@ -10,7 +10,7 @@ from runs import ROOT
 
 from kd.engine.compare import Row, compare, over_seeds, with_deviation
 from kd.engine.records import read_runs
-from kd.engine.tables import points, rounded
+from kd.engine.tables import percent
 
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 RECORD = re.compile(r"\[[^]]+\]\((results/[^)]+)\)")
@@ -44,10 +44,6 @@ def rows_of(folder: Path, teacher: float | None) -> list[Row]:
     return compare(read_runs(paths)[0], None if teacher is None else teacher / 100)
 
 
-def signed(row: Row) -> str:
-    return points(row.gain, signed=True) + ("" if row.interval is None else f" ± {100 * row.interval:.1f}")
-
-
 @pytest.mark.parametrize(("record", "cells", "teacher"), with_records())
 def test_a_row(record, cells, teacher):
     place = ROOT / record
@@ -66,9 +62,9 @@ def test_a_row(record, cells, teacher):
             found = [json.loads((run.path / "val.json").read_text(encoding="utf-8"))["AP"] for run in row.runs]
             assert shown == with_deviation(*over_seeds(found))
         elif column == "gain":
-            assert shown == signed(row)
+            assert shown == with_deviation(row.gain, row.interval, signed=True)
         elif column == "of the gap closed":
-            assert shown == f"{rounded(100 * row.gap_closed):.0f}%"
+            assert shown == percent(row.gap_closed)
         elif column == "seeds":
             assert shown == ", ".join(str(run.seed) for run in row.runs)
         elif column == "epochs":
@@ -76,9 +72,8 @@ def test_a_row(record, cells, teacher):
 
 
 def test_every_record_is_linked_to():
-    missing = [folder for metrics in (ROOT / "results").rglob("*.jsonl")
-               if f"({(folder := record_of(metrics).relative_to(ROOT).as_posix())})" not in RESULTS]
-    assert not sorted(set(missing))
+    records = {record_of(metrics).relative_to(ROOT).as_posix() for metrics in (ROOT / "results").rglob("*.jsonl")}
+    assert records and not [record for record in sorted(records) if f"({record})" not in RESULTS]
 
 
 def record_of(metrics: Path) -> Path:

@@ -17,7 +17,7 @@ from models import build_detector, without_pretraining
 from .log import file_hash
 from .records import RunRecord, group_runs, methods_of, read_run, setting
 from .summary import count_flops, count_parameters
-from .tables import csv_table, markdown_table, points, rounded, text_table
+from .tables import csv_table, markdown_table, percent, points, text_table
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CONFIDENCE = 0.95
@@ -155,8 +155,8 @@ def cost(model: str, scale: tuple[int, int]) -> tuple[int, int]:
     return count_parameters(detector), count_flops(detector, padded_size((min(scale), max(scale))))
 
 
-def with_deviation(value: float | None, deviation: float | None) -> str:
-    return points(value) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+def with_deviation(value: float | None, deviation: float | None, signed: bool = False) -> str:
+    return points(value, signed) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
 
 
 def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
@@ -164,8 +164,7 @@ def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
     header = ["run", "methods", "seeds", *FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "images/s"]
     cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
               *(with_deviation(*row.figures[name]) for name in FIGURES),
-              points(row.gain, signed=True) + ("" if row.interval is None else f" ± {100 * row.interval:.1f}"),
-              "-" if row.gap_closed is None else f"{rounded(100 * row.gap_closed):.0f}%",
+              with_deviation(row.gain, row.interval, signed=True), percent(row.gap_closed),
               "-" if row.parameters is None else f"{row.parameters / 1e6:.2f}",
               "-" if row.flops is None else f"{row.flops / 1e9:.2f}",
               "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"] for row in rows]

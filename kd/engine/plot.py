@@ -11,7 +11,7 @@ from models import ConfigError
 
 from .compare import Row
 from .records import RunRecord, group_name, group_runs, methods_of, setting
-from .tables import rounded
+from .tables import percent
 
 COLUMNS = 3
 MOST_CLASSES = 12  # beyond, precision-recall curves are of the mean and of the first classes
@@ -190,7 +190,10 @@ def precision_of(curves: dict, names: Sequence[str], iou: str) -> np.ndarray | N
 
 
 def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
-    """AP at the end over epochs of training, of settings that were trained in several lengths over the same seeds."""
+    """AP at the end over epochs of training, of settings that were trained in several lengths over the same seeds.
+
+    Their schedules may differ; of two runs of one length and seed the first counts.
+    """
     settings: dict[str, dict[int, dict[int, RunRecord]]] = {}  # by epochs and seed
     for runs in groups.values():
         for run in runs:
@@ -198,7 +201,8 @@ def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
                 timeless = run.config | {"schedule": None, "train": run.config.get("train", {}) | {"epochs": None}}
                 lengths = settings.setdefault(setting(timeless, run.teachers), {})
                 lengths.setdefault(run.epochs, {}).setdefault(run.seed, run)
-    known = [lengths for lengths in settings.values() if len(lengths) > 1]
+    known = [lengths for lengths in settings.values()
+             if len(lengths) > 1 and set.intersection(*map(set, lengths.values()))]
     if not known:
         return None
     figure, (axis,) = matplotlib_figure(1, (7, 4.2))
@@ -208,9 +212,7 @@ def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
         curves = [(np.array(sorted(lengths)),
                    np.array([100 * lengths[epochs][seed].evaluations[-1]["AP"] for epochs in sorted(lengths)]))
                   for seed in sorted(set.intersection(*map(set, lengths.values())))]
-        if curves:
-            label = label if labels.count(label) == 1 else group_name(runs)
-            draw_group(axis, label, curves, number, marker="o")
+        draw_group(axis, label if labels.count(label) == 1 else group_name(runs), curves, number, marker="o")
     ticks = sorted({epochs for lengths in known for epochs in lengths})
     axis.set_xscale("log")
     axis.set_xticks(ticks, map(str, ticks))
@@ -230,7 +232,7 @@ def plot_gap(rows: Sequence[Row]) -> Any | None:
     figure, (axis,) = matplotlib_figure(1, (8, 1 + 0.4 * len(known)))
     places, values = range(len(known)), [100 * row.gap_closed for row in known]
     bars = axis.barh(places, values, 0.6, color="C0", alpha=0.8)
-    axis.bar_label(bars, [f"{rounded(value):.0f}%" for value in values], padding=4)
+    axis.bar_label(bars, [percent(row.gap_closed) for row in known], padding=4)
     axis.set_yticks(list(places), [row.name for row in known])
     axis.set(xlabel="share of the gap between student alone and teacher that is closed, %")
     axis.margins(x=0.12)

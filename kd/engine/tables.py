@@ -36,6 +36,11 @@ def points(value: float | None, signed: bool = False) -> str:
     return "-" if value is None else f"{rounded(100 * value, 1):{'+' if signed else ''}.1f}"
 
 
+def percent(share: float | None) -> str:
+    """A fraction in whole percent; a dash for None."""
+    return "-" if share is None else f"{rounded(100 * share):.0f}%"
+
+
 def rounded(value: float, digits: int = 0) -> float:
     """Without a minus where nothing is left."""
     return round(value, digits) + 0.0
