@@ -11,7 +11,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data"]),
+    packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data", "data.*"]),
     package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")},
     install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={

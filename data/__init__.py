@@ -6,7 +6,7 @@ from data.errors import DataError, UnreadableImage
 from data.loader import build_dataset, build_loader, collate
 from data.paths import find_data
 from data.samplers import EvalBatchSampler, TrainBatchSampler
-from data.scenes import generate_scenes
+from data.sources.scenes import generate_scenes
 
 __all__ = [
     "CocoDataset",

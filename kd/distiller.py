@@ -19,17 +19,17 @@ from models import (
 from models.build import OneOf, build, check_arguments, split_options
 from models.weights import CheckpointError, load_weights, print_once, summary
 
-from .crosskd import CrossKD
-from .cwd import CWD
-from .fgd import FGD
-from .fitnet import FitNet
-from .ld import LD
-from .logits import DKD, KD
-from .method import Method
-from .mgd import MGD
-from .mimic import Mimic
-from .pkd import PKD
-from .schedule import MethodOptions
+from .methods.base.method import Method
+from .methods.base.options import MethodOptions
+from .methods.crosskd import CrossKD
+from .methods.cwd import CWD
+from .methods.fgd import FGD
+from .methods.fitnet import FitNet
+from .methods.ld import LD
+from .methods.logits import DKD, KD
+from .methods.mgd import MGD
+from .methods.mimic import Mimic
+from .methods.pkd import PKD
 
 METHODS = {method.__name__: method for method in (CrossKD, Mimic, LD, KD, DKD, FGD, PKD, MGD, CWD, FitNet)}
 
@@ -317,7 +317,7 @@ def load_teacher(teacher: Detector, entry: dict) -> None:
 
 def teacher_model(path: str) -> dict:
     """The `model` section of a teacher's configuration file, looked up from here and from the project's folder."""
-    from .engine.config import load_config  # which checks `distill` sections against this module
+    from .config.load import load_config  # which checks `distill` sections against this module
     project = Path(__file__).resolve().parents[1]
     try:
         return load_config(path if Path(path).exists() else project / path)["model"]

@@ -1,11 +1,11 @@
 """Losses: functions with `weight`, `reduction` and `avg_factor`, and small modules that carry their settings."""
 from .classification import (
-                             CrossEntropyLoss,
-                             FocalLoss,
-                             QualityFocalLoss,
-                             binary_cross_entropy,
-                             quality_focal_loss,
-                             sigmoid_focal_loss,
+    CrossEntropyLoss,
+    FocalLoss,
+    QualityFocalLoss,
+    binary_cross_entropy,
+    quality_focal_loss,
+    sigmoid_focal_loss,
 )
 from .distill import (
     KDQualityFocalLoss,

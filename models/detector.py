@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from .backbones.resnet import ResNet
+from .backbones.torchvision import TorchvisionBackbone
 from .build import ConfigError, OneOf, build, check_arguments
 from .fpn import FPN
 from .heads import HEADS, DenseHead, HeadOutputs
 from .postprocess import TestConfig, postprocess
 from .preprocess import Preprocess
-from .resnet import ResNet
 from .targets import Assignment
-from .torchvision_backbone import TorchvisionBackbone
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet,  # a ResNeXt is a ResNet with groups
              "TorchvisionBackbone": TorchvisionBackbone}

@@ -17,10 +17,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_formats import Checkpoint, Weights, parse_checkpoint
-from .checkpoint_reader import read_checkpoint
-from .checkpoint_sources import local_path
-from .checkpoint_unpickler import CheckpointError, one_line
+from .checkpoints.formats import Checkpoint, Weights, parse_checkpoint
+from .checkpoints.reader import read_checkpoint
+from .checkpoints.sources import local_path
+from .checkpoints.unpickler import CheckpointError, one_line
 
 __all__ = [
     "CheckpointError",

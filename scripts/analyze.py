@@ -3,9 +3,9 @@ checkpoints, where one is better than the other."""
 import argparse
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.analyze import analyze, format_tables, save_analysis
-from kd.engine.config import load_config
+from kd.config.load import load_config
+from kd.evaluation.analyze import analyze, format_tables, save_analysis
+from kd.terminal import cli
 
 
 def main() -> None:

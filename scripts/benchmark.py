@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.benchmark import CONFIGS, SIZES, format_report, run_benchmark
-from kd.engine.benchmark_steps import Workload
+from kd.benchmark.run import CONFIGS, SIZES, format_report, run_benchmark
+from kd.benchmark.steps import Workload
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 import argparse
 
 from data.check import check_data, format_check
-from kd.engine import cli
-from kd.engine.config import load_config
+from kd.config.load import load_config
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.compare import compare, explain, format_rows, save_rows
-from kd.engine.records import read_runs
+from kd.experiments.compare import compare, explain, format_rows, save_rows
+from kd.terminal import cli
+from kd.work_dir.records import read_runs
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Convert a checkpoint of any format to mmdet's or torchvision's, or an FGD checkpoint to its student."""
 import argparse
 
-from kd.engine import cli
-from models.checkpoint_convert import CONVERSIONS, convert_checkpoint
+from kd.terminal import cli
+from models.checkpoints.convert import CONVERSIONS, convert_checkpoint
 
 
 def main() -> None:

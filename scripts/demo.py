@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.demo import run_demo
+from kd.experiments.demo import run_demo
+from kd.terminal import cli
 
 
 def main() -> None:

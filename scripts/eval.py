@@ -2,10 +2,10 @@
 import json
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.config import load_config
-from kd.engine.distributed import rank
-from kd.engine.evaluate import evaluate_checkpoint, format_figures
+from kd.config.load import load_config
+from kd.evaluation.evaluate import evaluate_checkpoint, format_figures
+from kd.processes.distributed import rank
+from kd.terminal import cli
 
 
 def main() -> None:

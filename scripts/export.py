@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from kd.engine import cli
-from kd.engine.config import load_config
-from kd.engine.export import check_samples, export, recipe
-from kd.engine.named import load_named
+from kd.config.load import load_config
+from kd.inference.export import check_samples, export, recipe
+from kd.inference.named import load_named
+from kd.terminal import cli
 
 
 def main() -> None:

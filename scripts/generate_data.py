@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from data import generate_scenes
-from kd.engine import cli
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.compare import compare
-from kd.engine.plot import plot_runs
-from kd.engine.records import read_runs
+from kd.experiments.compare import compare
+from kd.experiments.plot import plot_runs
+from kd.terminal import cli
+from kd.work_dir.records import read_runs
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """Draw what a detector finds in images and videos, and write it as COCO-format results."""
 from pathlib import Path
 
-from data.files import find_files
-from kd.engine import cli
-from kd.engine.config import load_config
-from kd.engine.named import load_named
-from kd.engine.predict import Predictor, class_thresholds, predict_files
+from data.inputs.files import find_files
+from kd.config.load import load_config
+from kd.inference.named import load_named
+from kd.inference.predict import Predictor, class_thresholds, predict_files
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from data import DataError, find_data
 from data.check import format_check
-from data.download import COCO_2017, COCO_SERVER, prepare_coco
-from data.formats import read_labelled
-from data.prepare import prepare
-from kd.engine import cli
+from data.sources.download import COCO_2017, COCO_SERVER, prepare_coco
+from data.sources.formats import read_labelled
+from data.sources.prepare import prepare
+from kd.terminal import cli
 
 FORMATS = {"voc": "Pascal VOC: Annotations/*.xml and JPEGImages/, or XML files beside their images",
            "yolo": "YOLO: images/ and labels/*.txt, and the classes' names in a YAML file or classes.txt",

@@ -1,9 +1,9 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
 from data import DataConfig
 from data.transforms import padded_size
-from kd.engine import cli
-from kd.engine.config import load_config
-from kd.engine.summary import format_summaries, models_of, summarize, typical_size
+from kd.config.load import load_config
+from kd.evaluation.summary import format_summaries, models_of, summarize, typical_size
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from kd.engine import cli
-from kd.engine.compare import compare, explain, format_rows, save_rows
-from kd.engine.log import TrainingError
-from kd.engine.records import read_runs
-from kd.engine.sweep import plan, run_jobs
+from kd.experiments.compare import compare, explain, format_rows, save_rows
+from kd.experiments.sweep import plan, run_jobs
+from kd.terminal import cli
+from kd.work_dir.log import TrainingError
+from kd.work_dir.records import read_runs
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """Train a detector, alone or distilled from a teacher."""
 from pathlib import Path
 
-from kd.engine import cli
+from kd.config.load import load_config
 from kd.engine.check import check
-from kd.engine.checkpoint import newest_checkpoint
-from kd.engine.config import load_config
-from kd.engine.distributed import restarted
 from kd.engine.replay import replay
 from kd.engine.train import train
+from kd.processes.distributed import restarted
+from kd.terminal import cli
+from kd.work_dir.checkpoint import newest_checkpoint
 
 
 def main() -> None:

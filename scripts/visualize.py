@@ -3,9 +3,9 @@ level and, with FGD among the methods, its attention and foreground mask. One PN
 import sys
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.config import load_config
-from kd.engine.visualize import visualize
+from kd.config.load import load_config
+from kd.evaluation.visualize import visualize
+from kd.terminal import cli
 
 
 def main() -> None:

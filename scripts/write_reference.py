@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
-from kd.engine import cli
-from kd.engine.reference import configuration_reference
+from kd.config.reference import configuration_reference
+from kd.terminal import cli
 
 
 def main() -> None:

@@ -48,9 +48,9 @@ def make_workspace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text, encoding="utf-8")
-    monkeypatch.setattr("kd.engine.sweep.start", lambda job, slot, at_once, device: RunHere(job.command(device),
+    monkeypatch.setattr("kd.experiments.sweep.start", lambda job, slot, at_once, device: RunHere(job.command(device),
                                                                                             monkeypatch))
-    monkeypatch.setattr("data.download.prepare_coco", download_nothing)
+    monkeypatch.setattr("data.sources.download.prepare_coco", download_nothing)
     scenes = generate_scenes(folder / "generated", train=8, val=4, size=(64, 96))
     write_coco(scenes, folder / "datasets" / "coco")
     write_voc(scenes, folder / "datasets" / "BCCD_Dataset" / "BCCD")

@@ -9,7 +9,7 @@ import torch
 import yaml
 from small_models import enliven
 
-from data.scenes import CLASSES
+from data.sources.scenes import CLASSES
 from models import build_detector
 
 ROOT = Path(__file__).resolve().parents[1]

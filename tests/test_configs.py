@@ -7,7 +7,7 @@ from runs import ROOT
 from small_models import make_batch
 
 from kd import METHODS, build_distiller
-from kd.engine.config import load_config
+from kd.config.load import load_config
 from models import build_detector, without_pretraining
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "_base_")

@@ -12,7 +12,7 @@ import kd.distiller
 import kd.engine.train
 from data import generate_scenes
 from data.annotations import read_annotations
-from kd.engine.config import load_config, parse_yaml
+from kd.config.load import load_config, parse_yaml
 from models import build_detector
 from models.detector import BACKBONES, HEADS
 
@@ -163,7 +163,7 @@ def test_commands_name_what_there_is(page):
     assert lines
     for line in lines:
         words = shlex.split(line)
-        source = (ROOT / words[1]).read_text(encoding="utf-8") + (ROOT / "kd/engine/cli.py").read_text(encoding="utf-8")
+        source = "".join((ROOT / path).read_text(encoding="utf-8") for path in (words[1], "kd/terminal/cli.py"))
         assert all(f'"{word}"' in source for word in words if word.startswith("--")), line
         for i, word in enumerate(words):
             if word == "--cfg" and words[i + 1] != "configs/bccd/cosine.yaml":

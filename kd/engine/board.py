@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from data import build_dataset
 from models import ConfigError
 
-from . import distributed
-from .draw import beside_truth
-from .evaluate import autocast
+from ..evaluation.evaluate import autocast
+from ..inference.draw import beside_truth
+from ..processes import distributed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

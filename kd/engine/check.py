@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .evaluate import autocast
+from ..evaluation.evaluate import autocast
+from ..processes import distributed
 from .run import Run, build_run, describe
 from .start import starting_points
 from .train import train_step

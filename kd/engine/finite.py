@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed
-from .log import TrainingError
+from ..processes import distributed
+from ..work_dir.log import TrainingError
 
 
 class FiniteWatch:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from models import build_detector, without_pretraining
 
+from ..config.sections import TrainConfig
 from ..distiller import Distiller, build_distiller
-from . import distributed
-from .checkpoint import read_plain, write_whole
-from .evaluate import autocast
-from .settings import TrainConfig
+from ..evaluation.evaluate import autocast
+from ..processes import distributed
+from ..work_dir.checkpoint import read_plain, write_whole
 
 if TYPE_CHECKING:
     from .run import Run

@@ -10,18 +10,18 @@ from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
 from models.weights import CheckpointError
 
+from ..config.sections import TrainConfig
 from ..distiller import Distiller, build_distiller, teacher_entries
-from . import distributed
+from ..evaluation.evaluate import eval_loader, memory_format, with_classes
+from ..evaluation.summary import brief, typical_size
+from ..inference.named import check_class_order
+from ..optim import ScheduleConfig, build_optimizer, load_optimizer
+from ..processes import distributed
+from ..processes.sharding import shard
+from ..work_dir.checkpoint import save_checkpoint
 from .average import WeightAverage
-from .checkpoint import save_checkpoint
-from .evaluate import eval_loader, memory_format, with_classes
 from .finite import FiniteWatch
-from .named import check_class_order
-from .optim import ScheduleConfig, build_optimizer, load_optimizer
-from .settings import TrainConfig
-from .sharding import shard
 from .skipped import SkippedImages
-from .summary import brief, typical_size
 
 
 @dataclass

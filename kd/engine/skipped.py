@@ -1,7 +1,7 @@
 """What data.skip_unreadable leaves out of a run."""
 import logging
 
-from . import distributed
+from ..processes import distributed
 
 
 class SkippedImages:

@@ -7,7 +7,7 @@ from data import build_dataset, read_data_config
 from models import Detector
 
 from ..distiller import Distiller
-from .evaluate import eval_loader, evaluate
+from ..evaluation.evaluate import eval_loader, evaluate
 
 SUSPICIOUS = 0.01  # an AP below this is no teacher's
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import distributed
+from ..config.sections import EvalConfig
+from ..evaluation.evaluate import autocast, evaluate, format_figures
+from ..optim import clip_gradients, lr_factor
+from ..processes import distributed
+from ..processes.signals import Stopped, StopSignals
+from ..work_dir.checkpoint import read_checkpoint
+from ..work_dir.lock import open_work_dir
+from ..work_dir.log import Meter, Metrics, TrainingError, open_log, provenance
 from .board import open_board
-from .checkpoint import read_checkpoint
-from .evaluate import autocast, evaluate, format_figures
 from .finite import describe as describe_broken
 from .finite import keep_statistics
-from .lock import open_work_dir
-from .log import Meter, Metrics, TrainingError, open_log, provenance
-from .optim import clip_gradients, lr_factor
 from .replay import save_replay
 from .run import Run, build_run, describe, restore, save
-from .settings import EvalConfig
-from .signals import Stopped, StopSignals
 from .start import starting_points
 
 SMALLEST_SCALE = 2.0 ** -20  # of the loss in fp16

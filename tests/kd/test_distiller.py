@@ -7,7 +7,7 @@ from small_models import falls, gradients, make_batch, same_losses, small_config
 from small_models import small_distiller as make
 
 from kd import METHODS, Method, build_distiller
-from kd.crosskd import CrossKD, align_scale
+from kd.methods.crosskd import CrossKD, align_scale
 from models import ConfigError, Preprocess, build_detector
 
 CROSSKD, FGD = {"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"}

@@ -18,9 +18,9 @@ from small_models import (
 )
 
 from kd import build_distiller
-from kd.engine.config import load_config
+from kd.config.load import load_config
 from models import ConfigError, build_detector, without_pretraining
-from models.checkpoint_convert import convert_checkpoint
+from models.checkpoints.convert import convert_checkpoint
 
 CROSSKD = {"type": "CrossKD", "reused_teacher_head_idx": 1}
 

@@ -8,9 +8,9 @@ from golden_cases import load, under
 from runs import ROOT
 
 from data import collate
-from kd.engine.config import load_config
+from kd.config.load import load_config
 from models import build_detector, without_pretraining
-from models.checkpoint_formats import parse_checkpoint
+from models.checkpoints.formats import parse_checkpoint
 from models.weights import load_weights
 
 GIOU = {"loss_bbox": {"type": "GIoULoss", "eps": 1e-7}, "reg_decoded_bbox": True}

@@ -10,12 +10,12 @@ from PIL import Image
 from runs import ROOT, config, run_script, write_checkpoint, write_config
 from small_models import HEADS
 
-import kd.engine.export
+import kd.inference.export
 from data import generate_scenes
-from data.scenes import CLASSES
+from data.sources.scenes import CLASSES
 from data.transforms import read_image, resize_image, resized_size
-from kd.engine.evaluate import detect, eval_loader, load_detector
-from kd.engine.export import Agreement, compare
+from kd.evaluation.evaluate import detect, eval_loader, load_detector
+from kd.inference.export import Agreement, compare
 from models.postprocess import TestConfig as Settings
 
 SCALE = [160, 120]  # half of the scenes, where no rounding is in doubt
@@ -102,13 +102,13 @@ def test_torch_export(lively, tmp_path, monkeypatch, capsys):
 
 def test_what_disagrees_is_not_left_behind(lively, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    load = kd.engine.export.load_exported
+    load = kd.inference.export.load_exported
 
     def shifted(path, kind):
         run = load(path, kind)
         return lambda *inputs: [run(*inputs)[0] + 0.01, *run(*inputs)[1:]]
 
-    monkeypatch.setattr(kd.engine.export, "load_exported", shifted)
+    monkeypatch.setattr(kd.inference.export, "load_exported", shifted)
     code, _, error = export(monkeypatch, capsys, lively, tmp_path / "a.onnx")
     assert code == 1 and len(error) == 1 and "does not agree with PyTorch" in error[0] and "0.01 pixels" in error[0]
     assert not list(tmp_path.iterdir())

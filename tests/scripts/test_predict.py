@@ -11,10 +11,10 @@ from pycocotools.coco import COCO
 from runs import config, run_script, write_checkpoint, write_config
 
 from data import DataError, generate_scenes
-from data.files import batches_of_one_size, find_files, make_sample
-from data.scenes import CLASSES
-from kd.engine.evaluate import detect_views, load_detector
-from kd.engine.named import checkpoint_classes
+from data.inputs.files import batches_of_one_size, find_files, make_sample
+from data.sources.scenes import CLASSES
+from kd.evaluation.evaluate import detect_views, load_detector
+from kd.inference.named import checkpoint_classes
 
 CPU = torch.device("cpu")
 
@@ -198,7 +198,7 @@ def write_video(av, path, frames):
 def test_frames_are_turned_upright(tmp_path):
     """As a telephone that is held upright writes them: lying, with a matrix in the track's header."""
     av = pytest.importorskip("av", reason="PyAV is not installed")
-    from data.video import Video
+    from data.inputs.video import Video
     path = tmp_path / "a.mp4"
     write_video(av, path, [pixels(64, 96)])
     content = bytearray(path.read_bytes())

@@ -11,8 +11,8 @@ from PIL import Image
 from runs import run_script
 
 from data import generate_scenes
-from data.scenes import CLASSES
-from kd.engine.config import read_yaml
+from data.sources.scenes import CLASSES
+from kd.config.load import read_yaml
 
 SIZE = (64, 96)
 

@@ -15,7 +15,7 @@ from processes import context
 from runs import ROOT, config, config_with, model, script, write_checkpoint, write_config
 
 from data import generate_scenes
-from kd.engine.distributed import fresh_store
+from kd.processes.distributed import fresh_store
 
 
 @pytest.fixture(scope="module")

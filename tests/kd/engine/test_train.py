@@ -11,13 +11,13 @@ from processes import context
 from runs import config, config_with, model, script, write_checkpoint, write_config
 
 from data import generate_scenes
-from kd.engine import distributed
 from kd.engine import train as engine
-from kd.engine.checkpoint import read_checkpoint, read_plain
-from kd.engine.evaluate import FIGURES, evaluate_checkpoint
-from kd.engine.log import TrainingError
 from kd.engine.replay import replay, save_replay
 from kd.engine.run import build_run
+from kd.evaluation.evaluate import FIGURES, evaluate_checkpoint
+from kd.processes import distributed
+from kd.work_dir.checkpoint import read_checkpoint, read_plain
+from kd.work_dir.log import TrainingError
 
 CPU = torch.device("cpu")
 

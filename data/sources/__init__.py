@@ -1,0 +1,1 @@
+"""Making data: converters, downloads, generated scenes."""

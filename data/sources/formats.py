@@ -1,0 +1,271 @@
+"""Annotated images in the formats that people have: Pascal VOC's XML, YOLO's text files, and CSV tables."""
+
+import csv
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import yaml
+
+from data.errors import DataError
+from data.inputs.files import IMAGE_SUFFIXES
+
+MAX_LISTED = 10  # problems named in an error; the rest are counted
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+VOC_SPLITS = ("train", "val", "test", "trainval")
+CSV_COLUMNS = ("file", "x1", "y1", "x2", "y2", "class")
+
+
+class Box(NamedTuple):
+    """An object. Corners in pixels, or in shares of the image's width and height where the format has them so."""
+
+    name: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    crowd: bool = False  # neither to be learned nor to count
+
+
+@dataclass
+class LabelledImage:
+    """An image with its objects."""
+
+    file_name: str  # relative to the image folder, with / between folders
+    boxes: list[Box]
+    split: str | None = None  # that the format itself puts it in
+
+
+@dataclass
+class LabelledFolder:
+    """Annotated images of any format."""
+
+    image_folder: Path
+    images: list[LabelledImage]
+    classes: list[str]  # in the order of their labels
+    relative: bool = False  # corners are shares of the image's edges
+    notes: list[str] = field(default_factory=list)  # what was taken for granted
+
+
+def read_labelled(kind: str, source: Path, names: Path | None = None) -> LabelledFolder:
+    """Read `source` as "voc", "yolo" or "csv"; `names` is YOLO's list of classes where it does not lie beside.
+
+    Raises DataError: there is nothing of this format, or it is wrong; in one line, with the first ten problems.
+    """
+    if not source.exists():
+        raise DataError(f"input {source} does not exist")
+    return {"voc": read_voc, "yolo": lambda path: read_yolo(path, names), "csv": read_csv}[kind](source)
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise DataError if there are any."""
+    if problems:
+        listed = "; ".join(problems[:MAX_LISTED])
+        rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise DataError(f"{what}: {listed}{rest}")
+
+
+def sorted_classes(images: Iterable[LabelledImage]) -> list[str]:
+    return sorted({box.name for image in images for box in image.boxes})
+
+
+# --- Pascal VOC ---
+
+
+def read_voc(source: Path) -> LabelledFolder:
+    """`Annotations/*.xml` with images in `JPEGImages/`, or XML files beside their images.
+
+    `ImageSets/Main/{train,val,test}.txt` are its splits. Corners are 1-based and inclusive there: the first pixel's
+    box is (1, 1, 1, 1), here (0, 0, 1, 1); a set in which a box starts below 1 is taken to count from 0. Objects marked
+    difficult become crowds, as they do not count in VOC's evaluation.
+    """
+    annotations = source / "Annotations" if (source / "Annotations").is_dir() else source
+    image_folder = source / "JPEGImages" if (source / "JPEGImages").is_dir() else source
+    files = sorted(annotations.glob("*.xml"))
+    if not files:
+        raise DataError(f"input {source} is not in Pascal VOC format: {annotations} holds no *.xml")
+    by_stem = {p.stem: p.name for p in sorted(image_folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    images, problems = [], []
+    for file in files:
+        try:
+            stated, boxes = _read_voc_file(file)
+            name = by_stem.get(file.stem) or by_stem.get(PurePosixPath(stated).stem)
+            if name is None:
+                raise ValueError(f"there is no image of this name in {image_folder}")
+            images.append(LabelledImage(name, boxes))
+        except (ValueError, ElementTree.ParseError) as error:
+            problems.append(f"{file.name}: {error}")
+    raise_problems(f"annotations in {annotations} cannot be used", problems)
+    notes = []
+    if any(min(box.x1, box.y1) < 1 for image in images for box in image.boxes):
+        notes.append("some boxes start below 1: corners are taken to count from 0")
+    else:
+        for image in images:
+            image.boxes = [box._replace(x1=box.x1 - 1, y1=box.y1 - 1) for box in image.boxes]
+    if difficult := sum(box.crowd for image in images for box in image.boxes):
+        notes.append(f"{difficult} objects are marked difficult: they become crowds, which are not learned")
+    _assign_voc_splits(images, source / "ImageSets" / "Main")
+    return LabelledFolder(image_folder, images, sorted_classes(images), notes=notes)
+
+
+def _read_voc_file(file: Path) -> tuple[str, list[Box]]:
+    """The image's name and objects. Raises ValueError or ParseError."""
+    content = file.read_bytes()
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities could make a few bytes a few gigabytes
+        raise ValueError("it declares a document type, which annotations do not need")
+    root = ElementTree.fromstring(content)
+    boxes = []
+    for number, element in enumerate(root.iter("object")):
+        name = (element.findtext("name") or "").strip()
+        corners = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or None in corners:
+            raise ValueError(f"object {number} has no {'name' if not name else 'bndbox with four corners'}")
+        boxes.append(Box(name, *map(float, corners), crowd=(element.findtext("difficult") or "").strip() == "1"))
+    return (root.findtext("filename") or "").strip(), boxes
+
+
+def _assign_voc_splits(images: list[LabelledImage], folder: Path) -> None:
+    lists = {name: folder / f"{name}.txt" for name in VOC_SPLITS if (folder / f"{name}.txt").is_file()}
+    if "train" in lists:
+        lists.pop("trainval", None)
+    by_stem = {PurePosixPath(image.file_name).stem: image for image in images}
+    for name, file in lists.items():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.strip() in by_stem:
+                by_stem[line.strip()].split = name.removesuffix("val") if name == "trainval" else name
+
+
+# --- YOLO ---
+
+
+def read_yolo(source: Path, names: Path | None = None) -> LabelledFolder:
+    """Images in `images/` and text files in `labels/`, with folders such as `train` below or above these, or beside.
+
+    A line is `class x y width height`, centre and size in shares of the image; a polygon, `class x1 y1 x2 y2 x3 y3
+    ...`, becomes the box around it. An image without a file has no objects. Folders named train, val (or valid) and
+    test are its splits. The classes' names are in a YAML file with `names`, or one a line in classes.txt or *.names.
+    """
+    paths = sorted(p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if any("images" in path.parts for path in paths):
+        paths = [path for path in paths if "images" in path.parts]
+    if not paths:
+        raise DataError(f"input {source} is not in YOLO format: there are no images in it")
+    classes = _read_yolo_names(source, names)
+    images, problems, labelled = [], [], 0
+    for path in paths:
+        parts = list(path.with_suffix(".txt").parts)
+        if "images" in parts:
+            parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+        file, boxes = source.joinpath(*parts), []
+        if file.is_file():
+            labelled += 1
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+                try:
+                    boxes += [_read_yolo_line(line, classes)] if line.strip() else []
+                except ValueError as error:
+                    problems.append(f"{file.relative_to(source)} line {number}: {error}")
+        split = next((SPLIT_NAMES[part.lower()] for part in path.parts[:-1] if part.lower() in SPLIT_NAMES), None)
+        images.append(LabelledImage(path.as_posix(), boxes, split))
+    if not labelled:
+        raise DataError(f"input {source} is not in YOLO format: no image has a text file in labels/ or beside it")
+    raise_problems(f"labels in {source} cannot be used", problems)
+    notes = [f"{len(images) - labelled} images have no label file: they hold no objects"] * (labelled < len(images))
+    return LabelledFolder(source, images, classes, relative=True, notes=notes)
+
+
+def _read_yolo_line(line: str, classes: list[str]) -> Box:
+    """Raises ValueError, with what is wrong."""
+    values = [float(word) for word in line.split()]
+    if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)):
+        raise ValueError(f"{line.strip()[:60]!r} is neither class, x, y, width, height nor class and a polygon")
+    label, *rest = values
+    if label != int(label) or not 0 <= label < len(classes):
+        raise ValueError(f"class {line.split()[0]} is none of 0 to {len(classes) - 1}")
+    if not all(-0.01 <= value <= 1.01 for value in rest):
+        raise ValueError(f"{line.strip()[:60]!r} has values beyond 0 to 1: are they in pixels?")
+    if len(rest) == 4:
+        x, y, w, h = rest
+        return Box(classes[int(label)], x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    return Box(classes[int(label)], min(rest[::2]), min(rest[1::2]), max(rest[::2]), max(rest[1::2]))
+
+
+def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
+    beside = [*sorted(source.glob("*.y*ml")), source / "classes.txt", *sorted(source.glob("*.names"))]
+    for file in [names] if names else beside:
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        if file.suffix in (".yaml", ".yml"):
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+            listed = content.get("names") if isinstance(content, dict) else None
+            if isinstance(listed, dict) and sorted(listed) == list(range(len(listed))):
+                listed = [listed[k] for k in range(len(listed))]
+        else:
+            listed = [line.strip() for line in text.splitlines() if line.strip()]
+        if isinstance(listed, list) and listed:
+            return [str(name) for name in listed]
+    raise DataError(
+        f"the names of the classes are not known: {names or source} holds no YAML file with names, no classes.txt and "
+        "no *.names; give --names FILE"
+    )
+
+
+# --- CSV ---
+
+
+def read_csv(source: Path) -> LabelledFolder:
+    """A CSV file, or a folder of them, with the columns file, x1, y1, x2, y2 and class, in pixels from 0.
+
+    Each row is a box; one with a file alone is an image without objects. Files are relative to the folder of the CSV
+    file, or to `images` in it. CSV files named train, val (or valid) and test are splits.
+    """
+    files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
+    if not files:
+        raise DataError(f"input {source} holds no *.csv")
+    images: dict[str, LabelledImage] = {}
+    problems: list[str] = []
+    for file in files:
+        split = SPLIT_NAMES.get(file.stem.lower())
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline()
+            stream.seek(0)
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
+            missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{file} has no column {', '.join(missing)}: its first line must name them")
+            for row in reader:
+                try:
+                    name, box = _read_csv_row(row)
+                    image = images.setdefault(name, LabelledImage(name, [], split))
+                    if image.split != split:
+                        raise ValueError(f"{name} is in a table of another split, too")
+                    image.boxes += [box] if box else []
+                except ValueError as error:
+                    problems.append(f"{file.name} line {reader.line_num}: {error}")
+    raise_problems(f"tables in {source} cannot be used", problems)
+    folder = files[0].parent
+    if images and not (folder / next(iter(images))).exists() and (folder / "images").is_dir():
+        folder = folder / "images"
+    return LabelledFolder(folder, list(images.values()), sorted_classes(images.values()))
+
+
+def _read_csv_row(row: dict[str, str | None]) -> tuple[str, Box | None]:
+    """The file and its box, None without one. Raises ValueError, with what is wrong."""
+    name, *corners, label = ((row[column] or "").strip() for column in CSV_COLUMNS)
+    if not name:
+        raise ValueError("it names no file")
+    if not label and not any(corners):
+        return name, None
+    if not label or not all(corners):
+        raise ValueError("it has neither a class and four corners nor a file alone")
+    try:
+        return name, Box(label, *map(float, corners))
+    except ValueError:
+        raise ValueError(f"corners {', '.join(corners)} are not numbers") from None

@@ -1,0 +1,165 @@
+"""The benchmark: `run_benchmark` shows what is timed, in order."""
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data import DataConfig
+
+from ..config.load import load_config
+from .data import time_evaluation, time_input
+from .steps import (
+    Workload,
+    build_subject,
+    make_batch,
+    part_calls,
+    predict_call,
+    prepare,
+    set_typical_threshold,
+    training_step,
+    yardstick_step,
+)
+from .timing import (
+    Call,
+    interleave,
+    machine,
+    matmul_call,
+    medians_ms,
+    peak_gpu_memory,
+    peak_resident,
+    shares,
+    with_flops,
+)
+
+YARDSTICK = "torchvision retinanet_resnet50_fpn"
+MATMUL = "bf16 matrix products"
+CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.yaml",
+           "configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml")
+SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8)}  # size and batch by device, where not said
+
+
+def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, overrides: Sequence[str] = (),
+                  note: Callable[[str], None] = lambda text: None) -> dict:
+    """Time the models of configurations, with random weights, on random images.
+
+    Args:
+        paths: configuration files.
+        overrides: `key=value` settings for all of them.
+        note: is told what is being done.
+    Returns:
+        Medians over rounds, in milliseconds, and what they were measured on; `format_report` shows most of it.
+    """
+    torch.manual_seed(0)
+    configs = dict(zip(names(paths), (prepare(load_config(path, overrides), work) for path in paths)))
+    images, targets = make_batch(work, device, min(cfg["model"]["head"]["num_classes"] for cfg in configs.values()))
+    report = {"machine": machine(device), "workload": asdict(work), "overrides": list(overrides),
+              "yardstick": {"name": YARDSTICK}, "configs": {name: {} for name in configs}}
+
+    subjects, steps = {}, {}
+    for name, entry in entries(report).items():
+        note(f"building {name}")
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if name == YARDSTICK:
+            steps[name] = yardstick_step(images, targets, work)
+        else:
+            subjects[name] = build_subject(configs[name], device, work)
+            steps[name] = training_step(subjects[name], images, targets)
+        if device.type == "cuda":
+            entry["peak_memory_bytes"] = peak_gpu_memory(steps[name]) - before
+    time_steps(report, steps, device, work, note)
+
+    note("timing inference")
+    for subject in subjects.values():
+        subject.model.eval()
+        set_typical_threshold(subject, images, targets)
+    predictions = {name: predict_call(subject, images, targets) for name, subject in subjects.items()}
+    times = medians_ms(interleave(predictions, work.rounds, work.warmup))
+    for name, subject in subjects.items():
+        note(f"timing the parts of {name}")
+        parts = interleave(part_calls(subject, images, targets), work.rounds, work.warmup)
+        report["configs"][name] |= {"predict_ms": times[name], "parts_ms": medians_ms(parts)}
+
+    note("timing the input pipeline")
+    data = next(iter(configs.values())).get("data") or {}
+    report["input"] = time_input(data.get("scale", DataConfig.scale), work.batch, work.rounds, work.input_images)
+    note("timing the evaluation")
+    report["evaluation"] = time_evaluation(work.eval_images)
+    report["peak_resident_bytes"] = peak_resident()
+    return report
+
+
+def time_steps(report: dict, steps: dict[str, Call], device: torch.device, work: Workload,
+               note: Callable[[str], None]) -> None:
+    """Put the training steps' times, shares and operations into the report."""
+    note(f"timing {len(steps)} training steps, {work.warmup} + {work.rounds} rounds")
+    calls = dict(steps)
+    if device.type == "cuda":
+        calls[MATMUL], products = matmul_call(device)
+    seconds = interleave(calls, work.rounds, work.warmup)
+    medians = medians_ms(seconds)
+    report["steps_ms"] = {name: [1e3 * value for value in values] for name, values in seconds.items()}
+    if device.type == "cuda":
+        report["matmul_flops_per_second"] = products / medians[MATMUL] * 1e3
+    for name, entry in entries(report).items():
+        note(f"profiling a training step of {name}")
+        loss, flops = with_flops(steps[name])
+        entry |= {"step_ms": medians[name], "ratio": medians[name] / medians[YARDSTICK], "loss": float(loss),
+                  "flops": flops, "flops_per_second": flops / medians[name] * 1e3,
+                  "shares": shares(steps[name], work.profiled, device)}
+        if device.type == "cuda":
+            entry["utilisation"] = entry["flops_per_second"] / report["matmul_flops_per_second"]
+
+
+def entries(report: dict) -> dict[str, dict]:
+    """What the report has on each model that trains, the yardstick first."""
+    return {YARDSTICK: report["yardstick"]} | report["configs"]
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """Short names of configuration files, told apart where two are the same."""
+    stems = [Path(path).stem for path in paths]
+    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths)]
+
+
+def format_report(report: dict) -> str:
+    """The report as tables for people."""
+    on, work, data, evaluation = (report[key] for key in ("machine", "workload", "input", "evaluation"))
+    height, width = work["size"]
+    lines = [f"{on['device']}, {on['threads']} threads, torch {on['torch']}; {work['batch']} images of {height} x "
+             f"{width} a step, {work['boxes']} boxes an image; medians of {work['rounds']} rounds", ""]
+    rows = [["training step", "ms", "ratio", "overhead", "GFLOP/s", "inference ms"]]
+    on_gpu = "matmul_flops_per_second" in report
+    rows[0] += ["of matmul", "GPU busy", "peak GiB"] * on_gpu
+    for name, entry in entries(report).items():
+        rows.append([name, f"{entry['step_ms']:.1f}", f"{entry['ratio']:.3f}", f"{entry['shares']['overhead']:.1%}",
+                     f"{entry['flops_per_second'] / 1e9:.0f}",
+                     f"{entry['predict_ms']:.1f}" if "predict_ms" in entry else "-"])
+        if on_gpu:
+            rows[-1] += [f"{entry['utilisation']:.1%}", f"{entry['shares']['device_ms'] / entry['step_ms']:.1%}",
+                         f"{entry['peak_memory_bytes'] / 2 ** 30:.2f}"]
+    lines += table(rows) + ["", "Overhead is what is neither convolution nor norm; most of it:"]
+    for name, entry in entries(report).items():
+        largest = list(entry["shares"]["largest"].items())[:6]
+        lines.append(f"{name}: " + ", ".join(f"{part.removeprefix('aten::')} {share:.1%}" for part, share in largest))
+    lines.append("")
+    rows = [["part", "ms", "of a step"]]
+    for name, entry in report["configs"].items():
+        for part, ms in entry["parts_ms"].items():
+            share = "-" if part == "post-processing" else f"{ms / entry['step_ms']:.2%}"
+            rows.append([f"{name}: {part}", f"{ms:.2f}", share])
+    lines += table(rows) + [""]
+    rows = [["input, ms an image", "ms"]] + [[part, f"{ms:.2f}"] for part, ms in data["ms"].items()]
+    rows += [[f"evaluation of {evaluation['images']} images", ""]]
+    rows += [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
+    lines += table(rows) + ["", f"peak memory of the process: {report['peak_resident_bytes'] / 2 ** 30:.2f} GiB"]
+    if on_gpu:
+        lines.append(f"bf16 matrix products: {report['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s")
+    return "\n".join(lines)
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]

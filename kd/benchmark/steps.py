@@ -1,0 +1,210 @@
+"""What the benchmark times of a model: its training step, its inference, and their parts."""
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import retinanet_resnet50_fpn
+
+from data.transforms import padded_size
+from losses import at_least_float32
+from models import Detector, DetectorPass, build_detector, without_pretraining
+from models.postprocess import postprocess
+
+from ..config.sections import TrainConfig
+from ..distiller import Distiller, build_distiller, teacher_entries, union
+from ..evaluation.evaluate import autocast, memory_format
+from ..optim import ScheduleConfig, build_optimizer, clip_gradients, lr_factor
+from .timing import Call
+
+
+@dataclass
+class Workload:
+    """What every model is given, and how often."""
+
+    size: tuple[int, int]      # height, width of the images before they are padded
+    batch: int                 # images a step
+    boxes: int = 7             # boxes an image
+    classes: int = 80          # where a configuration does not say it
+    rounds: int = 9            # timed, after `warmup` that are not
+    warmup: int = 2
+    profiled: int = 2          # training steps that shares are taken from
+    amp: str | None = None     # in place of every configuration's train.amp, and of the yardstick's "none"
+    input_images: int = 128    # JPEG files that the input pipeline is timed on
+    eval_images: int = 500     # images with 100 detections each that the evaluation is timed on
+
+
+@dataclass
+class Subject:
+    """A model and what trains it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    settings: TrainConfig
+
+    @property
+    def student(self) -> Detector:
+        return self.model.student if isinstance(self.model, Distiller) else self.model
+
+
+def make_batch(work: Workload, device: torch.device, classes: int) -> tuple[Tensor, list[dict]]:
+    """Images and targets as the loader gives them, on the device; boxes of 1/32 to 0.7 of the image's sides."""
+    height, width = work.size
+    padded = padded_size(work.size)
+    images = torch.zeros(work.batch, *padded, 3, dtype=torch.uint8)
+    images[:, :height, :width] = torch.randint(0, 256, (work.batch, height, width, 3))
+    targets = []
+    for number in range(work.batch):
+        sides = torch.tensor([width, height]) * 2 ** (4.5 * torch.rand(work.boxes, 2) - 5)
+        low = torch.rand(work.boxes, 2) * (torch.tensor([width, height]) - sides)
+        targets.append({
+            "boxes": torch.cat([low, low + sides], dim=1).to(device),
+            "labels": torch.randint(classes, (work.boxes,)).to(device), "image_size": work.size,
+            "pad_size": padded, "original_size": work.size, "image_id": number,
+            "ignored_boxes": torch.zeros(0, 4, device=device)})
+    return images.permute(0, 3, 1, 2).to(device), targets
+
+
+def prepare(cfg: dict, work: Workload) -> dict:
+    """The configuration with nothing to download, a class count, and the precision asked for."""
+    model = without_pretraining(cfg["model"])
+    model = model | {"head": model["head"] | {"num_classes": model["head"].get("num_classes") or work.classes}}
+    cfg = cfg | {"model": model, "train": cfg.get("train", {}) | ({"amp": work.amp} if work.amp else {})}
+    if cfg.get("distill"):
+        teachers = [teacher | {"checkpoint": None} for teacher in teacher_entries(cfg)]
+        cfg["distill"] = cfg["distill"] | {"teacher": teachers}
+    return cfg
+
+
+def build_subject(cfg: dict, device: torch.device, work: Workload) -> Subject:
+    """A configuration's model in training, at the learning rate of the first step, so that it stays as it is."""
+    settings = TrainConfig(**cfg.get("train", {}))
+    model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
+    model = model.to(device, memory_format=memory_format(cfg)).train()
+    if settings.compile:
+        model.compile()
+    optimizer = build_optimizer(cfg.get("optimizer", {}), model, work.batch)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor(ScheduleConfig(**cfg.get("schedule", {})), 0, 1)
+    return Subject(model, optimizer, torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), settings)
+
+
+def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
+    """A step as `train.train_step` makes it of a batch on the device, but for logging; it gives the loss."""
+
+    def step() -> Tensor:
+        batch = subject.student.preprocess(images, targets)
+        with autocast(images.device, subject.settings.amp):
+            losses = subject.model(batch, targets)
+            total = sum(value for name, value in losses.items() if "loss" in name)
+        update(subject, total)
+        return total.detach()
+
+    return step
+
+
+def update(subject: Subject, total: Tensor) -> None:
+    """Backward and the optimiser, as in `train.train_step`."""
+    subject.optimizer.zero_grad(set_to_none=True)
+    subject.scaler.scale(total).backward()
+    subject.scaler.unscale_(subject.optimizer)
+    clip_gradients(subject.model, subject.settings.grad_clip)
+    subject.scaler.step(subject.optimizer)
+    subject.scaler.update()
+
+
+def yardstick_step(images: Tensor, targets: list[dict], work: Workload) -> Call:
+    """A step of torchvision's RetinaNet-R50, every layer trained, on the same images and boxes."""
+    device, settings = images.device, TrainConfig(amp=work.amp or "none")
+    model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, min_size=min(work.size),
+                                   max_size=max(work.size)).to(device).train()
+    subject = Subject(model, torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9, weight_decay=1e-4),
+                      torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), settings)
+    height, width = work.size
+    inputs = list((images[:, :, :height, :width] / 255).contiguous())
+    truth = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets]  # 0 is background there
+
+    def step() -> Tensor:
+        with autocast(device, settings.amp):
+            total = sum(model(inputs, truth).values())
+        update(subject, total)
+        return total.detach()
+
+    return step
+
+
+def predict_call(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
+    """From the batch on the device to detections, as `evaluate.detect`."""
+
+    @torch.no_grad()
+    def predict() -> list[dict]:
+        batch = subject.student.preprocess(images, targets)
+        with autocast(images.device, subject.settings.amp):
+            return subject.student.predict(batch, targets)
+
+    return predict
+
+
+def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[str, Call]:
+    """Parts of a step and of inference, each on outputs that are made here once.
+
+    Losses and methods go forward and backward, to the student's features and predictions and a method's own weights; a
+    method that reuses the teacher's head runs it. Anchors are those of a shape seen before.
+    """
+    model, student = subject.model, subject.student
+    head, amp = student.bbox_head, autocast(images.device, subject.settings.amp)
+    teachers = model.scheduled() if isinstance(model, Distiller) else []
+    wanted = [method for _, entries in teachers for method, _, _ in entries]
+    with torch.no_grad(), amp:
+        images = student.preprocess(images, targets)
+        own, leaves = cut_off(student.run(images, targets, union(wanted, "student_cuts"),
+                                          union(wanted, "student_modules")))
+        own.assignment = head.assign(own.outputs, targets)
+    trained = leaves + [p for method in wanted for p in method.parameters()]
+
+    def under_amp(call: Call, train: bool = False) -> Call:
+        def run() -> None:
+            with amp, torch.set_grad_enabled(train):
+                result = call()
+            if train:
+                torch.autograd.grad(sum(result.values()), trained, allow_unused=True)
+        return run
+
+    calls = {"anchors": under_amp(lambda: head.priors(own.outputs)),
+             "assignment": under_amp(lambda: head.assign(own.outputs, targets)),
+             "losses": under_amp(lambda: head.losses(own.outputs, own.assignment), train=True)}
+    for i, (teacher, entries) in enumerate(teachers):
+        suffix, methods = f" {i}" if len(teachers) > 1 else "", [method for method, _, _ in entries]
+        calls[f"teacher{suffix}"] = under_amp(lambda t=teacher, m=methods: model._run_teacher(t, m, images, targets))
+        with amp:
+            seen = model._run_teacher(teacher, methods, images, targets)
+        for method, label, _ in entries:
+            calls[f"method {label}"] = under_amp(lambda m=method, s=seen: m(own, s), train=True)
+    return calls | {"post-processing": under_amp(lambda: postprocess(head, own.outputs, targets, student.test))}
+
+
+@torch.no_grad()
+def set_typical_threshold(subject: Subject, images: Tensor, targets: list[dict]) -> None:
+    """Let one in a thousand scores pass, as about as many of a trained detector's do, and none of a random one's."""
+    with autocast(images.device, subject.settings.amp):
+        outputs = subject.student.run(subject.student.preprocess(images, targets), targets).outputs
+    scores = at_least_float32(outputs.cls).sigmoid().flatten()
+    subject.student.test.score_thr = scores.topk(max(1, len(scores) // 1000)).values[-1].item()
+
+
+def cut_off(run: DetectorPass) -> tuple[DetectorPass, list[Tensor]]:
+    """A pass whose features and outputs are leaves to differentiate for, and these leaves."""
+    leaves = []
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            leaves.append(value.detach().requires_grad_())
+            return leaves[-1]
+        if is_dataclass(value):
+            return replace(value, **{field.name: cut(getattr(value, field.name)) for field in fields(value)})
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        return type(value)(map(cut, value)) if isinstance(value, (list, tuple)) else value
+
+    return replace(run, features=cut(run.features), outputs=cut(run.outputs), modules=cut(run.modules)), leaves

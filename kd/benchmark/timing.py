@@ -1,0 +1,156 @@
+"""Measuring calls: times taken in turn, where a call's time goes, its operations, its memory."""
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..work_dir.log import commit
+
+Call = Callable[[], object]
+
+
+def interleave(calls: dict[str, Call], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Time calls in turn, round by round, so that whatever disturbs the machine hits all of them alike.
+
+    Args:
+        calls: by name; each round makes every one of them once, in this order.
+        rounds: how many are timed, after `warmup` that are not.
+    Returns:
+        Seconds of each timed round, by name. A call on a GPU is timed to its end.
+    """
+    seconds = {name: [] for name in calls}
+    for number in range(-warmup, rounds):
+        for name, call in calls.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians_ms(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each list, in milliseconds."""
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+# Operators that are a convolution or a normalisation, forward or backward, on any device: aten::conv2d,
+# aten::mkldnn_convolution, aten::convolution_backward, aten::cudnn_batch_norm, aten::native_group_norm_backward, ...
+CONVOLUTION = re.compile(r"aten::\w*conv(olution|\d)")
+NORM = re.compile(r"aten::\w*(batch|group|layer)_norm")
+BETWEEN = "between operators"  # Python, and the profiler itself
+
+
+def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> dict:
+    """Where the time of a call goes, from a profile of `times` of them.
+
+    An operator counts as convolution or norm if it is one (see above) or runs inside one, as the copies do that put a
+    convolution's input into another layout or precision. Everything else is overhead: activations, additions, anchors,
+    assignment, losses, distillation arithmetic, the optimiser.
+
+    On the CPU shares are of wall time, in terms of each operator's own time, which adds up to the whole, with what
+    lies between operators counted as overhead. On a GPU they are of the time that its kernels, copies and fills take,
+    each counted for the operator that launched it; time in which the GPU has nothing to do is no part of them, so it
+    is to be had from the difference of a step's time and `device_ms`.
+
+    Returns:
+        Shares `convolution`, `norm` and `overhead`, adding up to 1; `largest`, the `listed` largest shares within the
+        overhead, by operator; on a GPU `device_ms`, how long it was busy per call.
+    """
+    on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces each of its stages
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        with record_function(BETWEEN):
+            for _ in range(times):
+                call()
+            synchronize()
+    spent = Counter()
+    for event in profiler.events():
+        if event.device_type == DeviceType.CPU:
+            # What a GPU does hangs on the operator that asked for it; an annotation's span there has its own name.
+            on_device = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+            spent[kind(event)] += on_device if on_gpu else event.self_cpu_time_total
+    total = sum(spent.values())
+    found = {name: spent.pop(name, 0) / total for name in ("convolution", "norm")}
+    found["overhead"] = sum(spent.values()) / total
+    found["largest"] = {name: value / total for name, value in spent.most_common(listed)}
+    return found | ({"device_ms": total / times / 1e3} if on_gpu else {})
+
+
+def kind(event: Any) -> str:
+    """What a profiler's event is part of: "convolution", "norm", or the operator itself."""
+    above = event
+    while above is not None:
+        for name, pattern in (("convolution", CONVOLUTION), ("norm", NORM)):
+            if pattern.match(above.name):
+                return name
+        above = above.cpu_parent
+    return event.name
+
+
+def with_flops(call: Call) -> tuple[Any, int]:
+    """What a call gives, and the floating-point operations of its convolutions and matrix products, backward too."""
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return result, counter.get_total_flops()
+
+
+def matmul_call(device: torch.device, side: int = 8192, times: int = 10) -> tuple[Call, int]:
+    """Large bf16 matrix products, to be timed as what the device can reach at all, and their operations."""
+    a, b, out = (torch.randn(side, side, device=device).bfloat16() for _ in range(3))
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+
+    return multiply, times * 2 * side ** 3
+
+
+def peak_gpu_memory(call: Call) -> int:
+    """The most bytes of tensors on the GPU during the second of two calls, which has the first's optimiser state."""
+    call()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated()
+
+
+def peak_resident() -> int:
+    """The most memory in bytes that this process has held since it started, not counting a GPU's."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def machine(device: torch.device) -> dict:
+    """What was measured on, with which code."""
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "cpu": cpu_name(),
+            "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Configurations: what they may say, how they are read and checked."""

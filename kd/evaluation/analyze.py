@@ -1,0 +1,169 @@
+"""Error analysis of one detector, or of two side by side: where each loses AP, and where one is better."""
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.cocoeval import COCOeval
+
+from data import CocoDataset, DataError
+
+from ..terminal.tables import markdown_table, points, text_table
+from .evaluate import coco_evaluation, detect, eval_loader, load_detector, mean_precision
+from .tide import CORRECT, ERRORS, Judged, ap50, confusion_matrix, count_errors, judge, lost_ap, mean
+
+SIZES = {"small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), "large": (96 ** 2, float("inf"))}  # COCO's, in pixels
+
+
+@dataclass
+class Analysis:
+    """What one detector does on a data set. Per class lists have an entry per class, None without objects."""
+
+    name: str
+    classes: list[str]
+    ap: list[float | None]             # COCO's AP per class
+    ap50: list[float | None]
+    lost: dict[str, list[float | None]]  # AP50 that each kind of error costs, per class
+    by_size: dict[str, list[float | None]]  # AP per class of small, medium and large objects
+    confusion: np.ndarray              # (K + 1, K + 1), see `confusion_matrix`
+    judged: Judged
+
+
+def analyze(cfgs: Sequence[dict], checkpoints: Sequence[str], device: torch.device,
+            score_thr: float = 0.3) -> list[Analysis]:
+    """Evaluate checkpoints on data.val and sort their errors.
+
+    Args:
+        cfgs: a configuration for each checkpoint; their data.val must be the same.
+        score_thr: detections below are left out of the confusion matrix.
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input.
+    """
+    found, first = [], None
+    for cfg, checkpoint, name in zip(cfgs, checkpoints, names_of(checkpoints)):
+        detector, dataset = load_detector(cfg, checkpoint, device)
+        first = first or dataset
+        if (dataset.annotation_file, dataset.image_ids) != (first.annotation_file, first.image_ids):
+            raise DataError(f"data.val is {first.annotation_file} with {len(first)} images in one configuration and "
+                            f"{dataset.annotation_file} with {len(dataset)} in another: compare on the same images")
+        evaluation = coco_evaluation(detect(detector, eval_loader(cfg, dataset), device), dataset, fast=False)
+        found.append(analyze_evaluation(name, evaluation, dataset, score_thr))
+    return found
+
+
+def analyze_evaluation(name: str, evaluation: COCOeval, dataset: CocoDataset, score_thr: float = 0.3) -> Analysis:
+    """The analysis of detections that pycocotools has evaluated."""
+    judged, classes = judge(evaluation), range(dataset.num_classes)
+    precision = evaluation.eval["precision"][:, :, :, :, -1]  # IoU threshold, recall, class, area: all and the sizes
+    by_size = {size: [mean_precision(precision[:, :, k, a]) for k in classes] for a, size in enumerate(SIZES, start=1)}
+    return Analysis(name, dataset.classes, [mean_precision(precision[:, :, k, 0]) for k in classes], ap50(judged),
+                    lost_ap(judged), by_size, confusion_matrix(judged, score_thr), judged)
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each checkpoint: its file's, or its folder's where the file is a run's last.pth or best.pth."""
+    names = []
+    for path in map(Path, paths):
+        own = path.parent.name if path.stem in ("last", "best") and path.parent.name else path.stem
+        names.append(own if own not in names else f"{path.parent.name}/{path.name}")
+    return [name if name not in names[:i] else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+
+
+def tables(found: Sequence[Analysis], score_thr: float = 0.3) -> list[Table]:
+    """The analysis as tables; of two detectors, the second one's difference from the first is shown, too."""
+    result = [ap_table(found), loss_table(found), count_table(found)]
+    if len(found) == 2:
+        result.append(found_table(found, score_thr))
+    return result + [confusion_table(each, score_thr) for each in found]
+
+
+def with_difference(name: str, values: Sequence[Sequence[float | None]], names: Sequence[str]) -> list[list[str]]:
+    """A row of points for each detector and, where there are two, one of their difference."""
+    rows = [[name if i == 0 else "", label, *map(points, row)] for i, (label, row) in enumerate(zip(names, values))]
+    if len(values) == 2:
+        rows.append(["", "difference", *(points(None if None in pair else pair[1] - pair[0], signed=True)
+                                         for pair in zip(*values))])
+    return rows
+
+
+def of_class(values: list[float | None], k: int | None) -> float | None:
+    """A class's value, or with None their mean."""
+    return mean(values) if k is None else values[k]
+
+
+def ap_table(found: Sequence[Analysis]) -> Table:
+    rows, names = [], [each.name for each in found]
+    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+        rows += with_difference(name, [[of_class(values, k) for values in
+                                        (each.ap, each.ap50, *(each.by_size[size] for size in SIZES))]
+                                       for each in found], names)
+    return "AP, and by size of object", ["class", "model", "AP", "AP50", *SIZES], rows
+
+
+def loss_table(found: Sequence[Analysis]) -> Table:
+    rows, names = [], [each.name for each in found]
+    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+        rows += with_difference(name, [[of_class(values, k) for values in
+                                        (each.ap50, *(each.lost[error] for error in ERRORS))] for each in found], names)
+    return "AP50, and what it would gain without the errors of one kind", ["class", "model", "AP50", *ERRORS], rows
+
+
+def count_table(found: Sequence[Analysis]) -> Table:
+    """Numbers of errors: detections by the class that they say, and missed objects."""
+    rows = []
+    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+        for i, each in enumerate(found):
+            counts = count_errors(each.judged, k)
+            rows.append([name if i == 0 else "", each.name, *(str(counts[kind]) for kind in ("objects", *ERRORS))])
+    return "How many errors there are, whatever their score", ["class", "model", "objects", *ERRORS], rows
+
+
+def found_table(found: Sequence[Analysis], score_thr: float) -> Table:
+    """Which objects both detectors find, one of them, or none, by class and size."""
+    own, other = (found_from(each.judged, score_thr) for each in found)
+    judged, rows = found[0].judged, []
+    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+        for size, (low, high) in {"all": (0, float("inf")), **SIZES}.items():
+            here = (judged.object_area >= low) & (judged.object_area < high)
+            here &= True if k is None else judged.object_label == k
+            counts = [here, here & own & other, here & own & ~other, here & ~own & other, here & ~own & ~other]
+            if here.any():
+                rows.append([name, size, *(str(int(count.sum())) for count in counts)])
+    title = f"Objects found (IoU 0.5, score {score_thr:g} or more)"
+    return title, ["class", "size", "objects", "both", *(f"only {each.name}" for each in found), "none"], rows
+
+
+def found_from(judged: Judged, score_thr: float) -> np.ndarray:
+    """(G,) bool: objects that a detection with such a score finds."""
+    finders = (judged.kind == CORRECT) & (judged.score >= score_thr)
+    return np.isin(np.arange(len(judged.object_label)), judged.object[finders])
+
+
+def confusion_table(each: Analysis, score_thr: float) -> Table:
+    rows = [[name, *map(str, row)] for name, row in zip([*each.classes, "(background)"], each.confusion.tolist())]
+    rows[-1][-1] = ""
+    title = f"{each.name}: objects (rows) taken for (columns), score {score_thr:g} or more"
+    return title, ["object", *each.classes, "(missed)"], rows
+
+
+def format_tables(found: Sequence[Analysis], score_thr: float = 0.3, markdown: bool = False) -> str:
+    """All tables as text or as markdown, in points and counts."""
+    make, heading = (markdown_table, "## ") if markdown else (text_table, "")
+    gap = "\n\n" if markdown else "\n"
+    return "\n\n".join(f"{heading}{title}{gap}{make(header, rows)}" for title, header, rows in tables(found, score_thr))
+
+
+def save_analysis(found: Sequence[Analysis], out: Path, score_thr: float = 0.3) -> None:
+    """Write analysis.md and analysis.json, in which AP are fractions, into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "analysis.md").write_text(format_tables(found, score_thr, markdown=True) + "\n", encoding="utf-8")
+    content = [{"name": each.name, "classes": each.classes, "AP": each.ap, "AP50": each.ap50, "lost": each.lost,
+                "errors": [count_errors(each.judged, k) for k in range(len(each.classes))],
+                "AP_by_size": each.by_size, "confusion": each.confusion.tolist(), "score_thr": score_thr}
+               for each in found]
+    (out / "analysis.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

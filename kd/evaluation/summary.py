@@ -1,0 +1,261 @@
+"""What a detector costs: parameters, operations and memory, from tensors without content, which takes no time."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.transforms import padded_size
+from models import ConfigError, Detector, HeadOutputs, build_detector, without_pretraining
+
+from ..distiller import build_teacher, teacher_entries
+from ..inference.named import annotated_classes
+
+SHOWN = 1000  # modules of fewer parameters and operations are left out
+PARTS = ("backbone", "neck", "bbox_head")
+
+
+class Maps(nn.Module):
+    """A detector up to its head's outputs."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> HeadOutputs:
+        return self.detector.bbox_head(self.detector.extract_features(images))
+
+
+@dataclass
+class Level:
+    """A level of the head's predictions."""
+
+    stride: int
+    size: tuple[int, int]  # (h, w) of its map
+    anchors: str           # what predictions are made from, in words
+
+
+@dataclass
+class Summary:
+    """What a detector costs on one image."""
+
+    size: tuple[int, int]         # (h, w) of the image
+    parameters: dict[str, int]    # by part, and by the modules in it as `part.module`
+    flops: dict[str, int]         # likewise; a multiply-add is two operations
+    levels: list[Level]
+    weight_bytes: int             # of parameters and buffers
+    activation_bytes: int | None  # see `measure`
+    children: dict[str, list[str]] = field(default_factory=dict)  # by part, the modules in it
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters[part] for part in PARTS if part in self.parameters)
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops[part] for part in PARTS if part in self.flops)
+
+
+def count_parameters(detector: Detector) -> int:
+    """Weights of backbone, neck and head."""
+    return sum(parameter.numel() for parameter in detector.parameters())
+
+
+def count_flops(detector: Detector, size: tuple[int, int]) -> int:
+    """Floating-point operations of backbone, neck and head on one image of (height, width); a multiply-add is two."""
+    return measure(detector, size)[0]
+
+
+def typical_size(scale: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) that a landscape image which fills `scale` is padded to."""
+    return padded_size((min(scale), max(scale)))
+
+
+def summarize(detector: Detector, size: tuple[int, int]) -> Summary:
+    """What a detector costs on one image of (height, width)."""
+    sizes, counts = run_counted(detector, size)
+    flops, parameters, children = {}, {}, {}
+    for part in PARTS:
+        module = getattr(detector, part)
+        if module is None:
+            continue
+        parameters[part], flops[part] = numel(module), flops_of(counts, module, f"detector.{part}")
+        children[part] = []
+        for name, child in module.named_children():
+            cost = numel(child), flops_of(counts, child, f"detector.{part}.{name}")
+            if max(cost) >= SHOWN:
+                children[part].append(name)
+                parameters[f"{part}.{name}"], flops[f"{part}.{name}"] = cost
+        rest = flops[part] - sum(flops[f"{part}.{name}"] for name in children[part])
+        if rest >= SHOWN:  # of functions that are no module's
+            children[part].append("functions")
+            parameters[f"{part}.functions"], flops[f"{part}.functions"] = 0, rest
+    weight_bytes = sum(tensor.nbytes for tensor in [*detector.parameters(), *detector.buffers()])
+    return Summary(size, parameters, flops, levels(detector, sizes), weight_bytes, measure(detector, size)[1], children)
+
+
+def numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def run_counted(detector: Detector, size: tuple[int, int]) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """(h, w) of each level's map, and the operations by module, of a run over shapes without numbers."""
+    model = Maps(detector)
+    hooks = [module.register_forward_hook(lambda *_: None) for module in detector.modules()
+             if isinstance(module, nn.Conv2d)]  # each is then run as a module, and counted by its name
+    try:
+        with in_mode(detector, training=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            outputs = functional_call(model, without_numbers(model), (blank(detector, size),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return outputs.sizes, counts
+
+
+def flops_of(counts: dict[str, int], module: nn.Module, name: str) -> int:
+    """Operations of a module; of one that is only a container, those of what it holds."""
+    if name in counts:
+        return counts[name]
+    return sum(flops_of(counts, child, f"{name}.{key}") for key, child in module.named_children())
+
+
+@contextmanager
+def in_mode(detector: Detector, training: bool) -> Iterator[None]:
+    before = detector.training
+    detector.train(training)
+    try:
+        yield
+    finally:
+        detector.train(before)
+
+
+def without_numbers(model: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers on the meta device: shapes without numbers."""
+    return {name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
+            for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def measure(detector: Detector, size: tuple[int, int]) -> tuple[int, int | None]:
+    """Operations on one image, and the bytes that autograd keeps of it beside the weights until its backward pass.
+
+    Losses are not counted. The latter is None where nothing learns, and with batch norms that wait for other processes.
+    """
+    model = Maps(detector)
+    tensors, kept = without_numbers(model), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()  # one that several operations keep counts once
+        return tensor
+
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules())
+    learns = not synchronised and any(parameter.requires_grad for parameter in detector.parameters())
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with in_mode(detector, training=learns), torch.set_grad_enabled(learns), saved, \
+            FlopCounterMode(display=False) as counter:
+        outputs = functional_call(model, tensors, (blank(detector, size),))  # it holds what is kept, until here
+    for tensor in tensors.values():
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    del outputs
+    return counter.get_total_flops(), sum(kept.values()) if learns else None
+
+
+def blank(detector: Detector, size: tuple[int, int]) -> Tensor:
+    """An image (1, 3, H, W) without numbers."""
+    return torch.empty(1, 3, *size, dtype=next(detector.parameters()).dtype, device="meta")
+
+
+def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
+    """Stride, map and anchors of every level."""
+    head, found = detector.bbox_head, []
+    ranges = getattr(head.assigner, "regress_ranges", None)
+    for i, (stride, size, base) in enumerate(zip(head.prior_generator.strides, sizes, head.prior_generator.base_anchors,
+                                                 strict=True)):
+        if ranges is not None:
+            low, high = ranges[i]
+            near, far = "" if low <= 0 else f" from {low:g}", "" if high >= 1e5 else f" to {high:g}"
+            anchors = f"a point, learns distances{near}{far} px"
+        else:
+            extent = base[:, 2:] - base[:, :2]
+            sides = sorted({round(float(side)) for side in extent.prod(1).sqrt()})
+            ratios = sorted({round(float(ratio), 2) for ratio in extent[:, 1] / extent[:, 0]})
+            anchors = f"{len(base)} anchors a cell" if len(base) > 1 else "an anchor a cell"
+            anchors += f" of side {', '.join(map(str, sides))} px"
+            if ratios != [1]:
+                anchors += f", height : width {', '.join(f'{ratio:g}' for ratio in ratios)}"
+        found.append(Level(stride, size, anchors))
+    return found
+
+
+def brief(detector: Detector, size: tuple[int, int]) -> str:
+    """The sums in a line; of a detector in shards, which cannot be run over shapes, only the first."""
+    if detector.sharded:
+        return f"{count_parameters(detector) / 1e6:.2f} M parameters in shards"
+    flops, activations = measure(detector, size)
+    line = f"{count_parameters(detector) / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOPs"
+    return line if activations is None else f"{line} and {mebibytes(activations)} of activations"
+
+
+def mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2 ** 20:.1f} MiB"
+
+
+def models_of(cfg: dict) -> dict[str, Detector]:
+    """The student (or, without `distill`, the detector) and the teachers of a configuration, by title, untrained.
+
+    Raises:
+        ConfigError: the class count is not known.
+    """
+    model = cfg["model"]
+    if model["head"].get("num_classes") is None:
+        classes = annotated_classes(cfg)
+        if classes is None:
+            raise ConfigError("model.head.num_classes", "not known: there are no annotations of data.val to count "
+                                                        "classes in; give model.head.num_classes=80, say")
+        model = model | {"head": model["head"] | {"num_classes": len(classes.names)}}
+    student = build_detector(without_pretraining(model))
+    if not cfg.get("distill"):
+        return {"detector": student}
+    found, entries = {"student": student}, teacher_entries(cfg)
+    for i, entry in enumerate(entries):
+        teacher = build_teacher(entry | {"checkpoint": None}, student.bbox_head.num_classes)
+        found[f"teacher {i}" if len(entries) > 1 else "teacher"] = teacher.requires_grad_(False)
+    return found
+
+
+def format_summaries(summaries: dict[str, Summary]) -> str:
+    """Detectors beside each other, by title: costs by module, memory, and levels."""
+    h, w = next(iter(summaries.values())).size
+    rows = [(f"on one image of {h} x {w}", *(cell for title in summaries for cell in (title, ""))),
+            ("", *("M parameters", "GFLOPs") * len(summaries))]
+
+    def row(name: str, key: str) -> tuple[str, ...]:
+        cells = [(f"{s.parameters[key] / 1e6:.3f}", f"{s.flops[key] / 1e9:.3f}") if key in s.parameters else ("", "")
+                 for s in summaries.values()]
+        return name, *(cell for pair in cells for cell in pair)
+
+    for part in PARTS:
+        names = list(dict.fromkeys(name for s in summaries.values() for name in s.children.get(part, ())))
+        if names:
+            rows += [row(part, part), *(row(f"  {name}", f"{part}.{name}") for name in names)]
+    rows.append(("all", *(cell for s in summaries.values()
+                          for cell in (f"{s.total_parameters / 1e6:.3f}", f"{s.total_flops / 1e9:.3f}"))))
+    rows.append(("weights", *(cell for s in summaries.values() for cell in (mebibytes(s.weight_bytes), ""))))
+    rows.append(("activations", *(cell for s in summaries.values()
+                                  for cell in (mebibytes(s.activation_bytes), ""))))
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = ["  ".join([f"{cells[0]:<{widths[0]}}", *(f"{c:>{n}}" for c, n in zip(cells[1:], widths[1:]))]).rstrip()
+             for cells in rows]
+    of_levels: dict[tuple[str, ...], list[str]] = {}
+    for title, summary in summaries.items():
+        table = tuple(f"  stride {level.stride:<4} map {level.size[0]:>3} x {level.size[1]:<4} {level.anchors}"
+                      for level in summary.levels)
+        of_levels.setdefault(table, []).append(title)
+    for table, titles in of_levels.items():
+        lines += ["", f"levels of {' and '.join(titles)}", *table]
+    return "\n".join(lines)

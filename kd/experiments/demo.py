@@ -1,0 +1,56 @@
+"""The demo: a teacher, a student alone and the same student distilled, on generated scenes."""
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+
+from data import CocoDataset, generate_scenes
+from models import Detector
+
+from ..config.load import load_config
+from ..engine.train import train
+from ..evaluation.evaluate import load_detector
+from ..evaluation.summary import count_flops, count_parameters
+from ..inference.draw import beside_truth
+
+PARTS = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
+PICTURES = 6
+
+
+def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs/demo"), images: int = 400,
+             overrides: tuple[str, ...] = ()) -> str:
+    """Generate data, train the three, and leave checkpoints, a table and a picture in `work_dir`.
+
+    Returns:
+        The table, as markdown.
+    """
+    for part in PARTS:  # of an earlier demo
+        shutil.rmtree(work_dir / part, ignore_errors=True)
+    data = generate_scenes(work_dir / "scenes", train=images, val=images // 4).resolve()
+    places = [f"data.{split}.images={data / split}" for split in ("train", "val")]
+    places += [f"data.{split}.annotations={data / 'annotations' / split}.json" for split in ("train", "val")]
+    rows, detectors, dataset = [], {}, None
+    for part, title in PARTS.items():
+        own = [f"distill.teacher.checkpoint={work_dir / 'teacher' / 'last.pth'}"] if part == "crosskd" else []
+        cfg = load_config(configs / f"{part}.yaml", [*places, *own, *overrides])
+        start = time.perf_counter()
+        figures = train(cfg, work_dir / part, device)
+        minutes = (time.perf_counter() - start) / 60
+        detectors[title], dataset = load_detector(cfg, work_dir / part / "last.pth", device)
+        rows.append(describe(title, detectors[title], figures, minutes, dataset))
+    table = "\n".join([
+        "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *rows])
+    (work_dir / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_png(beside_truth(detectors, dataset, PICTURES, zoom=2), str(work_dir / "detections.png"))
+    return table
+
+
+def describe(title: str, detector: Detector, figures: dict, minutes: float, dataset: CocoDataset) -> str:
+    """A row of the table; GFLOPs are of one image of the data set's size."""
+    target = dataset[0][1]
+    return (f"| {title} | {100 * figures['AP']:.1f} | {100 * figures['AP50']:.1f} | "
+            f"{count_parameters(detector) / 1e6:.2f} | {count_flops(detector, target['pad_size']) / 1e9:.2f} | "
+            f"{minutes:.1f} |")

@@ -1,0 +1,197 @@
+"""Many training runs, one after another or several at once: resumed where they were stopped, then compared."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models import ConfigError
+
+from ..config.load import load_config
+from ..distiller import teacher_entries
+from ..processes.signals import Stopped, StopSignals
+from ..work_dir.checkpoint import newest_checkpoint
+from ..work_dir.lock import WorkDirError
+from ..work_dir.log import TrainingError
+from ..work_dir.records import RunRecord, read_run, setting
+
+TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+OUTPUT = "output.txt"  # in a run's work dir: what it printed
+
+
+@dataclass(eq=False)
+class Job:
+    """One run: a configuration with a seed, in a work dir of its own."""
+
+    cfg: Path
+    overrides: list[str]
+    seed: int | None         # None: the configuration's own
+    work_dir: Path
+    config: dict             # as it is loaded
+    waits: "Job | None" = None  # the run that trains its teacher
+
+    @property
+    def name(self) -> str:
+        return self.cfg.stem if self.seed is None else f"{self.cfg.stem} seed {self.seed}"
+
+    def record(self) -> RunRecord | None:
+        """What it has left so far, if anything.
+
+        Raises:
+            WorkDirError: its work dir holds a run of another configuration.
+        """
+        metrics = self.work_dir / "metrics.jsonl"
+        if not metrics.is_file() or not (self.work_dir / "run.json").is_file():
+            return None
+        run, wanted = read_run(self.work_dir, metrics), self.config
+        head = {"num_classes": run.config["model"]["head"].get("num_classes")} | wanted["model"]["head"]
+        wanted = wanted | {"model": wanted["model"] | {"head": head}}
+        if setting(wanted) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
+            raise WorkDirError(f"{self.work_dir} holds a run of another configuration: give another --work-dir, or "
+                               "remove it")
+        return run
+
+    def finished(self) -> bool:
+        run = self.record()
+        return run is not None and run.finished
+
+    def command(self, device: str) -> list[str]:
+        seed = [] if self.seed is None else [f"train.seed={self.seed}"]
+        resume = ["--resume"] if newest_checkpoint(self.work_dir, missing_ok=True) else []
+        return [sys.executable, str(TRAIN), "--cfg", str(self.cfg), "--work-dir", str(self.work_dir), "--device",
+                device, *resume, *self.overrides, *seed]
+
+
+def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: Sequence[str] = (),
+         teacher: Path | None = None) -> list[Job]:
+    """The runs of a sweep, the teacher's first.
+
+    Args:
+        overrides: for all runs; those of `distill` only for configurations that distil, and none but those of `data`
+            for the teacher.
+        teacher: a configuration that is trained first, once; it takes the place of the checkpoint in each of `cfgs`
+            whose `distill.teacher.cfg` it is.
+    Raises:
+        ConfigError: a bad configuration, nothing to evaluate on, or a teacher's checkpoint that does not exist.
+    """
+    trained = None
+    if teacher is not None:
+        own = [override for override in overrides if override.startswith("data.")]
+        trained = Job(teacher, own, None, work_dir / teacher.stem, load_config(teacher, own))
+    jobs = []
+    for cfg in cfgs:
+        distils = bool(load_config(cfg).get("distill"))
+        own = [override for override in overrides if distils or not override.startswith("distill.")]
+        uses = trained is not None and distils and is_teacher(load_config(cfg, own), teacher)
+        if uses:
+            own.append(f"distill.teacher.checkpoint={trained.work_dir / 'last.pth'}")
+        config = load_config(cfg, own)
+        if not uses:
+            check_teachers(config, cfg)
+        stem = cfg.stem if [other.stem for other in cfgs].count(cfg.stem) == 1 else f"{cfg.parent.name}_{cfg.stem}"
+        jobs += [Job(cfg, own, seed, work_dir / stem / f"seed{seed}", config, trained if uses else None)
+                 for seed in seeds]
+    if trained is not None:
+        if not any(job.waits for job in jobs):
+            raise ConfigError("", f"--teacher {teacher} is distill.teacher.cfg of none of the configurations")
+        jobs.insert(0, trained)
+    for job in jobs:
+        if not (job.config.get("data") or {}).get("val"):
+            raise ConfigError("data.val", f"missing in {job.cfg}: what are the runs to be compared on?")
+    return jobs
+
+
+def is_teacher(config: dict, teacher: Path) -> bool:
+    """Whether a configuration's only teacher is of this configuration file."""
+    entries = teacher_entries(config)
+    project = TRAIN.parents[1]  # from where such a file is looked up, too
+    return len(entries) == 1 and bool(entries[0].get("cfg")) and teacher.resolve() in (
+        Path(entries[0]["cfg"]).resolve(), (project / entries[0]["cfg"]).resolve())
+
+
+def check_teachers(config: dict, cfg: Path) -> None:
+    for entry in teacher_entries(config):
+        checkpoint = entry["checkpoint"]
+        if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
+            raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
+                                                            "have it trained with --teacher and its configuration")
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None] = print) -> None:
+    """Run what is not finished, each in a process of its own, up to `at_once` at a time; the GPUs take turns.
+
+    Raises:
+        TrainingError: a run has failed; the others were run all the same.
+        Stopped: SIGINT or SIGTERM, after the runs have saved.
+        WorkDirError: a work dir holds another run.
+    """
+    done = {job for job in jobs if job.finished()}
+    pending = [job for job in jobs if job not in done]
+    if done:
+        say(f"{len(done)} of {len(jobs)} runs are finished already")
+    count, failed, told = len(pending), set(), False
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
+    with StopSignals() as signals:
+        try:
+            while (pending and not signals.asked) or running:
+                for job in [job for job in pending if job.waits in failed]:
+                    failed.add(job)
+                    pending.remove(job)
+                    say(f"{job.name}: not run, for its teacher is not trained")
+                ready = [job for job in pending if job.waits is None or job.waits in done]
+                free = [slot for slot in range(at_once) if slot not in running]
+                for slot, job in zip(free, [] if signals.asked else ready):
+                    pending.remove(job)
+                    say(f"[{count - len(pending)}/{count}] {job.name}: into {job.work_dir}")
+                    running[slot] = job, start(job, slot, at_once, device), time.monotonic()
+                if signals.asked and not told:  # once: a second signal would end a run without saving
+                    told = True
+                    for _, process, _ in running.values():
+                        process.send_signal(signal.SIGTERM)
+                for slot, (job, process, begun) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        right = report(job, process.returncode, time.monotonic() - begun, say, told)
+                        (done if right else failed).add(job)
+                time.sleep(0.1)
+        finally:
+            for _, process, _ in running.values():
+                process.kill()
+    if signals.asked:
+        raise Stopped(signals.asked, "stopped; the same command goes on from there")
+    if failed:
+        names = ", ".join(job.name for job in jobs if job in failed)
+        raise TrainingError(f"{len(failed)} of {len(jobs)} runs failed ({names}): see {OUTPUT} in their work dirs; the "
+                            "same command tries them again")
+
+
+def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
+    """Start a run in a session of its own, so that Ctrl-C reaches it through us alone."""
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if device == "cuda" and at_once > 1:
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        env |= {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]}
+    with open(job.work_dir / OUTPUT, "a", encoding="utf-8") as output:
+        return subprocess.Popen(job.command(device), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env,
+                                start_new_session=True)
+
+
+def report(job: Job, code: int, seconds: float, say: Callable[[str], None], stopping: bool) -> bool:
+    """Say how a run ended; whether it is all right."""
+    if stopping and code:
+        say(f"{job.name}: stopped")
+        return False
+    if code == 0 and job.finished():
+        ap = job.record().evaluations[-1]["AP"]
+        say(f"{job.name}: AP {'-' if ap is None else f'{100 * ap:.1f}'} after {seconds / 60:.1f} minutes")
+        return True
+    lines = (job.work_dir / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    say(f"{job.name}: failed with exit code {code}: {lines[-1] if lines else 'it printed nothing'}")
+    return False

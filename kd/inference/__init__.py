@@ -1,0 +1,1 @@
+"""Using a detector: loading, detecting, drawing, exporting."""

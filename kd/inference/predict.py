@@ -1,0 +1,222 @@
+"""Detections on images and videos: as pictures, and as COCO results."""
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.io import write_jpeg, write_png
+from tqdm import tqdm
+
+from data import DataConfig, DataError, collate, read_data_config
+from data.inputs.files import ImageFiles, Sample, Source, batches_of_one_size, make_sample
+from data.inputs.video import Video, VideoWriter, load_av
+from models import Detector
+from models.build import nearest
+
+from ..config.sections import EvalConfig
+from .draw import draw_boxes
+from .named import Classes
+from .tta import merge, views
+
+JPEG_QUALITY = 95
+PIXELS_PER_THICKNESS = 900  # of the longer edge: what is seen on a screen, there or shrunk to fit
+IMAGES_PER_WORKER = 8  # fewer are read before a worker process has started
+
+
+class Predictor:
+    """Detects on batches of samples as evaluation does, on every view that `eval.tta` asks for.
+
+    Args:
+        detector: in evaluation mode, on `device`.
+        cfg: whose `data.scale`, `data.antialias` and `eval.tta` hold.
+        thresholds: (classes,) least score of each class.
+        batch_size: images per step; data.batch_size when not given. What is detected does not depend on it.
+    """
+
+    def __init__(self, detector: Detector, cfg: dict, thresholds: Tensor, device: torch.device,
+                 batch_size: int | None = None):
+        data = read_data_config(cfg["data"]) if cfg.get("data") else DataConfig(train=None)
+        self.detector, self.thresholds, self.device = detector, thresholds, device
+        self.detectors, self.scales = views(detector, EvalConfig(**cfg.get("eval", {})).tta, data.scale)
+        self.antialias, self.batch_size, self.workers = data.antialias, batch_size or data.batch_size, data.workers
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> list[dict]:
+        """Detections of each sample, on the CPU: boxes (n, 4) xyxy in original pixels, scores (n,), labels (n,)."""
+        found = []
+        for view in range(len(self.scales)):
+            images, targets = collate([(sample.views[view], sample.targets[view]) for sample in samples])
+            for detector in self.detectors:
+                batch = detector.preprocess(images.to(self.device), targets)
+                found.append(detector.predict(batch, targets))
+        merged = [merge(per_sample, self.detector.test) for per_sample in zip(*found)]
+        return [self._above_threshold({key: value.cpu() for key, value in one.items()}) for one in merged]
+
+    def _above_threshold(self, found: dict) -> dict:
+        keep = found["scores"] >= self.thresholds[found["labels"]]
+        return {key: value[keep] for key, value in found.items()}
+
+    def image_samples(self, sources: Sequence[Source], image_ids: Sequence[int], problems: list[str]
+                      ) -> Iterator[Sample]:
+        """The images of files, read by worker processes; what is wrong with one is told and added to `problems`."""
+        dataset = ImageFiles([source.path for source in sources], image_ids, self.scales, self.antialias)
+        workers = min(self.workers, len(sources) // IMAGES_PER_WORKER)
+        for sample in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is):
+            if isinstance(sample, Sample):
+                yield sample
+            else:
+                leave_out(sample, problems)
+
+    def frame_samples(self, frames: Iterable[Tensor], image_ids: Iterator[int]) -> Iterator[Sample]:
+        for frame in frames:
+            yield make_sample(frame, next(image_ids), self.scales, self.antialias)
+
+
+def leave_out(problem: str, problems: list[str]) -> None:
+    """Tell at once what is wrong with a file, and keep it."""
+    problems.append(problem)
+    tqdm.write(f"left out: {problem}", file=sys.stderr)
+
+
+def as_it_is(sample: Sample | str) -> Sample | str:
+    """In place of the loader's own conversion, which makes lists of tuples."""
+    return sample
+
+
+class Results:
+    """What was detected, in COCO format.
+
+    `images` and `results` grow as detections come, and are put in the order of the ids when they are written.
+    """
+
+    def __init__(self, classes: Classes):
+        self.classes, self.images, self.results = classes, [], []
+
+    def add(self, sample: Sample, found: dict, file_name: str, **more: int) -> None:
+        h, w = sample.targets[0]["original_size"]
+        image_id = sample.targets[0]["image_id"]
+        self.images.append({"id": image_id, "file_name": file_name, "width": w, "height": h, **more})
+        boxes = found["boxes"].double()
+        boxes[:, 2:] -= boxes[:, :2]
+        self.results += [{"image_id": image_id, "category_id": self.classes.ids[label], "bbox": box, "score": score}
+                         for box, score, label in zip(boxes.tolist(), found["scores"].tolist(),
+                                                      found["labels"].tolist())]
+
+    def write(self, folder: Path) -> None:
+        """`predictions.json`, a list of results, and `images.json`, the images and categories that its ids are of."""
+        self.images.sort(key=lambda image: image["id"])
+        self.results.sort(key=lambda result: result["image_id"])  # stable: the best of each image stay first
+        listed = {"images": self.images, "annotations": [], "categories": self.classes.categories}
+        for name, content in (("predictions.json", self.results), ("images.json", listed)):
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Source], out: Path) -> tuple[Results, list]:
+    """Detect on images and videos, and write pictures, videos and results into a folder.
+
+    Images are numbered from 1 in the order given, those that cannot be read too; frames of videos follow.
+
+    Returns:
+        The results, and a line for each file that could not be read: it was left out.
+    Raises:
+        DataError: PyAV is missing for a video, or a picture would overwrite an input. Nothing is written then.
+    """
+    images = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    pictures = {source: out / picture_name(source.name) for source in sources}
+    inputs = {os.path.realpath(source.path) for source in sources}
+    for path in pictures.values():
+        if os.path.realpath(path) in inputs:
+            raise DataError(f"{path} is an input and would be overwritten: give another --out")
+    if videos:
+        load_av()
+    results, problems = Results(classes), []
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(images) or None, desc="predict", disable=None) as bar:
+        samples = predictor.image_samples(images, range(1, len(images) + 1), problems)
+        for batch in batches_of_one_size(samples, predictor.batch_size):
+            for sample, found in zip(batch, predictor(batch)):
+                source = images[sample.targets[0]["image_id"] - 1]
+                results.add(sample, found, source.name)
+                write_picture(draw(sample, found, classes), pictures[source])
+            bar.update(len(batch))
+    image_ids = count(len(images) + 1)
+    for source in videos:
+        try:
+            predict_video(predictor, classes, source, pictures[source], image_ids, results)
+        except DataError as error:
+            leave_out(str(error), problems)
+    results.write(out)
+    return results, problems
+
+
+def predict_video(predictor: Predictor, classes: Classes, source: Source, path: Path, image_ids: Iterator[int],
+                  results: Results) -> None:
+    """Detect on every frame of a video and write it with boxes; images of the results also say their `frame`, from 0.
+
+    Raises:
+        DataError: it cannot be read, to its end; what came before is kept.
+    """
+    video = Video(source.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=video.num_frames, desc=source.name, disable=None))
+        writer = stack.enter_context(VideoWriter(path, video.rate))
+        frames = count()
+        # Frames are of one size, so batches are in order.
+        for batch in batches_of_one_size(predictor.frame_samples(video, image_ids), predictor.batch_size):
+            for sample, found in zip(batch, predictor(batch)):
+                results.add(sample, found, source.name, frame=next(frames))
+                writer.write(draw(sample, found, classes))
+                bar.update()
+
+
+def draw(sample: Sample, found: dict, classes: Classes) -> Tensor:
+    """The original picture with the boxes that were found."""
+    thickness = max(1, max(sample.image.shape[1:]) // PIXELS_PER_THICKNESS)
+    return draw_boxes(sample.image, found["boxes"], found["labels"], classes.names, found["scores"], score_thr=0.0,
+                      thickness=thickness)
+
+
+def picture_name(name: str) -> str:
+    """A file's name below the output folder: its own, with the format that is written where that is another."""
+    path = Path(name)
+    if Source(path, name).is_video:
+        return name if path.suffix.lower() == ".mp4" else f"{name}.mp4"
+    return name if path.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.png"
+
+
+def write_picture(image: Tensor, path: Path) -> None:
+    """Write uint8 (3, h, w) as JPEG or PNG, as the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
+        write_png(image, str(path))
+    else:
+        write_jpeg(image, str(path), quality=JPEG_QUALITY)
+
+
+def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[str] = ()) -> Tensor:
+    """The least score of each class, from one for all and exceptions of the form NAME=SCORE.
+
+    Raises:
+        DataError: an exception of another form, or for a class that there is not.
+    """
+    thresholds = torch.full((len(classes.names),), score_thr)
+    for text in per_class:
+        name, _, value = text.rpartition("=")
+        try:
+            score = float(value)
+        except ValueError:
+            score = -1.0
+        if not name or not 0 <= score <= 1:
+            raise DataError(f'threshold "{text}" is not of the form NAME=SCORE, with a score from 0 to 1')
+        if name not in classes.names:
+            raise DataError(f'threshold "{text}": there is no class "{name}"; {nearest(name, classes.names)}')
+        thresholds[classes.names.index(name)] = score
+    return thresholds

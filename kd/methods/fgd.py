@@ -1,0 +1,155 @@
+"""FGD: focal and global knowledge distillation for detectors (Yang et al., arXiv:2111.11837)."""
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses import at_least_float32
+from models import Detector, DetectorPass
+from models.layers import from_host, kaiming_init
+
+from .base.features import adapter
+from .base.method import Method
+
+MAX_CELLS = 2 ** 26  # of a map, times boxes, held at once
+
+class FGD(Method):
+    """Feature imitation on neck outputs, weighted by where the teacher attends and by objects, plus global relation.
+
+    Args:
+        levels, student_modules, teacher_modules: the maps that are distilled, see `FeaturePairs`.
+        temp: temperature of the attention (eq. 5, 6).
+        alpha_fgd, beta_fgd: weights of features on objects and on background (eq. 9).
+        gamma_fgd: weight of the attention's own imitation (eq. 10).
+        lambda_fgd: weight of the global relation (eq. 13). A weight of 0 leaves its part out.
+        adapter_kernel: size of the convolution to the teacher's width where the widths differ.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None,
+                 student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
+                 temp: float = 0.5, alpha_fgd: float = 0.001, beta_fgd: float = 0.0005, gamma_fgd: float = 0.001,
+                 lambda_fgd: float = 0.000005, adapter_kernel: Literal[1, 3] = 1):
+        super().__init__()
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, None)
+        self.part_weights = {"alpha_fgd": alpha_fgd, "beta_fgd": beta_fgd, "gamma_fgd": gamma_fgd,
+                             "lambda_fgd": lambda_fgd}
+        self.losses = nn.ModuleList(
+            FeatureLoss(own, other, temp, alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd, adapter_kernel)
+            for own, other in zip(self.pairs.student_channels, self.pairs.teacher_channels))
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        boxes = [t["boxes"] for t in student.targets]
+        sizes = [t["image_size"] for t in student.targets]
+        return {"loss_fgd": sum(loss(own, other, boxes, sizes)
+                                for loss, (own, other) in zip(self.losses, self.pairs(student, teacher)))}
+
+    def weights(self) -> dict[str, float]:
+        return self.part_weights
+
+
+class FeatureLoss(nn.Module):
+    """FGD on one level. Parameter names are the original's."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, temp: float = 0.5, alpha_fgd: float = 0.001,
+                 beta_fgd: float = 0.0005, gamma_fgd: float = 0.001, lambda_fgd: float = 0.000005,
+                 adapter_kernel: int = 1):
+        super().__init__()
+        self.temp = temp
+        self.alpha_fgd, self.beta_fgd, self.gamma_fgd, self.lambda_fgd = alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd
+        self.align = None
+        if student_channels != teacher_channels:
+            self.align = adapter(student_channels, teacher_channels, adapter_kernel)
+        if lambda_fgd:
+            self.conv_mask_s, self.channel_add_conv_s = context_block(teacher_channels)
+            self.conv_mask_t, self.channel_add_conv_t = context_block(teacher_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor, boxes: list[Tensor],
+                image_sizes: list[tuple[int, int]]) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student, teacher: maps (N, C_s, H, W) and (N, C_t, H, W).
+            boxes: per image (n, 4) xyxy in input pixels.
+            image_sizes: per image (height, width) before padding.
+        """
+        terms = self.terms(student, teacher, boxes, image_sizes)
+        weights = {"fg": self.alpha_fgd, "bg": self.beta_fgd, "mask": self.gamma_fgd, "relation": self.lambda_fgd}
+        return sum(weights[name] * term for name, term in terms.items())
+
+    def terms(self, student: Tensor, teacher: Tensor, boxes: list[Tensor],
+              image_sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The four parts whose weight is not zero, unweighted: `fg`, `bg`, `mask`, `relation`."""
+        if self.align is not None:
+            student = self.align(student)
+        student, teacher = at_least_float32(student), at_least_float32(teacher)
+        n, terms = len(student), {}
+        spatial_t, channel_t = attention(teacher, self.temp)
+        if self.alpha_fgd or self.beta_fgd:
+            fg, bg = box_masks(boxes, image_sizes, spatial_t)
+            error = ((student - teacher) ** 2 * channel_t[:, :, None, None]).sum(1) * spatial_t  # (N, H, W)
+            if self.alpha_fgd:
+                terms["fg"] = (error * fg).sum() / n
+            if self.beta_fgd:
+                terms["bg"] = (error * bg).sum() / n
+        if self.gamma_fgd:
+            spatial_s, channel_s = attention(student, self.temp)
+            terms["mask"] = (channel_s - channel_t).abs().sum() / n + (spatial_s - spatial_t).abs().sum() / n
+        if self.lambda_fgd:
+            related_s = student + self.channel_add_conv_s(context(student, self.conv_mask_s))
+            related_t = teacher + self.channel_add_conv_t(context(teacher, self.conv_mask_t))
+            terms["relation"] = F.mse_loss(related_s, related_t, reduction="sum") / n
+        return terms
+
+
+def context_block(channels: int) -> tuple[nn.Conv2d, nn.Sequential]:
+    """GcBlock (arXiv:1904.11492): where to look, and what to add to every channel; it starts by adding nothing."""
+    mask = nn.Conv2d(channels, 1, 1)
+    kaiming_init(mask, mode="fan_in")
+    half = channels // 2
+    add = nn.Sequential(nn.Conv2d(channels, half, 1), nn.LayerNorm([half, 1, 1]), nn.ReLU(inplace=True),
+                        nn.Conv2d(half, channels, 1))
+    nn.init.zeros_(add[-1].weight)
+    nn.init.zeros_(add[-1].bias)
+    return mask, add
+
+
+def context(x: Tensor, mask: nn.Conv2d) -> Tensor:
+    """(N, C, 1, 1): the map (N, C, H, W) pooled by a learned spatial softmax."""
+    weight = mask(x).flatten(1).softmax(-1)
+    return torch.einsum("ncp,np->nc", x.flatten(2), weight.to(x.dtype))[:, :, None, None]
+
+
+def attention(x: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """Spatial (N, H, W) and channel (N, C) attention of a map (N, C, H, W); each averages to 1 (eq. 5, 6)."""
+    n, c, h, w = x.shape
+    value = x.abs()
+    spatial = h * w * (value.mean(1).flatten(1) / temp).softmax(-1).view(n, h, w)
+    return spatial, c * (value.mean((2, 3)) / temp).softmax(-1)
+
+
+def box_masks(boxes: list[Tensor], image_sizes: list[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N, H, W) of objects, one over the area of the smallest box there, and of background, summing to 1.
+
+    As in the original, boxes are divided by the image's size without padding and scaled to the whole padded map.
+    """
+    n, h, w = like.shape
+    most = max(1, *map(len, boxes))
+    padded = like.new_zeros(n, most, 4)
+    real = torch.zeros(n, most, dtype=torch.bool, device=like.device)
+    for i, b in enumerate(boxes):
+        padded[i, :len(b)], real[i, :len(b)] = b, True
+    height, width = from_host(image_sizes, like).T[:, :, None]  # each (N, 1)
+    left, right = (padded[..., 0] / width * w).floor(), (padded[..., 2] / width * w).ceil()
+    top, bottom = (padded[..., 1] / height * h).floor(), (padded[..., 3] / height * h).ceil()
+    weight = real / (bottom + 1 - top) / (right + 1 - left)
+
+    x, y = torch.arange(w, device=like.device), torch.arange(h, device=like.device)
+    columns = (x >= left.unsqueeze(-1)) & (x <= right.unsqueeze(-1))                      # (N, G, W)
+    rows = ((y >= top.unsqueeze(-1)) & (y <= bottom.unsqueeze(-1))) * weight.unsqueeze(-1)  # (N, G, H)
+    fg = like.new_zeros(n, h, w)
+    size = max(1, MAX_CELLS // (n * h * w))
+    for row, column in zip(rows.split(size, dim=1), columns.split(size, dim=1)):
+        fg = torch.maximum(fg, (row.unsqueeze(-1) * column.unsqueeze(-2)).amax(1))
+    bg = (fg <= 0).to(like.dtype)
+    return fg, bg / bg.sum((1, 2), keepdim=True).clamp(min=1)

@@ -1,0 +1,31 @@
+"""Feature mimicking: the hints of FitNets (Romero et al., arXiv:1412.6550)."""
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses import at_least_float32
+from models import Detector, DetectorPass
+
+from .base.method import Method
+
+
+class FitNet(Method):
+    """Maps are pulled towards the teacher's by half their squared distance (eq. 3), averaged over all entries.
+
+    Args:
+        loss_weight: weight of the loss, summed over maps.
+        levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0,
+                 levels: list[int] | None = None, student_modules: list[str] | None = None,
+                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
+        super().__init__()
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
+        self.loss_weight = loss_weight
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        errors = [F.mse_loss(at_least_float32(own), at_least_float32(other)) / 2
+                  for own, other in self.pairs(student, teacher)]
+        return {"loss_fitnet": self.loss_weight * sum(errors)}

@@ -1,0 +1,76 @@
+"""LD: localization distillation for dense object detection (Zheng et al., arXiv:2102.12252)."""
+import torch
+from torch import Tensor
+
+from losses import KnowledgeDistillationKLDivLoss, at_least_float32
+from models import Detector, DetectorPass, GFLHead
+from models.assigners import pairwise_overlap
+from models.build import ConfigError
+from models.targets import pad_targets
+
+from .base.method import Method, link
+from .base.predictions import check_same_predictions
+
+
+class LD(Method):
+    """Each side's distribution of positive anchors mimics the teacher's, softened by a temperature (eq. 4).
+
+    An anchor counts as much as the student already believes it to be an object, as in the head's own box loss.
+
+    Args:
+        loss_weight, T, class_reduction: of the KL divergence, see `losses.kd_kl_div_loss`.
+        vlr_weight: weight of the same divergence in the valuable localisation region, see `valuable_region`; 0 leaves
+            it out. Anchors count by their IoU with the box, divided by 16, as in the authors' code.
+        vlr_gamma: how far below the positives' threshold that region reaches (algorithm 1).
+    """
+
+    teacher_head = True
+
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 0.25, T: float = 10.0,
+                 class_reduction: str = "mean", vlr_weight: float = 0.0, vlr_gamma: float = 0.25):
+        super().__init__()
+        check_same_predictions(student.bbox_head, teacher.bbox_head, "LD")
+        if not isinstance(student.bbox_head, GFLHead):
+            raise ConfigError("", f"LD distils distributions over distances, and {type(student.bbox_head).__name__} "
+                                  "predicts none: use it with GFLHead")
+        if not 0 <= vlr_gamma <= 1:
+            raise ConfigError("vlr_gamma", f"must be from 0 to 1, not {vlr_gamma}")
+        self.vlr_gamma = vlr_gamma
+        self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
+        self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        assignment, head = student.assignment, student.head
+        own = head.box_space(student.outputs, assignment.priors)
+        other = head.box_space(teacher.outputs, assignment.priors)
+        weight = at_least_float32(student.outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
+        losses = {"loss_ld": self.main(own, other, weight.unsqueeze(-1), avg_factor=4.0)}
+        if self.vlr is not None:
+            losses["loss_ld_vlr"] = self.vlr(own, other, self.valuable_region(student).unsqueeze(-1), avg_factor=16.0)
+        return losses
+
+    @torch.no_grad()
+    def valuable_region(self, student: DetectorPass) -> Tensor:
+        """IoU (N, P) with their box of the anchors that nearly were positive, zero elsewhere (algorithm 1).
+
+        They are those whose DIoU with a box lies below the threshold of its positives, but not below `vlr_gamma` of it.
+        """
+        priors = student.assignment.priors
+        truth = pad_targets(student.targets, priors.boxes.dtype, priors.boxes.device)
+        valid = student.assignment.label_weights != 0
+        threshold = student.head.assigner.positive_threshold(priors, valid, truth.boxes).unsqueeze(-1)
+        iou = pairwise_overlap(truth.boxes, priors.boxes)  # (N, G, P)
+        diou = iou - center_distance(truth.boxes, priors.boxes)
+        near = (diou < threshold) & (diou >= self.vlr_gamma * threshold)
+        return (iou * (near & truth.real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
+
+    def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
+        return [link("box distributions of positives", student.outputs.box, "box distributions", teacher.outputs.box)]
+
+
+def center_distance(boxes: Tensor, others: Tensor) -> Tensor:
+    """DIoU's penalty (..., G, P): centres' squared distance over the enclosing diagonal's (arXiv:1911.08287, eq. 6)."""
+    a, b = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    low, high = torch.min(a[..., :2], b[..., :2]), torch.max(a[..., 2:], b[..., 2:])
+    distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).square().sum(-1) / 4
+    return distance / (high - low).square().sum(-1).clamp(min=1e-6)

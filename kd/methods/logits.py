@@ -1,0 +1,69 @@
+"""Mimicking of class logits alone: plain (KD) and decoupled (DKD)."""
+from torch import Tensor
+
+from losses import binary_kd_loss, dkd_loss
+from models import Detector, DetectorPass
+from models.build import ConfigError
+
+from .base.method import Method, link
+from .base.predictions import check_same_predictions
+
+
+class KD(Method):
+    """Class scores mimic the teacher's, softened by a temperature (Hinton et al., arXiv:1503.02531, section 2).
+
+    Dense heads ask of every class by itself, so each score is a distribution over two outcomes. All anchors count that
+    the assignment has not ignored; the sum is divided by the head's own normaliser.
+
+    Args:
+        T: temperature.
+        loss_weight: weight of the loss.
+    """
+
+    teacher_head = True
+
+    def __init__(self, student: Detector, teacher: Detector, T: float = 1.0, loss_weight: float = 1.0):
+        super().__init__()
+        check_same_predictions(student.bbox_head, teacher.bbox_head, "KD", boxes=False)
+        self.T, self.loss_weight = T, loss_weight
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        assignment = student.assignment
+        loss = binary_kd_loss(student.outputs.cls, teacher.outputs.cls, assignment.label_weights, self.T,
+                              avg_factor=assignment.avg_factor)
+        return {"loss_kd": self.loss_weight * loss}
+
+    def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
+        return [link("class scores", student.outputs.cls, "class scores", teacher.outputs.cls)]
+
+
+class DKD(Method):
+    """Decoupled mimicking (Zhao et al., arXiv:2203.08679, eq. 7): of the true class, and among the others.
+
+    It needs a true class, so positives alone count; their class logits are taken as a softmax's.
+
+    Args:
+        alpha, beta: weights of the true class against the rest, and of the others among themselves.
+        T: temperature.
+        loss_weight: weight of the loss.
+    """
+
+    teacher_head = True
+
+    def __init__(self, student: Detector, teacher: Detector, alpha: float = 1.0, beta: float = 8.0, T: float = 4.0,
+                 loss_weight: float = 1.0):
+        super().__init__()
+        check_same_predictions(student.bbox_head, teacher.bbox_head, "DKD", boxes=False)
+        if student.bbox_head.num_classes < 2:
+            raise ConfigError("", "DKD compares classes with one another, and there is only one")
+        self.alpha, self.beta, self.T, self.loss_weight = alpha, beta, T, loss_weight
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        assignment = student.assignment
+        labels = assignment.labels.clamp(max=student.head.num_classes - 1)  # the background's weight is zero
+        loss = dkd_loss(student.outputs.cls, teacher.outputs.cls, labels, assignment.positive, self.alpha, self.beta,
+                        self.T, avg_factor=assignment.avg_factor)
+        return {"loss_dkd": self.loss_weight * loss}
+
+    def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
+        return [link("class scores", student.outputs.cls, "class scores of positives", teacher.outputs.cls)]

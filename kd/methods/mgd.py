@@ -1,0 +1,44 @@
+"""MGD: masked generative distillation (Yang et al., arXiv:2205.01529)."""
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from losses import at_least_float32
+from models import Detector, DetectorPass
+
+from .base.method import Method
+
+
+class MGD(Method):
+    """The teacher's whole map is generated from the student's, of which a random part of the cells is masked.
+
+    Args:
+        alpha_mgd: weight of the squared error, summed over a map and averaged over images (eq. 4, 5).
+        lambda_mgd: share of cells that are masked (eq. 2); 0.65 is the published one of one-stage detectors.
+        levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, alpha_mgd: float = 0.00002, lambda_mgd: float = 0.65,
+                 levels: list[int] | None = None, student_modules: list[str] | None = None,
+                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
+        super().__init__()
+        if not 0 <= lambda_mgd <= 1:
+            raise ValueError(f"lambda_mgd is a share of cells, from 0 to 1, not {lambda_mgd}")
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
+        self.alpha_mgd, self.lambda_mgd = alpha_mgd, lambda_mgd
+        self.generation = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True),
+                          nn.Conv2d(width, width, 3, padding=1)) for width in self.pairs.teacher_channels)
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        total = 0
+        for generate, (own, other) in zip(self.generation, self.pairs(student, teacher)):
+            n, _, h, w = own.shape
+            kept = torch.rand(n, 1, h, w, device=own.device) <= 1 - self.lambda_mgd
+            error = at_least_float32(generate(own * kept)) - at_least_float32(other)
+            total = total + error.square().sum() / n
+        return {"loss_mgd": self.alpha_mgd * total}
+
+    def weights(self) -> dict[str, float]:
+        return {"alpha_mgd": self.alpha_mgd}

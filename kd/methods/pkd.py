@@ -1,0 +1,30 @@
+"""PKD: distillation via the Pearson correlation coefficient (Cao et al., arXiv:2207.02039)."""
+from typing import Literal
+
+from torch import Tensor
+
+from losses import PKDLoss
+from models import Detector, DetectorPass
+
+from .base.method import Method
+
+
+class PKD(Method):
+    """Maps are compared with each channel's mean and deviation over the batch taken out.
+
+    Args:
+        loss_weight: weight of the loss, summed over maps.
+        sync_stats: means and deviations are of all processes' batches together; the original takes each process's own.
+        levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
+    """
+
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0,
+                 levels: list[int] | None = None, student_modules: list[str] | None = None,
+                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1,
+                 sync_stats: bool = False):
+        super().__init__()
+        self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
+        self.loss = PKDLoss(loss_weight, sync_stats)
+
+    def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
+        return {"loss_feat_kd": sum(self.loss(own, other) for own, other in self.pairs(student, teacher))}

@@ -1,0 +1,162 @@
+"""Runs read back from their work dirs: their figures, and which of them differ only in seed."""
+import copy
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import DataError
+
+from ..config.sections import TrainConfig
+from ..distiller import teacher_entries
+
+# Settings that change neither the weights nor the figures.
+SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
+          "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
+                    "vis_period")}
+
+
+@dataclass
+class RunRecord:
+    """A work dir, or a metrics.jsonl that was kept of one."""
+
+    path: Path
+    name: str = ""
+    config: dict | None = None  # None of a lone metrics file, and so are the next
+    teachers: dict[str, str] = field(default_factory=dict)  # SHA-256 of the teachers' checkpoints by path
+    steps: list[dict] = field(default_factory=list)         # lines of training
+    evaluations: list[dict] = field(default_factory=list)   # lines of evaluations
+
+    @property
+    def seed(self) -> int:
+        """As configured; of a lone metrics file the number after "seed" in its name, or 0."""
+        if self.config is not None:
+            return self.config.get("train", {}).get("seed", TrainConfig.seed)
+        said = re.search(r"seed[_-]?(\d+)$", self.path.stem)
+        return int(said[1]) if said else 0
+
+    @property
+    def epochs(self) -> int | None:
+        """How many it was to have."""
+        return None if self.config is None else self.config.get("train", {}).get("epochs", TrainConfig.epochs)
+
+    @property
+    def done(self) -> int:
+        """Epochs up to the last evaluation."""
+        return self.evaluations[-1]["epoch"] + 1 if self.evaluations else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs is None or self.done >= self.epochs
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps; from the evaluations, or as far as the lines of training tell."""
+        known = [line["step"] / (line["epoch"] + 1) for line in self.evaluations]
+        return known[-1] if known else max(line["step"] / (line["epoch"] + 1) for line in self.steps)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
+    """The runs among `paths`, named by where their ways part, and a line for each path that is none.
+
+    Raises:
+        DataError: none of them is a run.
+    """
+    runs, notes = [], []
+    for path in map(Path, paths):
+        metrics = path if path.suffix == ".jsonl" else path / "metrics.jsonl"
+        if metrics.is_file():
+            runs.append(read_run(path, metrics))
+        else:
+            notes.append(f"{path} is left out: there is no metrics.jsonl in it")
+    if not runs:
+        raise DataError(f"no run among {', '.join(map(str, paths))}: give work dirs of train.py")
+    folders = [run.path.resolve().parent for run in runs]
+    common = Path(os.path.commonpath(folders))
+    if any(re.fullmatch(r"seed[_-]?\d+", str(run.path.resolve().relative_to(common))) for run in runs):
+        common = common.parent
+    for run in runs:
+        run.name = str(run.path.resolve().relative_to(common).with_suffix("" if run.path.suffix == ".jsonl"
+                                                                          else run.path.suffix))
+    return runs, notes
+
+
+def read_run(path: Path, metrics: Path) -> RunRecord:
+    """One run; lines that were cut off are left out."""
+    run = RunRecord(path)
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "AP" in line:
+            run.evaluations.append(line)
+        elif "loss" in line:
+            run.steps.append(line)
+    provenance = path / "run.json"
+    if provenance.is_file():
+        try:
+            content = json.loads(provenance.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{provenance} cannot be read ({error}): is the run still being started?") from None
+        run.config, run.teachers = content["config"], content.get("teachers", {})
+    return run
+
+
+def setting(config: dict, teachers: dict[str, str] | None = None, distilled: bool = True) -> str:
+    """What a configuration trains, seed apart, as a text to compare.
+
+    Args:
+        teachers: SHA-256 of checkpoints by path, which are compared by it where known.
+        distilled: False leaves the teachers and methods out, so that it is the student alone.
+    """
+    config = copy.deepcopy(config)
+    for section, names in SILENT.items():
+        for name in names:
+            (config.get(section) or {}).pop(name, None)
+    if not distilled:
+        config.pop("distill", None)
+    for entry in teacher_entries(config):
+        entry["checkpoint"] = (teachers or {}).get(entry["checkpoint"], entry["checkpoint"])
+    return json.dumps({key: value for key, value in config.items() if value not in ({}, None)}, sort_keys=True)
+
+
+def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs that differ only in seed, by a common name, in order of the seed; unfinished ones by themselves."""
+    groups: dict[tuple, list[RunRecord]] = {}
+    for run in runs:
+        if run.config is None:
+            key = (re.sub(r"[_-]?seed[_-]?\d+$", "", run.name),)
+        elif run.finished:
+            key = (setting(run.config, run.teachers),)
+        else:
+            key = (str(run.path),)
+        if any(other.seed == run.seed for other in groups.get(key, ())):
+            key = (*key, str(run.path))  # the same once more
+        groups.setdefault(key, []).append(run)
+    named = {}
+    for members in groups.values():
+        name = group_name(members)
+        if not members[0].finished:
+            name += f" ({members[0].done} of {members[0].epochs} epochs)"
+        named[name if name not in named else members[0].name] = sorted(members, key=lambda run: run.seed)
+    return named
+
+
+def group_name(runs: Sequence[RunRecord]) -> str:
+    """What the names of runs have in common, without the seed."""
+    if len(runs) == 1:
+        return runs[0].name
+    common = os.path.commonprefix([run.name for run in runs])
+    return re.sub(r"[_\-/ ]*(seed)?[_\-/ ]*$", "", common) or runs[0].name
+
+
+def methods_of(config: dict | None) -> str:
+    """The methods of a configuration, `CrossKD+FGD` say, and `init_student` if it is set; empty for plain training."""
+    distill = (config or {}).get("distill")
+    if not distill:
+        return ""
+    inherits = ["init_student"] if distill.get("init_student") else []
+    return "+".join([*(entry["type"] for entry in distill["methods"]), *inherits])

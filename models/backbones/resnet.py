@@ -1,0 +1,183 @@
+"""ResNet 18 to 152 (arXiv:1512.03385) and ResNeXt (arXiv:1611.05431) with torchvision's parameter names."""
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..build import ConfigError
+from ..layers import NormCfg, build_norm, conv_norm, kaiming_init
+from ..weights import load_backbone_weights
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = build_norm(norm_cfg, channels)[1]
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = build_norm(norm_cfg, channels)[1]
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, channels, stride, norm_cfg)
+        self.last_norm = "bn2"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv2, self.bn2, out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride is on the 3x3 (pytorch) or the first 1x1 (caffe).
+
+    The 3x3 has `groups` groups of `group_width` channels each; by default one of `channels`.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg, groups: int = 1,
+                 group_width: int | None = None):
+        super().__init__()
+        stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
+        width = (group_width or channels) * groups
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride1, bias=False)
+        self.bn1 = build_norm(norm_cfg, width)[1]
+        self.conv2 = nn.Conv2d(width, width, 3, stride2, 1, groups=groups, bias=False)
+        self.bn2 = build_norm(norm_cfg, width)[1]
+        self.conv3 = nn.Conv2d(width, channels * 4, 1, bias=False)
+        self.bn3 = build_norm(norm_cfg, channels * 4)[1]
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, channels * 4, stride, norm_cfg)
+        self.last_norm = "bn3"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv3, self.bn3, out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Shortcut(nn.Sequential):
+    """A convolution and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x)
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg) -> nn.Module | None:
+    """The projection that a residual needs where its shape changes."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return Shortcut(conv, build_norm(norm_cfg, out_channels)[1])
+
+
+DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
+          101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
+
+
+class ResNet(nn.Module):
+    """ResNet features; with `groups` those of a ResNeXt (32x4d: `groups` 32, `base_width` 4).
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        base_channels: width of the first stage; doubled at each further one.
+        stem_channels: width of the stem; `base_channels` when not given.
+        num_stages: how many of the four stages there are.
+        out_indices: stages whose outputs are returned, at strides 4, 8, 16, 32.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k also the first k stages.
+        norm_eval: batch norm uses its running statistics in training too.
+        norm_cfg: BN, SyncBN, FrozenBN or GN, see `build_norm`.
+        style: where a bottleneck has its stride, see `Bottleneck`.
+        zero_init_residual: the last norm of each block starts at zero.
+        groups: groups of a bottleneck's 3x3 convolutions.
+        base_width: channels of each group in the first stage, doubled at each further one; when not given 4, and
+            without groups `base_channels`.
+        weights: backbone weights to start from: a file, an https address, or a name such as
+            `torchvision://resnet50`, see `models.weights.load_backbone_weights`.
+    """
+
+    def __init__(self, depth: int, base_channels: int = 64, stem_channels: int | None = None, num_stages: int = 4,
+                 out_indices: tuple[int, ...] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = True,
+                 norm_cfg: str | dict = "BN", style: Literal["pytorch", "caffe"] = "pytorch",
+                 zero_init_residual: bool = True, groups: int = 1, base_width: int | None = None,
+                 weights: str | None = None):
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ConfigError("depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
+        if not 1 <= num_stages <= 4 or not -1 <= frozen_stages <= num_stages:
+            raise ConfigError("frozen_stages", f"{frozen_stages} of {num_stages} stages cannot be frozen")
+        if not out_indices or not all(0 <= i < num_stages for i in out_indices):
+            raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
+        block, counts = DEPTHS[depth]
+        if block is BasicBlock and (groups != 1 or base_width is not None):
+            raise ConfigError("groups", f"and base_width are for the bottlenecks of depth 50 and up, not for {depth}")
+        if groups < 1 or (base_width is not None and base_width < 1):
+            raise ConfigError("groups", f"and base_width must be 1 or more, not {groups} and {base_width}")
+        base_width = base_width or (base_channels if groups == 1 else 4)
+        self.num_stages, self.out_indices = num_stages, tuple(out_indices)
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        channels = stem_channels or base_channels
+        self.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
+        self.bn1 = build_norm(norm_cfg, channels)[1]
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        for i, count in enumerate(counts[:num_stages]):
+            width = base_channels * 2 ** i
+            bottleneck = {"groups": groups, "group_width": base_width * 2 ** i} if block is Bottleneck else {}
+            blocks = []
+            for j in range(count):
+                blocks.append(block(channels, width, 2 if i and not j else 1, style, norm_cfg, **bottleneck))
+                channels = width * block.expansion
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.out_channels = [base_channels * 2 ** i * block.expansion for i in self.out_indices]
+        self.out_strides = [4 * 2 ** i for i in self.out_indices]
+        self._init_weights(zero_init_residual)
+        if weights is not None:
+            load_backbone_weights(self, weights)
+        self._freeze()
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                kaiming_init(module)
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_(getattr(module, module.last_norm).weight)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.conv1, self.bn1] + [getattr(self, f"layer{i + 1}") for i in range(self.frozen_stages)]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ResNet":
+        """Training mode, but for what is frozen and, with `norm_eval`, the batch norms."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of the stages in `out_indices`.
+
+        Args:
+            x: images (N, 3, H, W).
+        """
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
+        outs = []
+        for i in range(self.num_stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return outs

@@ -1,0 +1,156 @@
+"""Any torchvision classification model as a backbone, by the names of its nodes that give the features."""
+import difflib
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from ..build import ConfigError, nearest
+from ..checkpoints.unpickler import one_line
+from ..weights import load_backbone_weights
+
+# Sides whose quotient is no power of two, so that height, width and channels of a map cannot be taken for each other.
+PROBE = (64, 96)
+
+
+class TorchvisionBackbone(nn.Module):
+    """Features of a torchvision classification model, with its parameter names; what they do not need is left out.
+
+    Args:
+        name: the model, as torchvision calls it: swin_t, convnext_tiny, mobilenet_v3_large, ...
+        nodes: modules or operations whose outputs are returned, finest first, by the names that torchvision's
+            `get_graph_node_names` gives; a module's name stands for the last operation in it. Take stages or blocks:
+            a convolution's or norm's output is overwritten where an in-place activation follows.
+        weights: backbone weights to start from, see `models.weights.load_backbone_weights`; DEFAULT are the ones that
+            torchvision recommends for this model.
+        out_norm: a LayerNorm over the channels of each output, `norm0` and so on in their order, as mmdet's Swin has.
+            An output that nothing uses has a norm that is never trained: name only nodes that the neck takes.
+        frozen: names of modules whose parameters stay as they are, in eval mode; with everything in them.
+        norm_eval: batch norm uses its running statistics in training too.
+
+    `out_channels` and `out_strides` have an entry per output; they are measured. Models that take images of one size
+    only (ViT, MaxViT) cannot be backbones.
+    """
+
+    def __init__(self, name: str, nodes: list[str], weights: str | None = None, out_norm: bool = False,
+                 frozen: tuple[str, ...] = (), norm_eval: bool = True):
+        super().__init__()
+        models = torchvision.models.list_models(module=torchvision.models)
+        if name not in models:
+            raise ConfigError("name", f'torchvision has no classification model "{name}"; {nearest(name, models)}')
+        if not nodes:
+            raise ConfigError("nodes", "must name at least one")
+        self.nodes, self.out_norm, self.norm_eval, self.frozen = list(nodes), out_norm, norm_eval, ()
+        children, self.graphs = extract(torchvision.models.get_model(name, weights=None), self.nodes)
+        for child, module in children.items():
+            self.add_module(child, module)
+        self.out_channels, self.out_strides, self.channels_last = self._measure(name)
+        norms = {f"norm{i}": nn.LayerNorm(channels) for i, channels in enumerate(self.out_channels) if out_norm}
+        for norm, module in norms.items():
+            self.add_module(norm, module)
+        if weights is not None:
+            source = f"torchvision://{name}/DEFAULT" if weights == "DEFAULT" else weights
+            load_backbone_weights(self, source, allow_missing=[f"{norm}.*" for norm in norms])
+        self._freeze(frozen)
+        self.train()
+
+    def _freeze(self, names: Sequence[str]) -> None:
+        modules = {name: module for name, module in self.named_modules() if name}
+        for name in names:
+            if name not in modules:
+                raise ConfigError("frozen", f'the nodes need no module "{name}"; {suggest(name, modules)}')
+            modules[name].requires_grad_(False)
+        self.frozen = tuple(names)
+
+    @torch.no_grad()
+    def _measure(self, name: str) -> tuple[list[int], list[int], list[bool]]:
+        """Channels, strides and whether channels come last, of each node's output for one black image."""
+        self.eval()
+        try:
+            outs = self.graphs[False](self, torch.zeros(1, 3, *PROBE))
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError("name", f"{name} cannot run on an image of {PROBE[0]}x{PROBE[1]}, and a backbone must on "
+                                      f"any multiple of 32 ({one_line(error, 120)})") from error
+        if len(outs) < len(self.nodes):
+            raise ConfigError("nodes", f"name one output more than once: {', '.join(self.nodes)}")
+        found = [layout(outs[node]) for node in self.nodes]
+        for node, measured in zip(self.nodes, found):
+            if measured is None:
+                shape = list(outs[node].shape) if isinstance(outs[node], Tensor) else type(outs[node]).__name__
+                raise ConfigError("nodes", f'"{node}" gives {shape} for an image of {PROBE[0]}x{PROBE[1]}: no map with '
+                                           "a stride of 1, 2, 4, 8, 16 or 32")
+        channels, strides, last = (list(values) for values in zip(*found))
+        if strides != sorted(set(strides)):
+            raise ConfigError("nodes", f"must go from fine to coarse, and have strides {strides}")
+        return channels, strides, last
+
+    def train(self, mode: bool = True) -> "TorchvisionBackbone":
+        """Training mode, but for what is frozen and, with `norm_eval`, the batch norms."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps (N, C, H / stride, W / stride), one per node.
+
+        Args:
+            x: images (N, 3, H, W), whose sides are multiples of the last stride.
+        """
+        found = self.graphs[self.training](self, x)
+        outs = []
+        for i, node in enumerate(self.nodes):
+            out = found[node]
+            if self.out_norm:
+                out = getattr(self, f"norm{i}")(out if self.channels_last[i] else out.permute(0, 2, 3, 1))
+            if self.out_norm or self.channels_last[i]:
+                out = out.permute(0, 3, 1, 2)
+            outs.append(out.contiguous())
+        return outs
+
+
+def extract(model: nn.Module, nodes: list[str]) -> tuple[dict[str, nn.Module], dict[bool, Callable]]:
+    """The modules that `nodes` need, by name, and the computation by mode (True is training).
+
+    A computation takes a module with these children and images (N, 3, H, W), and gives a dict of outputs. So they can
+    be children of a backbone under torchvision's own names, whatever its mode.
+    """
+    names = {prefix for name in get_graph_node_names(model, suppress_diff_warning=True)[1] for prefix in prefixes(name)}
+    for node in nodes:
+        if node not in names:
+            raise ConfigError("nodes", f'the model has no node "{node}"; {suggest(node, names)}')
+    extractor = create_feature_extractor(model, nodes, suppress_diff_warning=True)
+    graphs = {}
+    for mode in (False, True):
+        extractor.train(mode)  # this puts the mode's forward into the extractor's own class
+        graphs[mode] = type(extractor).forward
+    return dict(extractor.named_children()), graphs
+
+
+def prefixes(name: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:i + 1]) for i in range(len(parts))]
+
+
+def suggest(name: str, valid: Collection[str]) -> str:
+    """Advice on a wrong node or module: the nearest one as deep, or the stages: children of the model or `features`."""
+    close = difflib.get_close_matches(name, [word for word in valid if word.count(".") == name.count(".")], 1)
+    return nearest(name, close or [word for word in valid if "." not in word.removeprefix("features.")])
+
+
+def layout(out: Tensor) -> tuple[int, int, bool] | None:
+    """Channels, stride and whether channels come last, of what an image of `PROBE` gave; None if that is no map."""
+    if not isinstance(out, Tensor) or out.dim() != 4:
+        return None
+    for last, (height, width, channels) in ((False, (*out.shape[2:], out.shape[1])), (True, tuple(out.shape[1:]))):
+        stride = PROBE[0] // max(height, 1)
+        if (height * stride, width * stride) == PROBE:
+            return channels, stride, last
+    return None

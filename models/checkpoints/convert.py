@@ -1,0 +1,113 @@
+"""Writing weights for other projects: as an mmdet checkpoint, under torchvision's RetinaNet names, or one part of an
+FGD file."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..weights import open_checkpoint
+from .formats import Weights
+from .unpickler import CheckpointError, one_line
+
+CONVERSIONS = ("mmdet", "torchvision", "student")
+
+
+def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLike, part: str | None = None) -> str:
+    """Converts a checkpoint of any format that `load_weights` reads, writes it to `out`, and returns a line that says
+    so.
+
+    `to` is `mmdet`, `torchvision` (a RetinaNet only), or `student`: the student of an FGD checkpoint as an mmdet
+    checkpoint, or its teacher if `part` says so. Raises `CheckpointError` if the file cannot be read or has no such
+    form, and `OSError` if `out` cannot be written; `out` is complete or not there.
+    """
+    if to == "student":
+        part = part or "student"
+    label, checkpoint = open_checkpoint(source, part)
+    if to == "torchvision":
+        content: dict[str, Any] = to_torchvision(checkpoint.weights)
+    elif to in CONVERSIONS:
+        content = to_mmdet(checkpoint.weights, checkpoint.meta)
+    else:
+        raise CheckpointError(f"cannot convert to {one_line(to, 40)}: known are {', '.join(CONVERSIONS)}")
+    out = os.path.abspath(os.fspath(out))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    partial = f"{out}.partial"
+    torch.save(content, partial)
+    os.replace(partial, out)
+    chosen = f" ({part})" if part else ""
+    return f"converted {checkpoint.format} checkpoint {label}{chosen}: {len(checkpoint.weights)} tensors to {out}"
+
+
+def to_mmdet(weights: Weights, meta: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An mmdet checkpoint (version 2 and 3 read it) of weights under our names, which are mmdet's.
+
+    Class names in `meta` (under `classes`, or already as mmdet puts them) are written where either version looks for
+    them.
+    """
+    state = {name: value for name, value in weights.items() if not name.endswith("loss_normalizer")}
+    # GFL's bin positions are a stored buffer there, and a strict load asks for it.
+    if "bbox_head.gfl_reg.weight" in state and "bbox_head.integral.project" not in state:
+        bins = state["bbox_head.gfl_reg.weight"].shape[0] // 4
+        state["bbox_head.integral.project"] = torch.linspace(0, bins - 1, bins)
+    meta = {name: value for name, value in (meta or {}).items() if _is_plain(value)}
+    classes = meta.get("classes") or meta.get("CLASSES")
+    if isinstance(classes, (list, tuple)):
+        meta = {
+            **meta,
+            "CLASSES": tuple(classes),
+            "dataset_meta": meta.get("dataset_meta", {"classes": tuple(classes)}),
+        }
+    return {"meta": meta, "state_dict": state}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `torch.load(weights_only=True)` accepts it, so that what is written here can be read anywhere."""
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+_TORCHVISION_PREFIXES = (
+    (r"backbone\.", r"backbone.body."),
+    (r"neck\.lateral_convs\.(\d+)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"neck\.fpn_convs\.(\d+)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
+    (r"bbox_head\.cls_convs\.(\d+)\.conv\.", r"head.classification_head.conv.\1.0."),
+    (r"bbox_head\.cls_convs\.(\d+)\.(?:gn|bn)\.", r"head.classification_head.conv.\1.1."),
+    (r"bbox_head\.reg_convs\.(\d+)\.conv\.", r"head.regression_head.conv.\1.0."),
+    (r"bbox_head\.reg_convs\.(\d+)\.(?:gn|bn)\.", r"head.regression_head.conv.\1.1."),
+    (r"bbox_head\.retina_cls\.", r"head.classification_head.cls_logits."),
+    (r"bbox_head\.retina_reg\.", r"head.regression_head.bbox_reg."),
+)
+
+
+def to_torchvision(weights: Weights) -> dict[str, Tensor]:
+    """The state dict of torchvision's `RetinaNet` (names of its current release) from weights under our names.
+
+    Names only: build the model there with the same anchors, pixel statistics and class count; its class 0 is ours.
+    Raises `CheckpointError` if the head is not a RetinaHead, or if the model has parts that torchvision's has not.
+    """
+    if "bbox_head.retina_cls.weight" not in weights:
+        raise CheckpointError(
+            "torchvision has these names for RetinaNet only, and this model's head is not a RetinaHead"
+        )
+    levels = len({match[1] for name in weights if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))})
+    extra = {f"backbone.fpn.layer_blocks.{levels + i}.0.": f"backbone.fpn.extra_blocks.p{6 + i}." for i in range(2)}
+    renamed = {}
+    for name, value in weights.items():
+        if name.endswith("loss_normalizer"):
+            continue
+        for pattern, replacement in _TORCHVISION_PREFIXES:
+            target, count = re.subn(f"^{pattern}", replacement, name)
+            if count:
+                break
+        else:
+            raise CheckpointError(f"torchvision's RetinaNet has nothing like {one_line(name, 80)}")
+        for layer_block, extra_block in extra.items():
+            target = target.replace(layer_block, extra_block)
+        renamed[target] = value
+    return renamed

@@ -1,0 +1,331 @@
+"""The names that other projects give to a detector's weights, and how they become ours (which are mmdet's).
+
+`parse_checkpoint` recognises a format by the names in it and by what surrounds them. Each translation is a function
+from a dict of tensors to a dict of tensors under our names; names that it does not know pass unchanged and end up in
+the load report as unexpected.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .unpickler import CheckpointError, one_line
+
+Weights = dict[str, Tensor]
+
+OUR_FORMAT = "densekd"
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs")  # mmdet; ours, detectron2; plain scripts; Detectron
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+_PARTS = ("student", "teacher")
+_NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+|data_preprocessor\.(mean|std)")
+
+
+@dataclass
+class Checkpoint:
+    """Weights under our names, the format that they came in, and what the file says beside them (`classes` in ours)."""
+
+    format: str
+    weights: Weights
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_checkpoint(content: Any, part: str | None = None) -> Checkpoint:
+    """Finds the weights in what `read_checkpoint` gave and renames them to our names.
+
+    `part` chooses `student` or `teacher` of an FGD checkpoint. Raises `CheckpointError` if there are no weights, if a
+    part must be chosen and is not, or if the chosen part is not there.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__}, no weights")
+    weights = _find_weights(content)
+    weights, has_parts = _choose_part(weights, part)
+    format_name, translate = _recognise(weights, content)
+    if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
+        format_name = "fgd"
+    meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
+    if format_name == OUR_FORMAT and "classes" in content:
+        meta["classes"] = content["classes"]
+    return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
+
+
+def _find_weights(content: dict) -> Weights:
+    inner = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
+    weights = {}
+    for name, value in inner.items():
+        if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray)) and not name.endswith("_momentum"):
+            weights[name] = _as_tensor(name, value)
+    if not weights:
+        raise CheckpointError("holds no weights")
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    return {name: value for name, value in weights.items() if not _NOT_WEIGHTS.fullmatch(name)}
+
+
+def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if value.dtype.kind not in "biuf":
+        raise CheckpointError(f"{one_line(name, 80)} is an array of {value.dtype}, not of numbers")
+    return torch.from_numpy(np.array(value))
+
+
+def _choose_part(weights: Weights, part: str | None) -> tuple[Weights, bool]:
+    """The weights of one part, without its prefix, and whether the file has parts at all."""
+    present = [name for name in _PARTS if any(key.startswith(f"{name}.") for key in weights)]
+    if part is None and len(present) > 1:
+        raise CheckpointError(
+            f"holds {' and '.join(present)}: say which part to load, part='{present[0]}' or part='{present[1]}'"
+        )
+    if part is not None and part not in present:
+        raise CheckpointError(
+            f"holds no part '{one_line(part, 40)}', only {' and '.join(present) or 'the weights of one model'}"
+        )
+    if not present:
+        return weights, False
+    prefix = f"{part or present[0]}."
+    # The other part and the distillation losses are left out knowingly, so they are not unexpected.
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, True
+
+
+def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights], Weights]]:
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in weights)
+
+    if has(r"backbone\.bottom_up\."):
+        return "detectron2", _from_detectron2
+    if has(r"backbone\.body\."):
+        return "torchvision", _from_torchvision
+    if has(r"conv1_w$|res\d_\d+_branch"):
+        return "caffe2-backbone", _from_caffe2_backbone
+    if has(r"(stem\.conv1|res\d\.\d+)\."):
+        return "detectron2-backbone", _from_detectron2_backbone
+    if content.get("format") == OUR_FORMAT:
+        return OUR_FORMAT, dict
+    if isinstance(content.get("state_dict"), dict):
+        meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
+        is_mmengine = "message_hub" in content or "mmengine_version" in meta or "dataset_meta" in meta
+        return ("mmdet3" if is_mmengine else "mmdet2"), _from_mmdet
+    if has(r"features\.denseblock1\."):
+        return "densenet-backbone", _from_densenet
+    if has(r"conv1\.weight$") and has(r"layer1\."):
+        return "resnet-backbone", dict  # torchvision's, and caffe ones under the same names
+    return "state-dict", _from_mmdet
+
+
+def _rename(weights: Weights, new_name: Callable[[str], str]) -> Weights:
+    renamed: Weights = {}
+    for name, value in weights.items():
+        target = new_name(name)
+        if target in renamed:
+            raise CheckpointError(f"two of its tensors are {one_line(target, 80)} in this project")
+        renamed[target] = value
+    return renamed
+
+
+def _rpn_to_bbox_head(weights: Weights) -> Weights:
+    """A two-stage detector's proposal head is a single-stage head, as mmdet's single-stage detector reads it."""
+    if any(name.startswith("bbox_head.") for name in weights):
+        return weights
+    return _rename(weights, lambda name: re.sub(r"^rpn_head\.", "bbox_head.", name))
+
+
+def _from_mmdet(weights: Weights) -> Weights:
+    # FCOS heads of mmdet 1.
+    return _rename(
+        _from_mmdet_swin(weights),
+        lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name),
+    )
+
+
+_SWIN_NAMES = (  # torchvision numbers patches, blocks of a stage and its merging in one sequence
+    (r"patch_embed\.projection\.", lambda match: "features.0.0."),
+    (r"patch_embed\.norm\.", lambda match: "features.0.2."),
+    (r"stages\.(\d+)\.blocks\.", lambda match: f"features.{2 * int(match[1]) + 1}."),
+    (r"stages\.(\d+)\.downsample\.", lambda match: f"features.{2 * int(match[1]) + 2}."),
+    (r"(features\.\d+\.\d+)\.attn\.w_msa\.", r"\1.attn."),
+    (r"(features\.\d+\.\d+)\.ffn\.layers\.0\.0\.", r"\1.mlp.0."),
+    (r"(features\.\d+\.\d+)\.ffn\.layers\.1\.", r"\1.mlp.3."),
+)
+
+
+def _from_mmdet_swin(weights: Weights) -> Weights:
+    """mmdet's SwinTransformer under the names of torchvision's, and its output norms numbered from 0.
+
+    Both lay out windows, queries and tables of biases alike. What they compute differs where a map is no larger than a
+    window (7 cells: images up to 224 pixels at stride 32): mmdet shifts the window all the same, torchvision does not.
+    """
+    prefix = next((p for p in ("backbone.", "") if f"{p}patch_embed.projection.weight" in weights), None)
+    if prefix is None:
+        return weights
+    norms = sorted({int(match[1]) for name in weights if (match := re.match(rf"{prefix}norm(\d+)\.", name))})
+
+    def new_name(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        name = name.removeprefix(prefix)
+        for pattern, replacement in _SWIN_NAMES:
+            name = re.sub(f"^{pattern}", replacement, name)
+        return prefix + re.sub(r"^norm(\d+)(?=\.)", lambda match: f"norm{norms.index(int(match[1]))}", name)
+
+    merging = re.compile(rf"{prefix}stages\.\d+\.downsample\.")
+    return _rename(
+        {
+            name: _unfolded_to_grids(value) if merging.match(name) else value
+            for name, value in weights.items()
+            if not name.endswith(".relative_position_index")  # follows from the window's size, and has another shape
+        },
+        new_name,
+    )
+
+
+def _unfolded_to_grids(value: Tensor) -> Tensor:
+    """Swin's patch merging from mmdet's order of inputs to torchvision's; they are the last axis of `value`.
+
+    mmdet unfolds: channel by channel, the 2x2 neighbours row by row. torchvision concatenates the four grids of
+    neighbours, column by column, each with all of its channels.
+    """
+    neighbours = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]]
+    return neighbours.transpose(-1, -2).flatten(-2)
+
+
+# --- detectron2 and Caffe2 -------------------------------------------------------------------------------------------
+
+
+def _resnet_name(name: str) -> str:
+    """`stem.conv1.norm.weight` -> `bn1.weight`, `res2.0.shortcut.norm.bias` -> `layer1.0.downsample.1.bias`."""
+    name = re.sub(r"^stem\.conv1\.norm\.", "bn1.", name)
+    name = re.sub(r"^stem\.conv1\.", "conv1.", name)
+    if not re.match(r"res[2-5]\.", name):
+        return name
+    name = f"layer{int(name[3]) - 1}{name[4:]}"
+    name = re.sub(r"\.conv(\d)\.norm\.", r".bn\1.", name)
+    name = name.replace(".shortcut.norm.", ".downsample.1.")
+    return name.replace(".shortcut.", ".downsample.0.")
+
+
+def _from_detectron2_backbone(weights: Weights) -> Weights:
+    return _fill_statistics(_rename(weights, _resnet_name))
+
+
+def _fill_statistics(weights: Weights) -> Weights:
+    """Zero mean and unit variance, as in detectron2, where an old caffe model folded them into scale and bias."""
+    filled = dict(weights)
+    for name, value in weights.items():
+        norm = re.fullmatch(r"(.*(?:bn\d|downsample\.1))\.weight", name)
+        if norm and f"{norm[1]}.running_mean" not in weights:
+            filled[f"{norm[1]}.running_mean"] = torch.zeros_like(value)
+            filled[f"{norm[1]}.running_var"] = torch.ones_like(value)
+    return filled
+
+
+_CAFFE2_ENDINGS = {
+    "bn_s": "norm.weight", "bn_gamma": "norm.weight", "bn_b": "norm.bias", "bn_beta": "norm.bias",
+    "bn_rm": "norm.running_mean", "bn_running_mean": "norm.running_mean",
+    "bn_riv": "norm.running_var", "bn_running_var": "norm.running_var", "w": "weight", "b": "bias",
+}  # fmt: skip
+_CAFFE2_NAME = re.compile(rf"(res_conv1|conv1|res\d_\d+_branch(?:1|2[abc]))_({'|'.join(_CAFFE2_ENDINGS)})")
+
+
+def _caffe2_name(name: str) -> str:
+    """`res2_0_branch2a_bn_s` -> `res2.0.conv1.norm.weight`; `branch1` is the shortcut, `res_conv1_bn` the stem's."""
+    match = _CAFFE2_NAME.fullmatch(name)
+    if not match:
+        return name
+    layer, ending = match[1], _CAFFE2_ENDINGS[match[2]]
+    if layer in ("conv1", "res_conv1"):
+        return f"stem.conv1.{ending}"
+    stage, block, branch = layer.split("_")
+    layer = "shortcut" if branch == "branch1" else f"conv{'abc'.index(branch[-1]) + 1}"
+    return f"{stage}.{block}.{layer}.{ending}"
+
+
+def _from_caffe2_backbone(weights: Weights) -> Weights:
+    return _from_detectron2_backbone(_rename(weights, _caffe2_name))
+
+
+def _from_detectron2(weights: Weights) -> Weights:
+    levels = sorted({int(match[1]) for name in weights if (match := re.match(r"backbone\.fpn_lateral(\d)\.", name))})
+    prefixes = {
+        "backbone.top_block.p6.": f"neck.fpn_convs.{len(levels)}.conv.",
+        "backbone.top_block.p7.": f"neck.fpn_convs.{len(levels) + 1}.conv.",
+        "head.cls_score.": "bbox_head.retina_cls.",
+        "head.bbox_pred.": "bbox_head.retina_reg.",
+        **_tower(weights, "head.cls_subnet.", "bbox_head.cls_convs"),
+        **_tower(weights, "head.bbox_subnet.", "bbox_head.reg_convs"),
+    }
+    for i, level in enumerate(levels):
+        for theirs, ours in (("fpn_lateral", "lateral_convs"), ("fpn_output", "fpn_convs")):
+            norm = f"backbone.{theirs}{level}.norm."
+            prefixes[norm] = f"neck.{ours}.{i}.{_norm_name(weights, norm)}."
+            prefixes[f"backbone.{theirs}{level}."] = f"neck.{ours}.{i}.conv."
+
+    def new_name(name: str) -> str:
+        if name.startswith("backbone.bottom_up."):
+            return f"backbone.{_resnet_name(name.removeprefix('backbone.bottom_up.'))}"
+        return _replace_prefix(name, prefixes)
+
+    return _fill_statistics(_rename(weights, new_name))
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------------
+
+
+def _from_torchvision(weights: Weights) -> Weights:
+    """torchvision's RetinaNet: of any version (newer ones nest each convolution once more), and v2 with group norm."""
+    laterals = {match[1] for name in weights if (match := re.match(r"backbone\.fpn\.inner_blocks\.(\d+)\.", name))}
+    prefixes = {
+        "backbone.body.": "backbone.",
+        "backbone.fpn.extra_blocks.p6.": f"neck.fpn_convs.{len(laterals)}.conv.",
+        "backbone.fpn.extra_blocks.p7.": f"neck.fpn_convs.{len(laterals) + 1}.conv.",
+        "head.classification_head.cls_logits.": "bbox_head.retina_cls.",
+        "head.regression_head.bbox_reg.": "bbox_head.retina_reg.",
+        **_tower(weights, "head.classification_head.conv.", "bbox_head.cls_convs"),
+        **_tower(weights, "head.regression_head.conv.", "bbox_head.reg_convs"),
+    }
+    for theirs, ours in (("inner_blocks", "lateral_convs"), ("layer_blocks", "fpn_convs")):
+        for i in range(len(laterals)):
+            prefixes[f"backbone.fpn.{theirs}.{i}.0."] = f"neck.{ours}.{i}.conv."
+            prefixes[f"backbone.fpn.{theirs}.{i}."] = f"neck.{ours}.{i}.conv."
+    return _rename(weights, lambda name: _replace_prefix(name, prefixes))
+
+
+def _from_densenet(weights: Weights) -> Weights:
+    """torchvision's files of DenseNet weights are older than its names of the layers."""
+    return _rename(weights, lambda name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name))
+
+
+def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
+    """The first prefix that fits is replaced, so longer ones are listed before shorter ones that they contain."""
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _tower(weights: Weights, prefix: str, target: str) -> dict[str, str]:
+    """Prefixes of a head's convolutions and norms, which others number by their place in a Sequential.
+
+    Both `0, 3, 6` (one Sequential) and `0.0, 1.0, 2.0` (nested) are counted: kernels are convolutions, vectors their
+    norms.
+    """
+    units = {match[1] for name in weights if (match := re.match(rf"{re.escape(prefix)}(\d+(?:\.\d+)?)\.weight$", name))}
+    names, convs = {}, 0
+    for unit in sorted(units, key=lambda text: [int(number) for number in text.split(".")]):
+        theirs = f"{prefix}{unit}."
+        if weights[f"{theirs}weight"].dim() == 4:
+            names[theirs] = f"{target}.{convs}.conv."
+            convs += 1
+        else:
+            names[theirs] = f"{target}.{convs - 1}.{_norm_name(weights, theirs)}."
+    return names
+
+
+def _norm_name(weights: Weights, prefix: str) -> str:
+    """mmcv names a norm by its kind, and only batch norm keeps statistics."""
+    return "bn" if f"{prefix}running_mean" in weights else "gn"

@@ -1,0 +1,156 @@
+"""Where a checkpoint comes from: a path, a URL, or a name that stands for a URL. Downloads go to torch hub's cache."""
+
+import hashlib
+import http.client
+import os
+import re
+from contextlib import suppress
+from difflib import get_close_matches
+from http.client import HTTPMessage
+from typing import IO
+from urllib.parse import quote, unquote, urlparse
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+from uuid import uuid4
+
+import torch
+from tqdm import tqdm
+
+from .unpickler import CheckpointError, one_line
+
+# The end of a name, as torch hub and OpenMMLab put it: the start of the file's SHA-256, unless it reads as a date.
+_CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
+
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
+_OPEN_MMLAB_FOLDER = "https://download.openmmlab.com/pretrain/third_party/"
+_OPEN_MMLAB = {  # mmcv's names of backbones that are here too
+    "detectron/resnet50_caffe": "resnet50_caffe-788b5fa3.pth",
+    "detectron/resnet101_caffe": "resnet101_caffe-3ad79236.pth",
+    "detectron2/resnet50_caffe": "resnet50_msra-5891d200.pth",
+    "detectron2/resnet101_caffe": "resnet101_msra-6cc46731.pth",
+    "detectron2/resnext101_32x8d": "resnext101_32x8d-1516f1aa.pth",
+    "resnext50_32x4d": "resnext50-32x4d-0ab1a123.pth",
+    "resnext101_32x4d": "resnext101_32x4d-a5af3160.pth",
+    "resnext101_64x4d": "resnext101_64x4d-ee2c6f71.pth",
+}
+
+
+def local_path(source: str | os.PathLike) -> str:
+    """The file behind `source`: a path as it is, or a URL's file in torch hub's cache, downloaded if need be.
+
+    Downloads come over https; http is for servers on this machine only. Besides URLs it knows these names:
+    - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
+      configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
+      `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
+    - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
+    - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
+    Raises `CheckpointError` for an unknown name, a plain http address, and if the download fails or does not have the
+    checksum in its name.
+    """
+    source = os.fspath(source)
+    scheme, separator, name = source.partition("://")
+    if not separator:
+        return os.path.expanduser(source)
+    if scheme in ("http", "https"):
+        _check_encrypted(source)
+        return _download(source)
+    if scheme == "torchvision":
+        return _download(_torchvision_url(name))
+    if scheme == "detectron2":
+        return _download(_DETECTRON2 + name)
+    if scheme == "open-mmlab":
+        if name not in _OPEN_MMLAB:
+            raise CheckpointError(
+                f"unknown checkpoint {source}: known are {', '.join(f'open-mmlab://{name}' for name in _OPEN_MMLAB)}"
+            )
+        return _download(_OPEN_MMLAB_FOLDER + _OPEN_MMLAB[name])
+    raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
+
+
+def _torchvision_url(name: str) -> str:
+    import torchvision  # here, because reading a local file needs none of its models
+
+    model, _, version = name.partition("/")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        near = get_close_matches(model, known, 1) or known
+        raise CheckpointError(
+            f"torchvision has no classification model {one_line(model, 60)!r}; known: {', '.join(near)}"
+        )
+    versions = torchvision.models.get_model_weights(model).__members__  # DEFAULT is among them, as an alias
+    version = version or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in versions else "DEFAULT")
+    if version not in versions:
+        raise CheckpointError(
+            f"torchvision has no weights {one_line(version, 60)!r} of {model}; known: {', '.join(versions)}"
+        )
+    return versions[version].url
+
+
+def _download(url: str) -> str:
+    path, checksum = _cache_entry(url)
+    if os.path.isfile(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _fetch(url, path, checksum)
+    except CheckpointError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = one_line(getattr(error, "reason", None) or error)
+        raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
+    return path
+
+
+def _fetch(url: str, path: str, checksum: str | None) -> None:
+    """Write a URL's file to a temporary one, and move that to `path` when it is complete and its checksum is right."""
+    partial, digest, done = f"{path}.{uuid4().hex}.partial", hashlib.sha256(), 0
+    try:
+        answer = build_opener(_EncryptedRedirects).open(Request(url, headers={"User-Agent": "densekd"}), timeout=60)
+        size = int(answer.headers.get("Content-Length") or 0)
+        bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True)
+        with answer, bar, open(partial, "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                bar.update(len(block))
+        if size and done != size:
+            raise OSError(f"the connection ended after {done} of {size} bytes")
+        if checksum and not digest.hexdigest().startswith(checksum):
+            raise CheckpointError(f"the download of {url} does not have the checksum in its name: {checksum} is "
+                                  f"expected, and it has {digest.hexdigest()[:len(checksum)]}")
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+
+
+class _EncryptedRedirects(HTTPRedirectHandler):
+    """Follows no redirection from https to http."""
+
+    def redirect_request(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage,
+                         newurl: str) -> Request | None:
+        _check_encrypted(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_encrypted(url: str) -> None:
+    address = urlparse(url)
+    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in _THIS_MACHINE):
+        raise CheckpointError(f"{one_line(url)} is refused: on the way anybody could change what does not come over "
+                              "https; use https, or download and check the file yourself and give its path")
+
+
+def _cache_entry(url: str) -> tuple[str, str | None]:
+    """The path of a URL's file in the cache, and the checksum in its name.
+
+    A name with a checksum is the file's own. Others (two different backbones are called R-50.pkl) lie in folders as on
+    their server.
+    """
+    address = urlparse(url)
+    parts = [quote(part, safe=" +=@") for part in unquote(address.path).split("/") if part not in ("", ".", "..")]
+    if not parts:
+        raise CheckpointError(f"no file name in {one_line(url)}")
+    checksum = _CHECKSUM.search(parts[-1])
+    folders = [] if checksum else [quote(address.netloc.rpartition("@")[2].replace(":", "_")), *parts[:-1]]
+    return os.path.join(torch.hub.get_dir(), "checkpoints", *folders, parts[-1]), checksum[1] if checksum else None

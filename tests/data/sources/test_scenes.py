@@ -1,0 +1,102 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import CocoDataset, generate_scenes
+from data.sources.scenes import CLASSES, _tight_box, render_scene
+from data.sources.shapes import SHAPES
+
+ROOT = Path(__file__).parents[2]
+
+
+def digests(root):
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in root.rglob("*.*")}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    first = digests(generate_scenes(tmp_path / "a", train=4, val=3, seed=1))
+    assert len(first) == 4 + 3 + 2
+    assert digests(generate_scenes(tmp_path / "b", train=4, val=3, seed=1)) == first
+    assert len(set(first.values())) == len(first)  # splits and images differ
+    other = digests(generate_scenes(tmp_path / "c", train=4, val=3, seed=2))
+    assert not set(other.values()) & set(first.values())
+    longer = digests(generate_scenes(tmp_path / "d", train=6, val=3, seed=1))
+    images = {name: digest for name, digest in first.items() if name.endswith(".jpg")}
+    assert images.items() <= longer.items()
+
+
+def test_the_data_set_is_valid_and_varied(tmp_path):
+    root = generate_scenes(tmp_path / "scenes", train=60, val=2, size=(120, 200))
+    dataset = CocoDataset(root / "train", root / "annotations" / "train.json", training=False, scale=(200, 120))
+    assert len(dataset) == 60 and dataset.classes == CLASSES and dataset.num_dropped_boxes == 0
+    image, target = dataset[0]
+    assert image.shape == (3, 120, 200) and target["image_size"] == (120, 200)
+    boxes, labels = np.concatenate(dataset.boxes), np.concatenate(dataset.labels)
+    assert (boxes >= 0).all() and (boxes <= [200, 120, 200, 120]).all()
+    assert (np.bincount(labels, minlength=len(CLASSES)) > len(labels) / 15).all()
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    small, large = (areas < 32**2).mean(), (areas >= 96**2).mean()
+    assert 0.25 < small < 0.6 and 0.03 < large < 0.3
+
+
+def test_a_tight_box_holds_all_of_a_mask_and_no_more():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[4, 7] = mask[11, 9] = True
+    assert _tight_box(mask) == (7, 4, 10, 12)
+
+
+def test_boxes_lie_around_what_was_painted(monkeypatch):
+    """On an even background, all boxes together reach as far as the picture differs from it."""
+    monkeypatch.setattr("data.sources.scenes._background", lambda rng, size: np.full((3, *size), 0.5, dtype=np.float32))
+    monkeypatch.setattr("data.sources.scenes._add_clutter", lambda *args, **kwargs: None)
+    checked = 0
+    for seed in range(40):
+        image, boxes, _ = render_scene(_Noiseless(np.random.default_rng(seed)), (160, 160))
+        changed = (image.astype(int) != image[:, :1, :1]).any(axis=0)
+        if changed[-1, -1]:
+            continue  # something covers the corner that the background is read from
+        rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
+        painted = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        outset = (np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]) - painted) * [1, 1, -1, -1]
+        # The soft edge paints a little more than the box, most at the tips of a star.
+        assert (outset >= 0).all() and (outset <= 3).all()
+        checked += 1
+    assert checked > 20
+
+
+class _Noiseless:
+    """A random generator whose normal noise is zero."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+    def standard_normal(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+
+def test_shapes_fill_the_unit_square_and_differ():
+    v, u = np.mgrid[-1.5:1.5:301j, -1.5:1.5:301j]
+    masks = {name: shape(u, v) < 0 for name, shape in SHAPES.items()}
+    for name, mask in masks.items():
+        reach = np.abs(np.concatenate([u[mask], v[mask]])).max()
+        assert 0.8 < reach <= 1.11, name
+    for name, mask in masks.items():
+        for other, other_mask in masks.items():
+            overlap = (mask & other_mask).sum() / (mask | other_mask).sum()
+            assert name == other or overlap < 0.9, (name, other)
+
+
+def test_the_script(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "generate_data.py"), "--out", str(tmp_path / "out")]
+    command += ["--train", "2", "--val", "1", "--size", "64", "96"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.count("\n") == 1 and "2 training and 1 validation" in done.stdout
+    assert len(list((tmp_path / "out" / "train").iterdir())) == 2

@@ -1,0 +1,107 @@
+"""Configurations: inheritance, overrides, YAML 1.2, and errors that name the key and the file."""
+import pytest
+
+from kd.config.load import load_config
+from models import ConfigError
+
+MODEL = """
+model:
+  backbone: {type: ResNet, depth: 18}
+  neck: {type: FPN, out_channels: 64, num_outs: 5, start_level: 1, add_extra_convs: on_output}
+  head: {type: GFLHead, num_classes: 3, assigner: {type: ATSSAssigner, topk: 9}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+    return write
+
+
+def test_inheritance_merges_mappings_and_replaces_the_rest(write):
+    write("base.yaml", MODEL + "schedule: {warmup_steps: 7, milestones: [1, 2]}\n")
+    write("other.yaml", "train: {epochs: 3}\n")
+    cfg = load_config(write("cfg.yaml", "_base_: [base.yaml, other.yaml]\nschedule: {milestones: [5]}\n"
+                                        "model: {head: {assigner: {topk: 4}}}\n"))
+    assert cfg["schedule"] == {"warmup_steps": 7, "milestones": [5]}
+    assert cfg["model"]["head"]["assigner"] == {"type": "ATSSAssigner", "topk": 4}
+    assert cfg["train"] == {"epochs": 3}
+    assert "_base_" not in cfg
+
+
+def test_another_type_replaces_what_it_inherits(write):
+    write("base.yaml", MODEL)
+    cfg = load_config(write("cfg.yaml", "_base_: base.yaml\nmodel: {head: {type: RetinaHead, num_classes: 2}}\n"))
+    assert cfg["model"]["head"] == {"type": "RetinaHead", "num_classes": 2}
+
+
+def test_yaml_is_1_2(write):
+    path = write("cfg.yaml", MODEL + "optimizer: {lr: 1e-3, weight_decay: 5e-6}\n")
+    cfg = load_config(path, ["model.neck.add_extra_convs=off"])
+    assert cfg["optimizer"] == {"lr": 0.001, "weight_decay": 5e-6}
+    assert cfg["model"]["neck"]["add_extra_convs"] == "off"
+
+
+def test_overrides(write):
+    distill = "distill: {teacher: {checkpoint: null, cfg: x.yaml}, methods: [{type: Replaced}, {type: FGD}]}\n"
+    cfg = load_config(write("cfg.yaml", MODEL + distill), [
+        "distill.methods.0={type: CrossKD, name: a}", "distill.methods.1.temp=0.25", "train.amp=bf16", "eval.every=2"])
+    assert cfg["distill"]["methods"] == [{"type": "CrossKD", "name": "a"}, {"type": "FGD", "temp": 0.25}]
+    assert cfg["train"] == {"amp": "bf16"} and cfg["eval"] == {"every": 2}
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("model.head.assigner.topkk=3", 'model.head.assigner.topkk: unknown key; did you mean "topk"?'),
+    ("optimiser.lr=3", 'optimiser: unknown key; did you mean "optimizer"?'),
+    ("optimizer.type=SDG", 'unknown type "SDG"; did you mean "SGD"?'),
+    ("optimizer.lr=fast", "optimizer.lr: must be a number, not text ('fast')"),
+    ("train.epochs=1.5", "train.epochs: must be an integer"),
+    ("train.amp=fp8", "train.amp: must be one of none, fp16, bf16"),
+    ("model.head.loss_cls={type: FocalLos}", 'unknown type "FocalLos"; did you mean "FocalLoss"?'),
+    ("model.preprocess.mean=[1, 2, x]", "model.preprocess.mean.2: must be a number"),
+    ("model.backbone.style=cafe", "model.backbone.style: must be one of pytorch, caffe"),
+    ("model.test.max_per_image=3", 'did you mean "max_per_img"?'),
+    ("data.scale=[1, 2, 3]", "data"),
+    ("distill.methods=[]", "distill.teacher: missing"),
+    ("distill={teacher: {cfg: x.yaml}, methods: []}", "distill.teacher.checkpoint: missing"),
+    ("nonsense", 'override "nonsense" is not of the form key=value'),
+])
+def test_wrong_settings_are_one_line_that_says_what_and_where(write, override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("cfg.yaml", MODEL), [override])
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+    assert "override" in message or "cfg.yaml" in message
+
+
+def test_a_bad_key_names_the_file_that_said_it(write):
+    write("base.yaml", MODEL.replace("topk: 9", "topk: many"))
+    with pytest.raises(ConfigError, match=r"topk: must be an integer.*base\.yaml"):
+        load_config(write("cfg.yaml", "_base_: base.yaml\ntrain: {epochs: 3}\n"))
+
+
+def test_files_that_cannot_be_read(write, tmp_path):
+    with pytest.raises(ConfigError, match="missing.yaml does not exist"):
+        load_config(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
+        load_config(write("a.yaml", "_base_: nowhere.yaml\n"))
+    with pytest.raises(ConfigError, match="inherits from itself"):
+        load_config(write("b.yaml", "_base_: b.yaml\n"))
+    with pytest.raises(ConfigError, match="line 2 is not valid YAML"):
+        load_config(write("c.yaml", "model: {\n  a: ]\n"))
+    with pytest.raises(ConfigError, match="e.yaml is nested too deeply, or holds itself"):
+        load_config(write("e.yaml", "model: &m {backbone: *m}\n"))
+    with pytest.raises(ConfigError, match="f.yaml is nested too deeply"):
+        load_config(write("f.yaml", "model: " + "[" * 2000 + "]" * 2000 + "\n"))
+    with pytest.raises(ConfigError, match="keys and values at its top"):
+        load_config(write("d.yaml", "- 1\n"))
+
+
+def test_yaml_cannot_build_objects(write, tmp_path):
+    marker = tmp_path / "marker"
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(write("a.yaml", f"model: !!python/object/apply:os.system ['touch {marker}']\n"))
+    assert not marker.exists()

@@ -1,0 +1,86 @@
+"""The configuration reference is what the code says now, and says all of it."""
+import re
+
+import pytest
+import yaml
+from runs import ROOT, run_script
+
+from kd import METHODS
+from kd.config.load import Yaml12Loader, load_config
+from kd.config.reference import argument_docs, configuration_reference, descriptions, slug
+from kd.methods.fgd import FGD
+from kd.optim import OPTIMIZERS
+from losses import LOSSES
+from models import BACKBONES, HEADS, NECKS
+from models.build import ALIASES
+from models.heads import GFLHead
+
+PAGE = ROOT / "docs" / "configuration.md"
+
+
+def test_the_page_is_current(tmp_path, monkeypatch):
+    assert run_script(monkeypatch, "write_reference.py", "--out", tmp_path / "page.md") == 0
+    assert (tmp_path / "page.md").read_text("utf-8") == PAGE.read_text("utf-8"), (
+        "docs/configuration.md is out of date: run python scripts/write_reference.py")
+
+
+def test_every_type_is_there():
+    types = re.findall(r"^### `type: (\w+)`", configuration_reference(), re.M)
+    assert set(types) >= {*METHODS, *OPTIMIZERS, *LOSSES, *BACKBONES, *HEADS, *NECKS} and len(set(types)) == len(types)
+
+
+def test_links_lead_somewhere():
+    page = configuration_reference()
+    headings = {slug(heading) for heading in re.findall(r"^#+ (.*)$", page, re.M)}
+    links = set(re.findall(r"\]\(#([^)]+)\)", page))
+    assert links and links <= headings
+
+
+def keys_of(value):
+    if isinstance(value, dict):
+        yield from (key for key in value if key not in ("type", "_base_"))
+        for each in value.values():
+            yield from keys_of(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from keys_of(each)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_key_of_the_configurations_is_there(path):
+    rows = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text("utf-8"), re.M))
+    said = set(keys_of(yaml.load(path.read_text("utf-8"), Loader=Yaml12Loader)))
+    # what build_norm and build_activation read themselves
+    assert {ALIASES.get(key, key) for key in said} <= rows | {"num_groups", "requires_grad", "eps", "momentum"}
+
+
+def test_what_a_row_says():
+    page = configuration_reference()
+    assert not re.search(r"\b(None|True|False)\b", page), "a configuration says null, true and false"
+    assert "| `warmup` | one of `linear`, `constant` | `linear` | from that factor up to 1, or at" in page
+    assert "| `milestones` | list of number | `[8, 11]` | epochs after which the rate is multiplied |" in page
+    assert "| `checkpoint` | text or null | - | path or URL; null only where an untrained teacher is meant |" in page
+    assert "| `assigner` | [mapping with a type](#types-of-assigner) | `{type: ATSSAssigner, topk: 9}` |" in page
+    assert "| `num_classes` | integer | derived | object classes, background not counted |" in page
+    assert " anything " not in page and "`student`" not in re.findall(r"^\| (`\w+`) \|", page, re.M)
+
+
+def test_descriptions_are_followed_to_where_they_are():
+    assert descriptions(GFLHead)["stacked_convs"].startswith("convolutions per tower")  # of DenseHead
+    assert descriptions(FGD)["levels"] == "neck outputs, by number; all by default."  # of FeaturePairs
+    assert descriptions(METHODS["Mimic"], METHODS)["loss_cls_kd"].startswith("losses on class scores")  # of CrossKD
+
+
+def test_arguments_of_a_docstring():
+    assert argument_docs("What.\n\nArgs:\n    a, b: one\n        and on.\n    c: two\n\nMore: x") == {
+        "a": "one and on.", "b": "one and on.", "c": "two"}
+
+
+def test_a_type_without_arguments_takes_none(tmp_path):
+    base = ROOT / "configs" / "_base_" / "atss_fpn.yaml"
+    path = tmp_path / "cfg.yaml"
+    path.write_text(f"_base_: {base}\nmodel: {{head: {{bbox_coder: {{type: DistancePointBBoxCoder}}}}}}\n")
+    assert load_config(path)["model"]["head"]["bbox_coder"] == {"type": "DistancePointBBoxCoder"}
+    path.write_text(path.read_text().replace("BBoxCoder}", "BBoxCoder, args: 1}"))
+    with pytest.raises(ValueError, match="bbox_coder.args: unknown key"):
+        load_config(path)

@@ -1,0 +1,310 @@
+"""Several processes compute what one does with their batches together."""
+import json
+from unittest import mock
+
+import pytest
+import torch
+from processes import together
+from runs import config, config_with, model
+from small_models import make_batch, small_detector, small_distiller, teacher_entry
+
+from data import generate_scenes
+from kd.engine import train as engine
+from kd.engine.run import build_run
+from kd.engine.skipped import SkippedImages
+from kd.engine.train import train
+from kd.processes import distributed
+from kd.processes.sharding import shard
+from kd.work_dir.checkpoint import read_checkpoint, read_plain
+from kd.work_dir.log import TrainingError
+from losses import channel_statistics, mean_over_processes
+from models import ConfigError, Preprocess
+
+CPU = torch.device("cpu")
+
+# A process with two of them, or with one, may have no box at all.
+SIZES, COUNTS = ((64, 96), (50, 70), (60, 90), (33, 65)), (4, 2, 0, 0)
+HEADS = ("GFLHead", "RetinaHead", "FCOSHead", "ATSSHead")
+METHODS = {"CrossKD": {"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_stats": True},
+           "CrossKD, its own statistics": {"type": "CrossKD", "reused_teacher_head_idx": 1},
+           "FGD": {"type": "FGD"}, "PKD": {"type": "PKD", "sync_stats": True}}
+CASES = [(head, method) for head in HEADS for method in ("plain", "CrossKD", "FGD")]
+CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD")]
+
+
+def build(head, method):
+    if method == "plain":
+        return small_detector(head).train()
+    return small_distiller(METHODS[method], head=head, teacher=teacher_entry(head, width=24))
+
+
+def steps():
+    """Losses and gradients by case, of this process's share of the batch; the gradients averaged by DDP."""
+    rank, world = distributed.rank(), distributed.world_size()
+    images, targets = make_batch(SIZES, COUNTS)
+    share = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
+    found = {}
+    for case in CASES:
+        model = build(*case)
+        wrapped = distributed.data_parallel(model, CPU)
+        losses = wrapped(images[share], targets[share])
+        sum(losses.values()).backward()
+        found[case] = ({name: value.detach() for name, value in losses.items()},
+                       {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def share(x):
+    """This process's part of a tensor, the first ones longer."""
+    return x.tensor_split(distributed.world_size())[distributed.rank()]
+
+
+def statistics():
+    """Statistics of maps of which each process has another number, and their gradient; means and gathered rows."""
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x.data[:, 2] = 7  # a constant channel
+    std, mean = channel_statistics(share(x), sync=True)
+    weight = torch.arange(1, 4).view(1, 3, 1, 1)
+    (share(x) / (std + 1) * weight - mean.square()).square().sum().backward()
+    rows = torch.arange(14.0, dtype=torch.float64).view(7, 2)
+    rank, few = distributed.rank(), torch.tensor(0.25)
+    skipped, log = SkippedImages(), mock.Mock()
+    skipped.note([{"skipped": [f"image {rank} does not exist", "image 9 is empty"]}], log)
+    skipped.report(0, log)
+    return {"skipped": sorted(skipped.lines), "std": std.detach(), "mean": mean.detach(), "gradient": x.grad,
+            "rows": distributed.gather_rows(share(rows) if rank else rows[:0]),
+            "means": [float(mean_over_processes(torch.tensor(float(rank)))), float(mean_over_processes(few, least=2))],
+            "first": distributed.from_first({"rank": rank})}
+
+
+def teacher_in_ddp():
+    """Names of what DDP has of a distiller, and how much it and a step change a teacher that differs by process."""
+    distiller = build("GFLHead", "FGD")
+    weight = distiller.teacher.backbone.conv1.weight
+    weight.data += distributed.rank()
+    before = weight.clone()
+    wrapped = distributed.data_parallel(distiller, CPU)
+    sum(wrapped(*make_batch()).values()).backward()
+    own = [tensor for part in (distiller.student, distiller.methods) for tensor in part.parameters()]
+    return {"names": [name for name, _ in wrapped.named_parameters()], "own": len(own),
+            "change": float((weight - before).abs().max())}
+
+
+def teacher_in_shards():
+    """How a teacher in shards compares with a whole one: losses, the student's gradients, and what of it is here."""
+    methods = [METHODS["CrossKD"], METHODS["FGD"], {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
+    distiller = small_distiller(*methods, teacher=teacher_entry(width=24))
+    rank, (images, targets) = distributed.rank(), make_batch(SIZES, COUNTS)
+
+    def step():
+        distiller.zero_grad()
+        values = distiller(images[rank:][:2], targets[rank:][:2])
+        sum(values.values()).backward()
+        return values | {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+
+    def here(part):
+        return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in part.parameters())
+
+    elements, whole = here(distiller.teacher), step()
+    shard(distiller.teacher, CPU)
+    distiller.to(CPU, memory_format=torch.channels_last)  # as the rest of it is moved
+    errors = [max(relative(value.detach(), whole[name].detach(), 1e-6) for name, value in step().items())
+              for _ in range(2)]
+    return {"errors": errors, "compared": len(whole), "before": elements, "here": here(distiller.teacher),
+            "head": here(distiller.teacher.bbox_head), "sharded": distiller.teacher.sharded}
+
+
+def messages():
+    """How many numbers each all-reduce of a step without DDP adds up: of plain training, and more of CrossKD."""
+    found = {}
+    for head in HEADS:
+        for method in ("plain", "CrossKD"):
+            module = build(head, method)
+            with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as sent:
+                sum(module(*make_batch()).values()).backward()
+            found[head, method] = [call.args[0].numel() for call in sent.call_args_list]
+    return found
+
+
+def everything():
+    return {"steps": steps(), "statistics": statistics(), "in DDP": teacher_in_ddp(), "messages": messages()}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return everything()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    """What each of 2 or 4 processes computes."""
+    return together(everything, request.param, tmp_path_factory.mktemp("together"))
+
+
+def relative(found, wanted, least=0.0):
+    """The largest difference, relative to the largest value or to `least`."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=least))
+
+
+def test_losses_and_gradients_are_those_of_one_process_with_the_whole_batch(alone, results):
+    wrong = {}
+    for case, (losses, gradients) in alone["steps"].items():
+        shares = [result["steps"][case] for result in results]
+        for name, value in losses.items():
+            wrong[case, name] = relative(sum(own[name] for own, _ in shares) / len(results), value)
+        least = 1e-6 * max(value.abs().max() for value in gradients.values())  # some are zero but for rounding
+        for _, own in shares:
+            assert own.keys() == gradients.keys()
+            for name, value in gradients.items():
+                wrong[case, name] = max(relative(own[name], value, least), wrong.get((case, name), 0))
+    of_its_own = [key for key in wrong if key[0][1] == "CrossKD, its own statistics"]
+    assert any(not wrong[key] < 1e-3 for key in of_its_own)  # the comparison would notice
+    assert {key: value for key, value in wrong.items() if key not in of_its_own and not value < 1e-5} == {}
+
+
+def test_statistics_weigh_every_entry_alike_wherever_it_is(alone, results):
+    found = [result["statistics"] for result in results]
+    for own in found:
+        assert relative(own["std"], alone["statistics"]["std"]) < 1e-12
+        assert relative(own["mean"], alone["statistics"]["mean"]) < 1e-12
+    assert relative(sum(own["gradient"] for own in found), alone["statistics"]["gradient"]) < 1e-12
+
+
+def test_means_rows_and_values(alone, results):
+    world = len(results)
+    for result in results:
+        assert result["statistics"]["means"] == [(world - 1) / 2, 2 / world]
+        assert result["statistics"]["first"] == {"rank": 0}
+        assert result["statistics"]["skipped"] == [*(f"image {i} does not exist" for i in range(world)),
+                                                   "image 9 is empty"]
+    assert alone["statistics"]["means"] == [0, 2]
+    gathered, *others = [result["statistics"]["rows"] for result in results]
+    lost = -(-7 // world)  # the first process has sent nothing
+    assert torch.equal(gathered, torch.arange(14.0, dtype=torch.float64).view(7, 2)[lost:])
+    assert others == [None] * (world - 1)
+
+
+def test_a_teacher_is_no_part_of_ddp(results):
+    for result in results:
+        found = result["in DDP"]
+        assert [name for name in found["names"] if "teacher" in name] == [] and found["change"] == 0
+        assert len(found["names"]) == found["own"] > 0
+
+
+def test_a_teacher_in_shards_gives_the_same_losses_and_gradients(tmp_path):
+    for found in together(teacher_in_shards, 2, tmp_path):
+        assert found["sharded"] and found["compared"] > 60 and max(found["errors"]) < 1e-6
+        share = (found["before"] - found["head"]) / 2
+        assert share <= found["here"] - found["head"] < 1.1 * share  # uneven parts are padded
+    alone = teacher_in_shards()
+    assert not alone["sharded"] and alone["here"] == alone["before"]
+
+
+def test_what_a_step_sends_is_what_the_page_on_scaling_says(results):
+    """Normalisers, and of CrossKD with `sync_stats` 2C + 1 numbers of student and teacher for each level and tower."""
+    normalisers = {"GFLHead": (2, 1), "RetinaHead": (1, 0), "FCOSHead": (2, 2), "ATSSHead": (2, 0)}
+    for head, (count, of_crosskd) in normalisers.items():
+        for result in results:
+            sent = result["messages"]
+            assert sent[head, "plain"] == [1] * count
+            synced = [n for n in sent[head, "CrossKD"] if n > 1]
+            assert len(sent[head, "CrossKD"]) == len(synced) + count + of_crosskd
+            if head == "GFLHead":
+                assert len(synced) == 60 and sum(synced) == 5 * 2 * (2 * 24 + 1) * (2 + 1)
+
+
+def run_all(configurations, folder):
+    """Train in float64, so that rounding is not in the way."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(Preprocess.forward, "__defaults__", (torch.float64,)):
+            for name, cfg in configurations.items():
+                train(cfg, folder / name, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With accumulation and an average of the weights; with methods that pause, adapters and a teacher in shards."""
+    scenes = generate_scenes(tmp_path / "scenes", train=14, val=4, size=(64, 64))
+    plain = config_with(config(scenes), train={"accumulate": 2, "ema": 0.5})
+    plain["model"]["backbone"]["norm_eval"] = True
+    wide = model()
+    wide["neck"]["out_channels"] = wide["head"]["feat_channels"] = 24
+    distilled = config_with(plain, train={"accumulate": 1, "check_images": 3}, distill={
+        "teacher": {"model": wide, "checkpoint": None, "shard": True}, "init_student": True,
+        "methods": [METHODS["CrossKD"], {"type": "FGD", "every": 2}, METHODS["PKD"] | {"stop_epoch": 1}]})
+    cases = {"plain": plain, "distilled": distilled}
+    run_all({name: config_with(cfg, data={"batch_size": 4}) for name, cfg in cases.items()}, tmp_path / "one")
+    halves = {name: config_with(cfg, data={"batch_size": 2}) for name, cfg in cases.items()}
+    together(run_all, 2, tmp_path / "processes", halves, tmp_path / "two")
+    for name in cases:
+        one, two = (read_checkpoint(tmp_path / folder / name / "last.pth") for folder in ("one", "two"))
+        for part in ("model", "training", "methods"):
+            for key, value in one[part].items():
+                assert relative(two[part][key].double(), value.double(), 1e-3) < 1e-5, (name, part, key)
+        lines = [[json.loads(line) for line in (tmp_path / folder / name / "metrics.jsonl").read_text().splitlines()]
+                 for folder in ("one", "two")]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+        assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
+    logs = [[line for line in (tmp_path / folder / "distilled" / "train.log").read_text().splitlines()
+             if line.startswith(("  teacher 0: ", "  student: ", "AP on the first 3"))] for folder in ("one", "two")]
+    assert logs[0] == logs[1] and len(logs[0]) >= 2
+    assert "M parameters in shards, distilled by" in (tmp_path / "two" / "distilled" / "train.log").read_text()
+
+
+def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
+    """And where there are several: one process has nothing to synchronise with."""
+    scenes = generate_scenes(tmp_path, train=2, val=1, size=(64, 64))
+    cfg = config_with(config(scenes), train={"sync_bn": True})
+    build_run(cfg, tmp_path, CPU)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="train.sync_bn: PyTorch synchronises batch norms on CUDA only"):
+        build_run(cfg, tmp_path, CPU)
+
+
+def test_norms_that_never_learn_are_not_synchronised():
+    """They would begin to collect statistics."""
+    kinds = []
+    for norm in ("BN", "FrozenBN"):
+        backbone = small_detector(backbone={"norm_cfg": norm, "norm_eval": False}).backbone
+        distributed.synchronise_norms(backbone)
+        norms = [m for m in backbone.train().modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        kinds.append({(type(m).__name__, m.training) for m in norms})
+    assert kinds == [{("SyncBatchNorm", True)}, {("FrozenBatchNorm", False)}]
+
+
+def broken_on_one(cfg, work_dir):
+    """What each process says of a batch that is not finite on the last one."""
+    original = engine.to_device
+
+    def spoil(images, targets, run):
+        images, targets = original(images, targets, run)
+        spoilt = run.step == 2 and distributed.rank() == distributed.world_size() - 1
+        return images * float("inf") if spoilt else images, targets
+
+    with mock.patch.object(engine, "to_device", spoil), pytest.raises(TrainingError) as caught:
+        train(cfg, work_dir, CPU)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path):
+    cfg = config(generate_scenes(tmp_path / "scenes", train=16, val=2, size=(64, 64)), head="RetinaHead")
+    cfg = config_with(cfg, data={"batch_size": 2}, train={"checkpoint_every": 1, "grad_clip": None})
+    other, own = together(broken_on_one, 2, tmp_path / "processes", cfg, tmp_path / "run")
+    assert "a loss of another process, is not finite at step 3" in other and str(tmp_path / "run/replay.pth") in other
+    assert "loss_cls is nan" in own and str(tmp_path / "run/replay1.pth") in own
+    state = read_checkpoint(tmp_path / "run" / "last.pth")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+    assert read_plain(tmp_path / "run" / "replay1.pth", "densekd-replay", "file", "a replay file")["step"] == 2
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("gpu[03-05,9],cpu1", "gpu03"), ("gpu7", "gpu7"), ("node-a1,node-b2", "node-a1"), ("rack2-[10,12]", "rack2-10")])
+def test_slurm_says_where_the_processes_meet(nodes, first):
+    env = {"SLURM_JOB_NODELIST": nodes, "SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1",
+           "SLURM_JOB_ID": "123456"}
+    assert distributed.slurm_environment(env) == {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1",
+                                                  "MASTER_ADDR": first, "MASTER_PORT": "23456"}
+    given = distributed.slurm_environment(env | {"MASTER_ADDR": "head", "MASTER_PORT": "29500"})
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "29500")

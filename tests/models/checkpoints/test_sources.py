@@ -1,0 +1,263 @@
+"""Addresses: downloads, checksums, names that stand for URLs. Only a server of the test's own is asked."""
+
+import hashlib
+import os
+import shutil
+import socket
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoints import sources as checkpoint_sources
+from models.checkpoints.sources import local_path
+from models.weights import CheckpointError, load_backbone_weights, load_weights
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files; /away/ADDRESS leads to that address, and /cut/NAME ends in the middle."""
+
+    def do_GET(self):
+        if self.path.startswith("/away/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/away/"))
+            self.end_headers()
+        elif self.path.startswith("/cut/"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(500))
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """torch hub's cache, empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture
+def nowhere():
+    """An address where nobody answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+def publish(folder, name, content):
+    """Saves `content` as `name`, with the start of its SHA-256 in place of {}."""
+    path = folder / "new.pth"
+    torch.save(content, path)
+    target = folder / name.format(hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(path, target))
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_download_with_checksum(cache, server, capfd):
+    folder, address = server
+    source = torch.nn.Linear(300, 200)
+    path = publish(folder, "linear-{}.pth", source.state_dict())
+    model = torch.nn.Linear(300, 200)
+    report = load_weights(model, f"{address}/{path.name}")
+    assert torch.equal(model.weight, source.weight)
+    assert report.source == f"{address}/{path.name}"
+    assert "100%" in capfd.readouterr().err  # the progress bar
+    assert files(cache) == [path.name]
+
+    path.unlink()  # the second time it comes from the cache
+    load_weights(torch.nn.Linear(300, 200), f"{address}/{path.name}")
+
+
+def test_wrong_checksum_leaves_nothing_behind(cache, server):
+    folder, address = server
+    publish(folder, "linear-0123abcd.pth", torch.nn.Linear(2, 2).state_dict())
+    with pytest.raises(CheckpointError, match="does not have the checksum in its name.*0123abcd") as caught:
+        load_weights(torch.nn.Linear(2, 2), f"{address}/linear-0123abcd.pth")
+    assert "\n" not in str(caught.value)
+    assert files(cache) == []
+
+
+def test_same_name_from_two_folders(cache, server):
+    folder, address = server
+    sources = {name: torch.nn.Linear(2, 2) for name in ("MSRA", "torchvision")}
+    for name, source in sources.items():
+        publish(folder, f"{name}/R-50.pkl", source.state_dict())
+    for name, source in sources.items():
+        model = torch.nn.Linear(2, 2)
+        load_weights(model, f"{address}/{name}/R-50.pkl")
+        assert torch.equal(model.weight, source.weight)
+    host = address.removeprefix("http://").replace(":", "_")
+    assert files(cache) == [f"{host}/MSRA/R-50.pkl", f"{host}/torchvision/R-50.pkl"]
+
+
+def test_date_is_no_checksum(cache, server):
+    folder, address = server
+    publish(folder, "linear-20200130.pth", torch.nn.Linear(2, 2).state_dict())
+    load_weights(torch.nn.Linear(2, 2), f"{address}/linear-20200130.pth")
+
+
+def test_address_cannot_leave_the_cache(cache, server):
+    folder, address = server
+    publish(folder, "w.pth", torch.nn.Linear(2, 2).state_dict())
+    path = local_path(f"{address}/%2e%2e/../%2e%2e/w.pth")
+    assert Path(path).resolve().is_relative_to(cache.resolve())
+
+
+@pytest.mark.parametrize("url", [
+    "http://weights.invalid/w-01234567.pth", "http://127.0.0.1.weights.invalid/w.pth",
+    "http://localhost@weights.invalid/w.pth"])
+def test_plain_http_is_refused(cache, url):
+    with pytest.raises(CheckpointError, match="is refused: .* use https") as caught:
+        load_weights(torch.nn.Linear(2, 2), url)
+    assert "\n" not in str(caught.value) and files(cache) == []
+
+
+def test_a_redirection_to_plain_http_is_not_followed(cache, server):
+    folder, address = server
+    path = publish(folder, "w-{}.pth", torch.nn.Linear(2, 2).state_dict())
+    load_weights(torch.nn.Linear(2, 2), f"{address}/away/{address}/{path.name}")
+    for place in ("http://weights.invalid/v.pth", "ftp://weights.invalid/v.pth"):
+        with pytest.raises(CheckpointError, match=f"{place} is refused"):
+            load_weights(torch.nn.Linear(2, 2), f"{address}/away/{place}")
+    assert files(cache) == [path.name]
+
+
+def test_a_download_that_ends_early_leaves_nothing_behind(cache, server):
+    with pytest.raises(CheckpointError, match="the connection ended after 500 of 1000 bytes"):
+        load_weights(torch.nn.Linear(2, 2), f"{server[1]}/cut/w.pth")
+    assert files(cache) == []
+
+
+def test_missing_page(cache, server):
+    with pytest.raises(CheckpointError, match="cannot download http.*/none.pth: .*[Nn]ot [Ff]ound"):
+        load_weights(torch.nn.Linear(2, 2), f"{server[1]}/none.pth")
+    assert files(cache) == []
+
+
+def test_offline(cache, nowhere):
+    with pytest.raises(CheckpointError, match="cannot download .* without network, put the file at") as caught:
+        load_weights(torch.nn.Linear(2, 2), f"{nowhere}/w-01234567.pth")
+    assert "\n" not in str(caught.value) and str(cache / "w-01234567.pth") in str(caught.value)
+
+
+def test_unreadable_download_says_what_to_delete(cache, server):
+    folder, address = server
+    (folder / "page.pth").write_text("<html>sign in</html>")
+    with pytest.raises(CheckpointError, match=f"downloaded from {address}/page.pth: delete the file"):
+        load_weights(torch.nn.Linear(2, 2), f"{address}/page.pth")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The URLs that a name leads to, in place of downloads."""
+    urls = []
+    monkeypatch.setattr(checkpoint_sources, "_download", lambda url: urls.append(url) or os.devnull)
+    return urls
+
+
+@pytest.mark.parametrize(
+    "name, url",
+    [
+        ("torchvision://resnet18", "https://download.pytorch.org/models/resnet18-f37072fd.pth"),
+        ("torchvision://resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth"),  # version 1
+        ("torchvision://resnet50/IMAGENET1K_V2", "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"),
+        ("torchvision://resnet50/DEFAULT", "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"),
+        ("torchvision://resnext101_64x4d", "https://download.pytorch.org/models/resnext101_64x4d-173b62eb.pth"),
+        ("torchvision://swin_t", "https://download.pytorch.org/models/swin_t-704ceda3.pth"),
+        ("torchvision://mobilenet_v3_large", "https://download.pytorch.org/models/mobilenet_v3_large-8738ca79.pth"),
+        ("torchvision://vit_h_14", "https://download.pytorch.org/models/vit_h_14_swag-80465313.pth"),  # has no V1
+        (
+            "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+            "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl",
+        ),
+        (
+            "open-mmlab://detectron2/resnet50_caffe",
+            "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth",
+        ),
+        (
+            "open-mmlab://detectron2/resnet101_caffe",
+            "https://download.openmmlab.com/pretrain/third_party/resnet101_msra-6cc46731.pth",
+        ),
+        (
+            "open-mmlab://detectron/resnet50_caffe",
+            "https://download.openmmlab.com/pretrain/third_party/resnet50_caffe-788b5fa3.pth",
+        ),
+        (
+            "open-mmlab://resnext101_64x4d",
+            "https://download.openmmlab.com/pretrain/third_party/resnext101_64x4d-ee2c6f71.pth",
+        ),
+    ],
+)
+def test_names(asked, name, url):
+    local_path(name)
+    assert asked == [url]
+
+
+def test_plain_name_of_a_backbone(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="downloaded from torchvision://resnet18"):
+        load_backbone_weights(torch.nn.Linear(2, 2), "resnet18")  # the pretended download is empty
+    assert asked == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
+    source = torch.nn.Linear(2, 2)
+    torch.save(source.state_dict(), "resnet18")  # a file of that name comes first
+    assert load_backbone_weights(torch.nn.Linear(2, 2), "resnet18").matched == 2
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("torchvision://resnet51", "torchvision has no classification model 'resnet51'; known: resnet"),
+        ("torchvision://retinanet_resnet50_fpn_v2", "torchvision has no classification model 'retinanet_res"),
+        (
+            "torchvision://swin_t/IMAGENET1K_V2",
+            "torchvision has no weights 'IMAGENET1K_V2' of swin_t; known: IMAGENET1K_V1, DEFAULT",
+        ),
+        ("open-mmlab://vgg16_caffe", "unknown checkpoint open-mmlab://vgg16_caffe: known are .*resnet50_caffe"),
+        ("s3://bucket/w.pth", "unknown kind of checkpoint address: s3://bucket/w.pth"),
+        ("http://127.0.0.1", "no file name in"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone_weights(torch.nn.Linear(2, 2), name)
+
+
+def test_imagenet_weights_offline(cache, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(checkpoint_sources, "_fetch", refuse)
+    with pytest.raises(
+        CheckpointError, match="cannot download https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    ):
+        load_backbone_weights(torch.nn.Linear(2, 2), "torchvision://resnet18")
