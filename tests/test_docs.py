@@ -8,7 +8,7 @@ from commands import commands, make_workspace, run_command
 from runs import ROOT, config, run_script, write_config
 from small_models import falls, make_batch, small_config, small_distiller
 
-import kd.distiller
+import kd.build
 import kd.engine.train
 from data import generate_scenes
 from data.annotations import read_annotations
@@ -31,7 +31,7 @@ def run(code: str, **scope) -> dict:
 @pytest.fixture
 def cosine(monkeypatch):
     method = run(blocks("new_method.md", "python")[0], __name__="kd.cosine")["Cosine"]
-    monkeypatch.setitem(kd.distiller.METHODS, "Cosine", method)
+    monkeypatch.setitem(kd.METHODS, "Cosine", method)
     return method
 
 
@@ -175,7 +175,7 @@ def test_a_teacher_with_more_classes(monkeypatch):
     model = small_config(head={"num_classes": 2})
     section["teacher"]["checkpoint"] = None
     section["methods"] = [{"type": "Mimic"}]
-    monkeypatch.setattr(kd.distiller, "teacher_model", lambda path: small_config(
+    monkeypatch.setattr(kd.build, "teacher_model", lambda path: small_config(
         head={"num_classes": load_config(ROOT / path)["model"]["head"]["num_classes"]}))
     distiller = kd.build_distiller({"model": model, "distill": section})
     assert distiller.teacher.bbox_head.num_classes == 2

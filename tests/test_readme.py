@@ -7,7 +7,7 @@ from commands import commands, make_workspace, run_command
 from runs import ROOT
 from small_models import make_batch, small_config
 
-import kd.distiller
+import kd
 from kd import Method, build_distiller
 from kd.config.load import load_config
 from models import build_detector
@@ -19,7 +19,7 @@ def test_the_method_of_the_readme(monkeypatch):
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "(Method)" in block)
     scope = {"Method": Method}
     exec(code, scope)  # noqa: S102 our own README
-    monkeypatch.setitem(kd.distiller.METHODS, "LogitMSE", scope["LogitMSE"])
+    monkeypatch.setitem(kd.METHODS, "LogitMSE", scope["LogitMSE"])
     torch.manual_seed(0)
     cfg = {"model": small_config(), "distill": {"teacher": {"model": small_config(), "checkpoint": None},
                                                 "methods": [{"type": "LogitMSE", "loss_weight": 2}]}}

@@ -11,8 +11,9 @@ from losses import at_least_float32
 from models import Detector, DetectorPass, build_detector, without_pretraining
 from models.postprocess import postprocess
 
-from ..config.sections import TrainConfig
-from ..distiller import Distiller, build_distiller, teacher_entries, union
+from ..build import build_distiller
+from ..config.sections import TrainConfig, teacher_entries
+from ..distiller import Distiller, union
 from ..evaluation.evaluate import autocast, memory_format
 from ..optim import ScheduleConfig, build_optimizer, clip_gradients, lr_factor
 from .timing import Call

@@ -11,9 +11,8 @@ from data import DataConfig
 from models import ConfigError, ModelConfig
 from models.build import OneOf, check_arguments, nearest
 
-from ..distiller import DistillConfig
 from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
-from .sections import EvalConfig, TrainConfig
+from .sections import DistillConfig, EvalConfig, TrainConfig
 
 
 @dataclass

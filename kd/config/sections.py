@@ -1,8 +1,12 @@
-"""The sections that the training loop and the evaluation read."""
+"""The sections of a configuration that are kd's own."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from models import ConfigError
+from models import ConfigError, ModelConfig, Precision
+from models.build import OneOf
+
+from ..methods import METHODS
+from ..methods.base.options import MethodOptions
 
 
 @dataclass
@@ -54,3 +58,34 @@ class EvalConfig:
     def __post_init__(self):
         if not isinstance(self.tta, TTAConfig):
             self.tta = TTAConfig(**(self.tta or {}))
+
+
+@dataclass
+class TeacherConfig:
+    """A teacher: its model, from a configuration file or said here, and its weights."""
+
+    checkpoint: str | None     # path or URL; null only where an untrained teacher is meant
+    cfg: str | None = None     # a configuration file whose `model` section is the teacher's
+    model: ModelConfig | None = None
+    part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
+    name: str | None = None    # tells its losses from another teacher's
+    weight: float = 1.0        # multiplies the losses of all methods with this teacher
+    class_map: list[int] | None = None  # the teacher's class for each of the student's; null: they have the same
+    precision: Precision | None = None  # of its convolutions; null is the student's
+    shard: bool = False        # for one too large for a device: in training its weights are spread over the processes
+
+
+@dataclass
+class DistillConfig:
+    """The `distill` section."""
+
+    teacher: TeacherConfig | list[TeacherConfig]
+    methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
+    eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
+    init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD
+
+
+def teacher_entries(cfg: dict) -> list[dict]:
+    """The teachers of a configuration, which says one or a list; none without a `distill` section."""
+    teachers = cfg["distill"]["teacher"] if cfg.get("distill") else []
+    return teachers if isinstance(teachers, list) else [teachers]

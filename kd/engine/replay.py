@@ -7,8 +7,9 @@ from torch import Tensor
 
 from models import build_detector, without_pretraining
 
+from ..build import build_distiller
 from ..config.sections import TrainConfig
-from ..distiller import Distiller, build_distiller
+from ..distiller import Distiller
 from ..evaluation.evaluate import autocast
 from ..processes import distributed
 from ..work_dir.checkpoint import read_plain, write_whole

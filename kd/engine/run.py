@@ -10,8 +10,9 @@ from data import build_dataset, build_loader, read_data_config
 from models import ConfigError, Detector, build_detector
 from models.weights import CheckpointError
 
-from ..config.sections import TrainConfig
-from ..distiller import Distiller, build_distiller, teacher_entries
+from ..build import build_distiller
+from ..config.sections import TrainConfig, teacher_entries
+from ..distiller import Distiller
 from ..evaluation.evaluate import eval_loader, memory_format, with_classes
 from ..evaluation.summary import brief, typical_size
 from ..inference.named import check_class_order

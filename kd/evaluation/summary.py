@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.transforms import padded_size
 from models import ConfigError, Detector, HeadOutputs, build_detector, without_pretraining
 
-from ..distiller import build_teacher, teacher_entries
+from ..build import build_teacher
+from ..config.sections import teacher_entries
 from ..inference.named import annotated_classes
 
 SHOWN = 1000  # modules of fewer parameters and operations are left out

@@ -13,7 +13,8 @@ from models import ConfigError, DenseHead, DetectorPass, HeadOutputs
 from models.postprocess import TestConfig, postprocess
 from models.weights import CheckpointError, load_weights
 
-from ..distiller import Distiller, build_distiller, union
+from ..build import build_distiller
+from ..distiller import Distiller, union
 from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic
 from ..methods.base.method import Method
 from ..methods.crosskd import CrossKD

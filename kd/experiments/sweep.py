@@ -13,7 +13,7 @@ import torch
 from models import ConfigError
 
 from ..config.load import load_config
-from ..distiller import teacher_entries
+from ..config.sections import teacher_entries
 from ..processes.signals import Stopped, StopSignals
 from ..work_dir.checkpoint import newest_checkpoint
 from ..work_dir.lock import WorkDirError

@@ -1,1 +1,12 @@
 """Distillation methods, one file each."""
+from .crosskd import CrossKD
+from .cwd import CWD
+from .fgd import FGD
+from .fitnet import FitNet
+from .ld import LD
+from .logits import DKD, KD
+from .mgd import MGD
+from .mimic import Mimic
+from .pkd import PKD
+
+METHODS = {method.__name__: method for method in (CrossKD, Mimic, LD, KD, DKD, FGD, PKD, MGD, CWD, FitNet)}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from models.checkpoints.sources import local_path
 
-from ..distiller import teacher_entries
+from ..config.sections import teacher_entries
 
 if TYPE_CHECKING:
     from ..engine.board import Board

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from data import DataError
 
-from ..config.sections import TrainConfig
-from ..distiller import teacher_entries
+from ..config.sections import TrainConfig, teacher_entries
 
 # Settings that change neither the weights nor the figures.
 SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),

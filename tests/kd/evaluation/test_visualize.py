@@ -8,7 +8,7 @@ from small_models import make_batch, small_distiller
 from torchvision.io import decode_image, read_file
 
 from data import generate_scenes
-from kd.distiller import build_distiller
+from kd import build_distiller
 from kd.evaluation.heatmaps import COLOURS, bars, colour, overlay
 from kd.evaluation.visualize import run_all, views_of
 from kd.work_dir.checkpoint import save_checkpoint
