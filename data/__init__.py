@@ -1,10 +1,9 @@
 """COCO-format data sets, their transforms, samplers and loader, and the built-in generated data set."""
 
 from data.coco import CocoDataset
-from data.config import DataConfig, Split, read_data_config
+from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage
 from data.loader import build_dataset, build_loader, collate
-from data.paths import find_data
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.sources.scenes import generate_scenes
 
@@ -21,5 +20,4 @@ __all__ = [
     "collate",
     "find_data",
     "generate_scenes",
-    "read_data_config",
 ]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, counted, listed
 from data.problems import Problem, drop_reason, find_problems
 
-MAX_LISTED = 10  # problems named in an error; the rest are counted
+# COCO's sizes of objects: ranges of the area in pixels.
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 
 
 @dataclass
@@ -88,10 +89,8 @@ def load_coco_json(file: Path) -> dict:
 
 def _raise_problems(file: Path, problems: list[Problem]) -> None:
     if problems:
-        listed = "; ".join(problem.text for problem in problems[:MAX_LISTED])
-        rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise DataError(f"annotation file {file} has {count}: {listed}{rest}; correct the file")
+        texts = listed([problem.text for problem in problems])
+        raise DataError(f"annotation file {file} has {counted(len(problems), 'problem')}: {texts}; correct the file")
 
 
 def _sort_boxes(

@@ -9,15 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.annotations import load_coco_json
+from data.annotations import SIZES, load_coco_json
 from data.coco import read_annotated_image
-from data.config import DataConfig, Split, read_data_config
-from data.errors import DataError, UnreadableImage
-from data.paths import find_data
+from data.config import DataConfig, Split, find_data
+from data.errors import DataError, UnreadableImage, counted
 from data.problems import Problem, drop_reason, find_problems, image_problems
+from data.tables import text_table
 from data.transforms import read_image
-
-SIZES = ("small", "medium", "large")  # as COCO's figures part them: areas to 32^2, to 96^2, and beyond
 
 
 @dataclass
@@ -60,14 +58,13 @@ class _ImageChecks(Dataset):
         return None, has_exif and not torch.equal(image, read_image(path, upright=False))
 
 
-def check_data(config: DataConfig | dict | None) -> list[SplitCheck]:
+def check_data(config: DataConfig | None) -> list[SplitCheck]:
     """Check the splits of a configuration's `data` section, all of their images, with a progress bar.
 
     Raises DataError if there is no such section; what is wrong with the data itself is in the result.
     """
     if config is None:
         raise DataError("the configuration has no data section: there is nothing to check")
-    config = read_data_config(config)
     checks = [check_split("data.train", config.train, config.workers)]
     if config.val is not None:
         train, val = checks[0], check_split("data.val", config.val, config.workers)
@@ -135,7 +132,7 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
             continue
         with_boxes.add(annotation["image_id"])
         area = annotation.get("area", w * h)
-        check.boxes[class_of[annotation["category_id"]], SIZES[(area > 32**2) + (area > 96**2)]] += 1
+        check.boxes[class_of[annotation["category_id"]], list(SIZES)[(area > 32**2) + (area > 96**2)]] += 1
     check.num_empty = len(image_of) - len(with_boxes)
     if beyond:
         check.notes.append(f"{beyond} boxes reach more than a pixel beyond their image: they are clipped")
@@ -149,7 +146,7 @@ def format_check(check: SplitCheck) -> str:
     if check.classes:
         crowds = f", {check.num_crowds} crowds" if check.num_crowds else ""
         lines += [f"{check.num_images} images, {check.num_empty} of them without boxes",
-                  f"{check.boxes.total()} boxes{crowds}", "", *_box_table(check)]
+                  f"{check.boxes.total()} boxes{crowds}", "", _box_table(check)]
         if check.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in check.dropped.most_common())
             lines += ["", f"left out of training: {reasons}"]
@@ -160,15 +157,12 @@ def format_check(check: SplitCheck) -> str:
     for kind, text in check.problems:
         by_kind.setdefault(kind, []).append(text)
     for kind, texts in by_kind.items():
-        lines += ["", f"{kind}: {len(texts)} {'problem' if len(texts) == 1 else 'problems'}"]
+        lines += ["", f"{kind}: {counted(len(texts), 'problem')}"]
         lines += [f"  {text}" for text in texts]
     return "\n".join(lines if by_kind else [*lines, "", "no problems"])
 
 
-def _box_table(check: SplitCheck) -> list[str]:
-    rows = [("class", *SIZES, "all")]
-    for name in check.classes:
-        counts = [check.boxes[name, size] for size in SIZES]
-        rows.append((name, *map(str, counts), str(sum(counts))))
-    width = max(len(row[0]) for row in rows)
-    return ["  ".join([f"{row[0]:<{width}}", *(f"{cell:>7}" for cell in row[1:])]) for row in rows]
+def _box_table(check: SplitCheck) -> str:
+    counts = [[check.boxes[name, size] for size in SIZES] for name in check.classes]
+    rows = [[name, *map(str, row), str(sum(row))] for name, row in zip(check.classes, counts)]
+    return text_table(["class", *SIZES, "all"], rows)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.annotations import read_annotations
+from data.config import find_data
 from data.errors import DataError, UnreadableImage
-from data.paths import find_data
 from data.transforms import (
     flip_boxes,
     flip_image,

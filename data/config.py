@@ -1,6 +1,8 @@
-"""The `data` section of the configuration: its keys, types and defaults."""
+"""The `data` section of the configuration, and where its paths lead."""
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
 from data.errors import DataError
 
@@ -16,6 +18,8 @@ class Split:
 
 @dataclass
 class DataConfig:
+    """The `data` section."""
+
     train: Split  # what is trained on
     val: Split | None = None  # what is evaluated on
     batch_size: int = 2  # images per process and step
@@ -34,26 +38,9 @@ class DataConfig:
                 raise DataError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
 
-def read_data_config(section: DataConfig | dict) -> DataConfig:
-    """Turn the `data` section of a configuration into a DataConfig; one that is already passes through.
+def find_data(path: str | Path) -> Path:
+    """Return an absolute path as it is, and a relative one below `$DENSEKD_DATA` (default: `datasets/`).
 
-    Raises DataError for an unknown or a missing key.
+    The caller checks whether anything exists there.
     """
-    if isinstance(section, DataConfig):
-        return section
-    section = dict(section)
-    for name in ("train", "val"):
-        if isinstance(section.get(name), dict):
-            section[name] = _fill(Split, section[name], f"data.{name}")
-    return _fill(DataConfig, section, "data")
-
-
-def _fill(kind: type, section: dict, name: str):
-    known = [field.name for field in fields(kind)]
-    for key in section:
-        if key not in known:
-            raise DataError(f"unknown key {name}.{key}: valid keys are {', '.join(known)}")
-    try:
-        return kind(**section)
-    except TypeError as error:  # the only one left is a missing argument, which the error names
-        raise DataError(f"{name} is incomplete: {error}") from error
+    return Path(os.environ.get("DENSEKD_DATA") or "datasets") / path

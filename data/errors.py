@@ -1,5 +1,9 @@
 """What bad data raises."""
 
+from collections.abc import Sequence
+
+MAX_LISTED = 10  # problems named in an error; the rest are counted
+
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what is wrong, in which file, what to do about it."""
@@ -13,3 +17,14 @@ class DataError(ValueError):
 
 class UnreadableImage(DataError):
     """An image file that is missing, damaged or of an unknown format: the one error that training may skip."""
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one line; beyond the first MAX_LISTED they are only counted."""
+    rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(problems[:MAX_LISTED]) + rest
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.coco import CocoDataset
-from data.config import DataConfig, read_data_config
+from data.config import DataConfig
 from data.errors import DataError
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
 
 
-def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: int = 0) -> CocoDataset:
+def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0) -> CocoDataset:
     """Build one split of the `data` section of a configuration.
 
     Args:
@@ -28,7 +28,6 @@ def build_dataset(config: DataConfig | dict, split: str, training: bool, seed: i
 
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
-    config = read_data_config(config)
     source = {"train": config.train, "val": config.val}[split]
     if source is None:
         raise DataError(f"data.{split} is not set: give it images and annotations")

@@ -1,8 +1,8 @@
 """Knowledge distillation: build_distiller(cfg) gives a student that learns from frozen teachers."""
 from .build import build_distiller
-from .config.load import load_config
+from .config import load_config
 from .distiller import Distiller
 from .methods import METHODS
-from .methods.base.method import Method
+from .methods.base import Method
 
 __all__ = ["METHODS", "Distiller", "Method", "build_distiller", "load_config"]

@@ -1,51 +1,57 @@
 """Builds student, teachers and methods from a configuration."""
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from models import ConfigError, Detector, build_detector, without_pretraining
-from models.build import build, check_arguments, split_options
-from models.weights import CheckpointError, load_weights, print_once, summary
+from models import ConfigError, Detector, ModelConfig, build_detector
+from models.build import build, split_options
+from models.weights import CheckpointError, load_weights, log, summary
 
-from .config.load import load_config
-from .config.sections import DistillConfig, teacher_entries
+from .config import Config, TeacherConfig, load_config, parse_config
 from .distiller import Distiller
 from .methods import METHODS
-from .methods.base.method import Method
-from .methods.base.options import MethodOptions
+from .methods.base import Method, MethodOptions
 
 
-def build_distiller(cfg: dict) -> Distiller:
-    """Build student, teachers and methods from a configuration's `model` and `distill` sections.
+def build_model(cfg: Config, pretrained: bool = True) -> Detector | Distiller:
+    """What a configuration trains: a distiller if it has a `distill` section, otherwise a detector.
+
+    Args:
+        pretrained: load the weights that the student's backbone starts from.
+    """
+    return build_distiller(cfg, pretrained) if cfg.distill else build_detector(cfg.model, pretrained)
+
+
+def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller:
+    """Build student, teachers and methods from the `model` and `distill` sections of a configuration.
 
     Raises:
         ConfigError: a bad key, or a pair of detectors that a method cannot work on.
         CheckpointError: a teacher whose weights do not load completely.
     """
-    distill = cfg["distill"]
-    check_arguments(DistillConfig, distill, "distill")
-    student = build_detector(cfg["model"])
-    entries = teacher_entries(cfg)
-    teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
-    methods = [build_methods(distill["methods"], student, teacher) for teacher in teachers]
-    of_methods = unique_names(distill["methods"], "distill.methods", [entry["type"] for entry in distill["methods"]])
-    of_teachers = unique_names(entries, "distill.teacher", ["teacher"] * len(entries))
-    options = []
-    for teacher, entry in zip(of_teachers, entries):
-        common = [MethodOptions(**split_options(method, MethodOptions)[0]) for method in distill["methods"]]
-        options.append([replace(own, name=name if len(entries) == 1 else f"{teacher}/{name}",
-                                weight=own.weight * entry.get("weight", 1.0)) for own, name in zip(common, of_methods)])
-    if distill.get("init_student"):
+    cfg = parse_config(cfg)
+    distill = cfg.distill
+    student = build_detector(cfg.model, pretrained)
+    teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in cfg.teachers]
+    methods = [build_methods(distill.methods, student, teacher) for teacher in teachers]
+    common = [MethodOptions(**split_options(entry, MethodOptions)[0]) for entry in distill.methods]
+    of_methods = unique_names([own.name for own in common], [entry["type"] for entry in distill.methods],
+                              "distill.methods")
+    of_teachers = unique_names([entry.name for entry in cfg.teachers], ["teacher"] * len(teachers), "distill.teacher")
+    options = [[replace(own, name=name if len(teachers) == 1 else f"{teacher}/{name}", weight=own.weight * entry.weight)
+                for own, name in zip(common, of_methods)] for teacher, entry in zip(of_teachers, cfg.teachers)]
+    if distill.init_student:
         inherit(student, teachers[0])
-    return Distiller(student, teachers, methods, options, distill.get("eval_teacher", True))
+    return Distiller(student, teachers, methods, options, distill.eval_teacher)
 
 
 @torch.no_grad()
 def inherit(student: Detector, teacher: Detector) -> None:
     """FGD's inheriting strategy (arXiv:2111.11837, section 4.1): the student's neck and head start as the teacher's.
 
-    What the teacher lacks or has in another shape is left as it is, and said.
+    Tensors that the teacher lacks, or has in another shape, stay as they are; a line says which.
     """
     wanted = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.")}
     given = teacher.state_dict()
@@ -56,67 +62,67 @@ def inherit(student: Detector, teacher: Detector) -> None:
         else:
             kept.append(name)
     line = f"the student's neck and head start from the teacher's weights: {len(wanted) - len(kept)} of {len(wanted)}"
-    print_once(f"{line} tensors" + (f"; left as they were, of another shape: {summary(kept)}" if kept else ""))
+    log.info(f"{line} tensors" + (f"; left as they were, of another shape: {summary(kept)}" if kept else ""))
 
 
-def unique_names(entries: list[dict], key: str, kinds: list[str]) -> list[str]:
-    """Each entry's `name`, or its kind and number.
+def unique_names(said: list[str | None], kinds: list[str], key: str) -> list[str]:
+    """Each entry's name: the one in the configuration, or its kind and number.
 
     Raises:
-        ConfigError: two are the same, so that one's losses would hide the other's.
+        ConfigError: two names are the same, so that one's losses would hide the other's.
     """
-    names = [entry.get("name") or f"{kind}{i}" for i, (entry, kind) in enumerate(zip(entries, kinds))]
+    names = [name or f"{kind}{i}" for i, (name, kind) in enumerate(zip(said, kinds))]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ConfigError(f"{key}.{i}.name", f'"{name}" names two of them; give each its own')
     return names
 
 
-def build_teacher(entry: dict, num_classes: int) -> Detector:
+def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
     """A teacher with its weights loaded; it has the student's classes unless its configuration says how many."""
-    if (entry.get("cfg") is None) == (entry.get("model") is None):
-        raise ConfigError("distill.teacher", "needs either cfg, a configuration file, or model, the section itself")
-    model = entry["model"] if entry.get("cfg") is None else teacher_model(entry["cfg"])
-    class_map = entry.get("class_map")
+    model, class_map = teacher_model(entry), entry.class_map
     if class_map is not None:
         if len(class_map) != num_classes:
             raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
                                                            f"{num_classes} classes")
-        if model["head"].get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
+        if model.head.get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
             raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: say "
                                                            "model.head.num_classes in its configuration")
-    model = model | {"head": {"num_classes": num_classes} | model["head"]}
-    teacher = build_detector(without_pretraining(model))
-    if entry["checkpoint"] is not None:
+    teacher = build_detector(model.with_num_classes(num_classes), pretrained=False)
+    if entry.checkpoint is not None:
         load_teacher(teacher, entry)
     if class_map is not None:
         try:
             teacher.bbox_head.select_classes(class_map)
         except ConfigError as error:
             raise ConfigError("distill.teacher.class_map", error.problem) from None
-    teacher.precision = entry.get("precision")
+    teacher.precision = entry.precision
     return teacher
 
 
-def load_teacher(teacher: Detector, entry: dict) -> None:
-    """Its weights.
+def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
+    """Load a teacher's weights.
 
     Raises:
         CheckpointError: they do not load completely, or are not there: then it says what to train first.
     """
-    path = entry["checkpoint"]
-    if entry.get("cfg") and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
+    path = entry.checkpoint
+    if entry.cfg and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
         raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
-                              f"scripts/train.py --cfg {entry['cfg']} --work-dir {Path(path).parent}), or give the "
+                              f"scripts/train.py --cfg {entry.cfg} --work-dir {Path(path).parent}), or give the "
                               "checkpoint that you have")
-    load_weights(teacher, path, entry.get("part"))
+    load_weights(teacher, path, entry.part)
 
 
-def teacher_model(path: str) -> dict:
-    """The `model` section of a teacher's configuration file, looked up from here and from the project's folder."""
+def teacher_model(entry: TeacherConfig) -> ModelConfig:
+    """The `model` section of a teacher; a file is looked up from here and from the project's folder."""
+    if (entry.cfg is None) == (entry.model is None):
+        raise ConfigError("distill.teacher", "needs either cfg, a configuration file, or model, the section itself")
+    if entry.model is not None:
+        return entry.model
     project = Path(__file__).resolve().parents[1]
     try:
-        return load_config(path if Path(path).exists() else project / path)["model"]
+        return load_config(entry.cfg if Path(entry.cfg).exists() else project / entry.cfg).model
     except ConfigError as error:
         raise ConfigError("distill.teacher.cfg", str(error)) from None
 

@@ -1,13 +1,33 @@
 """Student, frozen teachers and any list of methods."""
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from losses import total_loss
 from models import ConfigError, Detector, DetectorPass
 
-from .methods.base.method import Method
-from .methods.base.options import MethodOptions
+from .methods.base import Method, MethodOptions
+
+
+class PlannedMethod(NamedTuple):
+    """A method that runs now."""
+
+    method: Method
+    name: str
+    factor: float  # multiplies its losses
+
+
+Plan = list[tuple[Detector, list[PlannedMethod]]]  # each teacher that is needed now, with its methods
+
+
+class Passes(NamedTuple):
+    """The runs of student and teachers over one batch."""
+
+    student: DetectorPass
+    teachers: list[DetectorPass]  # one for each teacher of the plan
+    plan: Plan
 
 
 class Distiller(nn.Module):
@@ -25,9 +45,7 @@ class Distiller(nn.Module):
         self.options = options
         self.eval_teacher = eval_teacher
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
-        self.reported: set[tuple[str, str]] = set()  # which method has ever reported which loss
-        self.features: list[Tensor] | None = None    # the student's neck outputs, where `keep_features` asks for them
-        self.keep_features = False
+        self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
         object.__setattr__(self, "teachers", teachers)  # past nn.Module's registration
         for teacher in teachers:
             teacher.requires_grad_(False)
@@ -66,32 +84,52 @@ class Distiller(nn.Module):
         """Say where training stands, for the methods' schedules: steps done, of `epochs` epochs."""
         self.step, self.epoch, self.epochs = step, step / steps_per_epoch, epochs
 
-    def scheduled(self) -> list[tuple[Detector, list[tuple[Method, str, float]]]]:
-        """What runs now: each teacher with its methods, their names and what their losses are multiplied by."""
-        plan = [(teacher, [(method, option.name, option.factor(self.epoch, self.epochs))
+    def plan(self) -> Plan:
+        """What runs at this step of the methods' schedules."""
+        plan = [(teacher, [PlannedMethod(method, option.name, option.factor(self.epoch, self.epochs))
                            for method, option in zip(methods, options) if option.runs(self.step, self.epoch)])
                 for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
         return [(teacher, entries) for teacher, entries in plan if entries]
+
+    def whole_plan(self) -> Plan:
+        """All teachers with all methods, whatever the step."""
+        return [(teacher, [PlannedMethod(method, option.name, option.weight)
+                           for method, option in zip(methods, options)])
+                for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
 
     @property
     def all_methods_always_run(self) -> bool:
         """Whether every method runs at every step."""
         return all(option.every == 1 and option.stop_epoch is None for options in self.options for option in options)
 
-    def passes(self, images: Tensor, targets: list[dict]) -> tuple[DetectorPass, list[DetectorPass], dict[str, Tensor]]:
-        """Run the student and the teachers that are needed now.
+    def passes(self, images: Tensor, targets: list[dict], plan: Plan | None = None, with_heads: bool = False,
+               assign: bool = True) -> Passes:
+        """Run the student, and the teachers that a plan needs, over a batch; arguments as for `loss`.
 
-        Returns:
-            The student's pass, one for each of `scheduled`'s teachers, and the student's losses.
+        Args:
+            plan: by default `plan()`.
+            with_heads: run all teachers' heads, also where no method needs them.
+            assign: assign the targets to the student's anchors.
         """
-        plan = self.scheduled()
-        wanted = [method for _, entries in plan for method, _, _ in entries]
-        student = self.student.run(images, targets, cuts=union(wanted, "student_cuts"),
-                                   modules=union(wanted, "student_modules"))
-        losses = self.student.losses(student)
-        seen = [self._run_teacher(teacher, [method for method, _, _ in entries], images, targets)
-                for teacher, entries in plan]
-        return student, seen, losses
+        plan = self.plan() if plan is None else plan
+        student = self.run_student(images, targets, plan, assign)
+        return Passes(student, [self.run_teacher(teacher, entries, images, targets, with_heads)
+                                for teacher, entries in plan], plan)
+
+    def run_student(self, images: Tensor, targets: list[dict], plan: Plan, assign: bool = True) -> DetectorPass:
+        """The student's pass, with all that the methods of a plan need of it."""
+        methods = [entry.method for _, entries in plan for entry in entries]
+        return self.student.run(images, targets, union(methods, "student_cuts"), union(methods, "student_modules"),
+                                assign=assign)
+
+    @torch.no_grad()
+    def run_teacher(self, teacher: Detector, entries: list[PlannedMethod], images: Tensor, targets: list[dict],
+                    with_head: bool = False) -> DetectorPass:
+        """A teacher's pass over the student's batch, with all that `entries` need of it."""
+        methods = [entry.method for entry in entries]
+        images = teacher.preprocess.convert(images, targets, self.student.preprocess)
+        return teacher.run(images, targets, union(methods, "teacher_cuts"), union(methods, "teacher_modules"),
+                           with_head or any(method.teacher_head for method in methods))
 
     def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
         """The student's losses plus every method's, scalars.
@@ -100,14 +138,17 @@ class Distiller(nn.Module):
             images: (N, 3, H, W), normalised by the student's `preprocess`.
             targets: a dict per image.
         """
-        student, seen, losses = self.passes(images, targets)
-        self.features = student.features if self.keep_features else None
-        found = {}
-        for teacher, (_, entries) in zip(seen, self.scheduled()):
+        return self.loss_and_pass(images, targets)[0]
+
+    def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
+        """`loss`, and the student's pass."""
+        student, teachers, plan = self.passes(images, targets)
+        losses, found = self.student.losses(student), {}
+        for teacher, (_, entries) in zip(teachers, plan):
             for method, name, factor in entries:
                 found |= {(key, name): factor * value for key, value in method(student, teacher).items()}
         self.reported |= found.keys()
-        return losses | {self.key(key, name): value for (key, name), value in found.items()}
+        return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
 
     def key(self, key: str, name: str) -> str:
         """A loss's name in the result: with the method's behind it where another one reports the same."""
@@ -123,40 +164,38 @@ class Distiller(nn.Module):
 
     def shares(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each method's share of the total loss, under `share/` and its name."""
-        total = sum(losses.values()).detach()
+        total = total_loss(losses).detach()
         return {f"share/{name}": sum(values).detach() / total for name, values in self.by_method(losses).items()}
 
-    def gradient_norms(self, losses: dict[str, Tensor], scale: float = 1.0) -> dict[str, float]:
-        """Norm of the gradient that the student's own losses and each method's have at its neck's outputs.
+    def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0
+                       ) -> dict[str, float]:
+        """Norm of the gradient of the student's own losses, and of each method's, at the student's neck.
 
-        A level that further ones are made of gets their gradient, too.
+        The gradient of a level includes that of the levels which are computed from it.
 
         Args:
-            losses: of the last `loss`, before their backward; `keep_features` must have been set.
-            scale: they are multiplied by it on their way back, so that fp16 does not lose them.
+            losses, features: from one `loss_and_pass`, before the backward pass: the losses, the pass's features.
+            scale: factor of the losses on their way back, so that fp16 does not lose small gradients.
         """
         of_methods = self.by_method(losses)
         own = losses.keys() - {self.key(key, name) for key, name in self.reported}
         norms = {}
         for name, values in ({"student": [losses[key] for key in sorted(own)]} | of_methods).items():
-            gradients = torch.autograd.grad(scale * sum(values), self.features, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(scale * sum(values), features, retain_graph=True, allow_unused=True)
             parts = [gradient.double().norm() for gradient in gradients if gradient is not None]
             norms[name] = float(torch.stack(parts).norm()) / scale if parts else 0.0
         return norms
-
-    @torch.no_grad()
-    def _run_teacher(self, teacher: Detector, methods: list[Method], images: Tensor,
-                     targets: list[dict]) -> DetectorPass:
-        images = teacher.preprocess.convert(images, targets, self.student.preprocess)
-        return teacher.run(images, targets, cuts=union(methods, "teacher_cuts"),
-                           modules=union(methods, "teacher_modules"), with_head=any(m.teacher_head for m in methods))
 
     def predict(self, images: Tensor, targets: list[dict]) -> list[dict]:
         """The student's detections, see `Detector.predict`."""
         return self.student.predict(images, targets)
 
-    def forward(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor] | list[dict]:
-        return self.loss(images, targets) if self.training else self.predict(images, targets)
+    def forward(self, images: Tensor, targets: list[dict], with_pass: bool = False
+                ) -> dict[str, Tensor] | list[dict] | tuple[dict[str, Tensor], DetectorPass]:
+        """In training `loss`, or `loss_and_pass` if `with_pass`; otherwise `predict`."""
+        if not self.training:
+            return self.predict(images, targets)
+        return self.loss_and_pass(images, targets) if with_pass else self.loss(images, targets)
 
 
 def union(methods: list[Method], attribute: str) -> tuple:

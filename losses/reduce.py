@@ -1,4 +1,6 @@
 """What every loss shares: precision, weighting and averaging."""
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,11 @@ EPS = torch.finfo(torch.float32).eps
 def at_least_float32(x: Tensor) -> Tensor:
     """Promote half precision to float32; leave float32 and float64 alone."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a detector's losses: of all entries that have "loss" in their name."""
+    return sum(value for name, value in losses.items() if "loss" in name)
 
 
 def modulate(error: Tensor, exponent: float) -> Tensor:

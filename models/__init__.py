@@ -8,11 +8,10 @@ from .detector import (
     ModelConfig,
     Precision,
     build_detector,
-    without_pretraining,
 )
 from .heads import HEADS, DenseHead, GFLHead, HeadOutputs
 from .preprocess import Preprocess
 from .targets import Assignment
 
 __all__ = ["BACKBONES", "HEADS", "NECKS", "Assignment", "ConfigError", "DenseHead", "Detector", "DetectorPass",
-           "GFLHead", "HeadOutputs", "ModelConfig", "Precision", "Preprocess", "build_detector", "without_pretraining"]
+           "GFLHead", "HeadOutputs", "ModelConfig", "Precision", "Preprocess", "build_detector"]

@@ -1,12 +1,14 @@
 """From a configuration to objects: a table says which classes a `type` may name, a signature says what they take.
 
-A parameter that is itself built from a configuration says so in its annotation, `Annotated[dict, OneOf(ASSIGNERS)]`.
-So one walk over signatures checks a whole tree before anything is built.
+A section is a dataclass. A component, which may be of several types, stays a mapping until it is built: its annotation,
+`Annotated[dict, OneOf(ASSIGNERS)]`, names the table. One walk over the signatures checks a whole configuration and
+makes its sections, before anything is built.
 """
 import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,28 +58,43 @@ def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
     return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self" and p.kind not in gathering}
 
 
+def read_section(section: type, args: Any, key: str) -> Any:
+    """The dataclass `section` made from a mapping, and the sections in it likewise; one that is made already stays.
+
+    Raises:
+        ConfigError: see `check_arguments`.
+    """
+    return args if isinstance(args, section) else section(**check_arguments(section, args, key))
+
+
 def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = (),
-                    beside: Iterable[str] = ()) -> None:
-    """Check that `call(**args)` makes sense; `derived` are the parameters that the program itself gives.
+                    beside: Iterable[str] = ()) -> dict[str, Any]:
+    """Check that `call(**args)` makes sense.
 
-    `beside` are names that would be valid in the same place, for advice only.
-
+    Args:
+        key: where the arguments stand in the configuration, for messages.
+        derived: parameters that the program itself gives.
+        beside: names that would be valid in the same place, for advice only.
+    Returns:
+        The arguments, see `check_value`.
     Raises:
         ConfigError: an unknown argument, a value of the wrong type, or a missing required argument.
     """
     if not isinstance(args, dict):
         raise ConfigError(key, f"must be a mapping of keys to values, not {describe(args)}")
     known = {name: hint for name, (hint, _) in parameters(call).items() if name not in derived or name in args}
+    read = {}
     for name, value in args.items():
         path = f"{key}.{name}" if key else str(name)
         full = ALIASES.get(name, name)
         if full not in known:
             raise ConfigError(path, f"unknown key; {nearest(name, [*known, *beside])}")
-        check_value(value, known[full], path)
+        read[name] = check_value(value, known[full], path)
     given = {ALIASES.get(name, name) for name in args} | set(derived)
     for name, (_, default) in parameters(call).items():
         if default is inspect.Parameter.empty and name not in given:
             raise ConfigError(f"{key}.{name}" if key else name, "missing; it has no default")
+    return read
 
 
 def check_component(cfg: Any, choice: OneOf, key: str) -> None:
@@ -90,7 +107,7 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
-        check_arguments(choice.common, options, key)
+        read_section(choice.common, options, key)
     check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
 
 
@@ -110,38 +127,44 @@ def describe(value: Any) -> str:
     return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
 
 
-def check_value(value: Any, hint: Any, key: str) -> None:
+def check_value(value: Any, hint: Any, key: str) -> Any:
     """Check one value against one type hint.
 
+    Returns:
+        The value: a section for a mapping where the hint is a dataclass, a tuple where it is a tuple.
     Raises:
         ConfigError: it does not fit.
     """
     origin = get_origin(hint)
     if origin is Annotated:
-        return check_component(value, get_args(hint)[1], key)
-    if origin in (Union, types.UnionType):
+        check_component(value, get_args(hint)[1], key)
+    elif origin in (Union, types.UnionType):
         return _check_union(value, get_args(hint), key)
     if origin is Literal:
         if value not in get_args(hint):
             raise ConfigError(key, f"must be one of {', '.join(map(str, get_args(hint)))}, not {describe(value)}")
     elif inspect.isclass(origin) and issubclass(origin, Sequence):
-        _check_sequence(value, hint, key)
+        return _check_sequence(value, hint, key)
     elif hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(key, f"must be a number, not {describe(value)}")
     elif hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(key, f"must be an integer, not {describe(value)}")
+    elif is_dataclass(hint):
+        return read_section(hint, value, key)
     elif inspect.isclass(hint) and not isinstance(value, hint):
-        if hint not in (str, bool, dict, type(None)):  # a dataclass or class whose arguments the mapping gives
-            return check_arguments(hint, value, key)
+        if hint not in (str, bool, dict, type(None)):  # a class that is built later, from the mapping
+            check_arguments(hint, value, key)
+            return value
         names = {str: "text", bool: "true or false", dict: "a mapping", type(None): "null"}
         raise ConfigError(key, f"must be {names[hint]}, not {describe(value)}")
+    return value
 
 
-def _check_union(value: Any, choices: tuple, key: str) -> None:
+def _check_union(value: Any, choices: tuple, key: str) -> Any:
     if value is None and type(None) in choices:
-        return
+        return None
     choices = [c for c in choices if c is not type(None)]
     errors = []
     for choice in choices:
@@ -154,7 +177,7 @@ def _check_union(value: Any, choices: tuple, key: str) -> None:
     raise ConfigError(errors[0].key, ", or ".join(error.problem for error in errors))
 
 
-def _check_sequence(value: Any, hint: Any, key: str) -> None:
+def _check_sequence(value: Any, hint: Any, key: str) -> Sequence:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(key, f"must be a list, not {describe(value)}")
     items = get_args(hint)
@@ -163,8 +186,8 @@ def _check_sequence(value: Any, hint: Any, key: str) -> None:
             raise ConfigError(key, f"must have {len(items)} entries, not {len(value)}")
     else:
         items = items[:1] * len(value)
-    for i, (item, item_hint) in enumerate(zip(value, items)):
-        check_value(item, item_hint, f"{key}.{i}")
+    read = [check_value(item, item_hint, f"{key}.{i}") for i, (item, item_hint) in enumerate(zip(value, items))]
+    return tuple(read) if get_origin(hint) is tuple else read
 
 
 def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:

@@ -1,7 +1,7 @@
 """A dense detector: backbone, neck, head."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbones.resnet import ResNet
 from .backbones.torchvision import TorchvisionBackbone
-from .build import ConfigError, OneOf, build, check_arguments
+from .build import ConfigError, OneOf, build, read_section
 from .fpn import FPN
 from .heads import HEADS, DenseHead, HeadOutputs
 from .postprocess import TestConfig, postprocess
@@ -24,13 +24,18 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass
 class ModelConfig:
-    """The `model` section."""
+    """The `model` section. `backbone`, `neck` and `head` stay mappings until they are built."""
 
     backbone: Annotated[dict, OneOf(BACKBONES)]
     head: Annotated[dict, OneOf(HEADS, "num_classes", "in_channels")]
     neck: Annotated[dict, OneOf(NECKS, "in_channels")] | None = None
-    preprocess: Preprocess = field(default_factory=dict)
-    test: TestConfig = field(default_factory=dict)
+    preprocess: Preprocess = field(default_factory=dict)  # a mapping until it is built, too
+    test: TestConfig = field(default_factory=TestConfig)
+
+    def with_num_classes(self, count: int) -> "ModelConfig":
+        """The section with the head's class count filled in, unless it has one."""
+        given = self.head.get("num_classes")
+        return replace(self, head=self.head | {"num_classes": count if given is None else given})
 
 
 @dataclass
@@ -42,12 +47,17 @@ class DetectorPass:
     targets: list[dict]
     features: list[Tensor]        # neck outputs (N, C, H_l, W_l), finest first
     outputs: HeadOutputs | None   # None where no method needs this detector's head
-    assignment: Assignment | None = None
-    modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the modules asked for, by name
+    assignment: Assignment | None  # what every anchor learns; None where nothing is to be learned
+    modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the requested modules, by name
 
     @property
     def head(self) -> DenseHead:
         return self.detector.bbox_head
+
+    @property
+    def positives(self) -> Tensor:
+        """Anchors per image that learn a box, a scalar."""
+        return self.assignment.positive.sum(1).mean()
 
     def run_head(self, layer: int, cls_feats: Sequence[Tensor], reg_feats: Sequence[Tensor]) -> HeadOutputs:
         """Predictions of this detector's head from other features, see `DenseHead.run_from`.
@@ -67,7 +77,6 @@ class Detector(nn.Module):
 
     precision: Precision | None = None  # of its convolutions; None is what surrounds it
     sharded: bool = False               # whether its weights are spread over processes; they stay where they are
-    positives: Tensor | None = None     # anchors per image that learnt a box in the last `losses`, for logs
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
                  test: TestConfig):
@@ -93,18 +102,20 @@ class Detector(nn.Module):
         return features if self.neck is None else self.neck(features)
 
     def run(self, images: Tensor, targets: list[dict], cuts: Sequence[int] = (), modules: Sequence[str] = (),
-            with_head: bool = True) -> DetectorPass:
+            with_head: bool = True, assign: bool = False) -> DetectorPass:
         """Run over a batch.
 
         Args:
             cuts: tower layers whose features are kept, see `DenseHead.run_from`.
             modules: names of submodules whose outputs are kept.
             with_head: run the head too.
+            assign: assign the targets to the anchors too, which losses need.
         """
         with self.autocast(), self._watch(modules) as seen:
             features = self.extract_features(images)
             outputs = self.bbox_head(features, cuts) if with_head else None
-        return DetectorPass(self, images, targets, features, outputs, modules=seen)
+        assignment = self.bbox_head.assign(outputs, targets) if assign else None
+        return DetectorPass(self, images, targets, features, outputs, assignment, seen)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Let `torch.compile` have backbone, neck and head; what is made of their outputs stays as it is.
@@ -137,12 +148,15 @@ class Detector(nn.Module):
             images: (N, 3, H, W), normalised by `preprocess`, zero-padded to a multiple of 32.
             targets: a dict per image, see the README's "Targets".
         """
-        return self.losses(self.run(images, targets))
+        return self.loss_and_pass(images, targets)[0]
+
+    def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
+        """`loss`, and the pass that it was computed from."""
+        run = self.run(images, targets, assign=True)
+        return self.losses(run), run
 
     def losses(self, run: DetectorPass) -> dict[str, Tensor]:
-        """The losses of a pass; leaves its assignment in it."""
-        run.assignment = self.bbox_head.assign(run.outputs, run.targets)
-        self.positives = run.assignment.positive.sum(1).mean()
+        """The losses of a pass with an assignment."""
         return self.bbox_head.losses(run.outputs, run.assignment)
 
     def predict(self, images: Tensor, targets: list[dict], rescale: bool = True, with_nms: bool = True) -> list[dict]:
@@ -155,38 +169,39 @@ class Detector(nn.Module):
         run = self.run(images, targets)
         return postprocess(self.bbox_head, run.outputs, targets, self.test, rescale, with_nms)
 
-    def forward(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor] | list[dict]:
-        return self.loss(images, targets) if self.training else self.predict(images, targets)
+    def forward(self, images: Tensor, targets: list[dict], with_pass: bool = False
+                ) -> dict[str, Tensor] | list[dict] | tuple[dict[str, Tensor], DetectorPass]:
+        """In training `loss`, or `loss_and_pass` if `with_pass`; otherwise `predict`."""
+        if not self.training:
+            return self.predict(images, targets)
+        return self.loss_and_pass(images, targets) if with_pass else self.loss(images, targets)
 
 
-def build_detector(cfg: dict) -> Detector:
+def build_detector(cfg: ModelConfig | Mapping, pretrained: bool = True) -> Detector:
     """Build a detector from the `model` section; channels that follow from another part are filled in.
 
+    Args:
+        cfg: the section, or a mapping with its keys.
+        pretrained: load `backbone.weights`; False for a detector whose weights are loaded next.
     Raises:
         ConfigError: an unknown key, a wrong type, or parts that do not fit together.
     """
-    check_arguments(ModelConfig, cfg, "model")
-    backbone = build(cfg["backbone"], BACKBONES, "model.backbone")
+    cfg = read_section(ModelConfig, cfg, "model")
+    without = () if pretrained else ("weights",)
+    backbone = build({k: v for k, v in cfg.backbone.items() if k not in without}, BACKBONES, "model.backbone")
     channels, strides, neck = backbone.out_channels, backbone.out_strides, None
-    if cfg.get("neck") is not None:
-        neck = build(cfg["neck"], NECKS, "model.neck", in_channels=channels)
+    if cfg.neck is not None:
+        neck = build(cfg.neck, NECKS, "model.neck", in_channels=channels)
         if neck.in_channels != channels:
             raise ConfigError("model.neck.in_channels", f"is {neck.in_channels} and the backbone gives {channels}")
         channels, strides = neck.out_channels, neck.out_strides(strides)
     if len(set(channels)) != 1:
         raise ConfigError("model.head", f"one head needs features of one width; without a neck they have {channels}")
-    head = build(cfg["head"], HEADS, "model.head", in_channels=channels[0])
+    head = build(cfg.head, HEADS, "model.head", in_channels=channels[0])
     if head.in_channels != channels[0]:
         raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")
     if head.prior_generator.strides != strides:
         raise ConfigError("model.head.anchor_generator.strides", f"are {head.prior_generator.strides}, and the "
                                                                  f"features' are {strides}")
-    test = TestConfig(**(head.test_defaults | cfg.get("test", {})))
-    if test.nms_iou_threshold is None:
-        test.nms_iou_threshold = head.test_defaults["nms_iou_threshold"]
-    return Detector(backbone, neck, head, Preprocess(**cfg.get("preprocess", {})), test)
-
-
-def without_pretraining(cfg: dict) -> dict:
-    """A `model` section whose backbone starts from nothing: for a detector whose weights are loaded next."""
-    return cfg | {"backbone": {key: value for key, value in cfg["backbone"].items() if key != "weights"}}
+    own = {name: value for name, value in head.test_defaults.items() if getattr(cfg.test, name) is None}
+    return Detector(backbone, neck, head, Preprocess(**cfg.preprocess), replace(cfg.test, **own))

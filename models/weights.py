@@ -8,6 +8,7 @@ A load that does not fill the whole model is an error unless the caller names wh
 `checkpoint_reader`, the formats are in `checkpoint_formats`, and addresses in `checkpoint_sources`.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,6 @@ __all__ = [
     "load_backbone_weights",
     "load_weights",
     "open_checkpoint",
-    "print_once",
     "read_checkpoint",
     "summary",
 ]
@@ -38,6 +38,8 @@ __all__ = [
 _OPTIONAL = re.compile(r"(.*\.)?(num_batches_tracked|loss_normalizer|integral\.project|relative_position_index)")
 _SUBMODULES = ("backbone.", "neck.", "bbox_head.")
 _SHOWN = 4  # names in a message
+
+log = logging.getLogger("densekd")
 
 Shape = tuple[int, ...]
 
@@ -70,7 +72,7 @@ def load_weights(
     part: str | None = None,
     allow_missing: str | Iterable[str] = (),
 ) -> LoadReport:
-    """Copies the weights of a checkpoint into `model`, in the model's own precision; prints and returns the account.
+    """Copies the weights of a checkpoint into `model`, in the model's own precision; logs and returns the account.
 
     Args:
         model: a detector, or one of its parts (backbone, neck, head), which then takes its own share of the file.
@@ -94,7 +96,7 @@ def load_weights(
         for name, value in wanted.items():
             if name in weights and name not in refused:
                 value.copy_(weights[name])
-    print_once(str(report))
+    log.info(str(report))
     return report
 
 
@@ -189,12 +191,3 @@ def summary(names: list[str]) -> str:
     """`3 (a, b, c)`, cut after a few; names come from files, so each is kept to one line."""
     shown = ", ".join(one_line(name, 120) for name in names[:_SHOWN])
     return f"{len(names)} ({shown}{', ...' if len(names) > _SHOWN else ''})"
-
-
-def print_once(line: str) -> None:
-    """Prints once, not once per process."""
-    if (
-        not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        or torch.distributed.get_rank() == 0
-    ):
-        print(line, flush=True)

@@ -1,31 +1,26 @@
 """Show what a detector loses AP to: classification, localisation, duplicates, background, missed objects; and with two
 checkpoints, where one is better than the other."""
-import argparse
 from pathlib import Path
 
-from kd.config.load import load_config
+from kd import cli, load_config
 from kd.evaluation.analyze import analyze, format_tables, save_analysis
-from kd.terminal import cli
+from kd.exceptions import UsageError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/analyze.py --cfg configs/bccd/student_gfl_r18w16.yaml "
-               "--checkpoint runs/student_gfl_r18w16/last.pth --checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth")
-    parser.add_argument("--cfg", required=True, action="append", metavar="FILE",
-                        help="configuration; give a second one if the second checkpoint needs its own")
-    parser.add_argument("--checkpoint", required=True, action="append", metavar="PATH",
-                        help="file or URL of the weights, in any format; give two to compare them side by side")
-    parser.add_argument("--score-thr", type=float, default=0.3,
-                        help="least score in the confusion matrix and of what counts as found; default: 0.3")
+    parser = cli.parser(
+        __doc__, "python scripts/analyze.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+        "--checkpoint runs/student_gfl_r18w16/last.pth --checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth",
+        "--cfg", "--checkpoint", "--score-thr", "--device", "overrides",
+        cfg={"action": "append", "help": "configuration; give a second one if the second checkpoint needs its own"},
+        checkpoint={"action": "append",
+                    "help": "file or URL of the weights, in any format; give two to compare them side by side"},
+        score_thr={"help": "lowest score in the confusion matrix and of objects that count as found; default: 0.3"})
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="also write analysis.md and analysis.json into this folder")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the files'")
     args = parser.parse_intermixed_args()
     if len(args.checkpoint) > 2 or len(args.cfg) not in (1, len(args.checkpoint)):
-        raise cli.UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg)} --cfg: give one or two "
+        raise UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg)} --cfg: give one or two "
                              "checkpoints, and one configuration for both or one each")
     cfgs = [load_config(cfg, args.overrides) for cfg in args.cfg]
     found = analyze(cfgs * (len(args.checkpoint) // len(cfgs)), args.checkpoint, cli.choose_device(args.device),
@@ -33,7 +28,7 @@ def main() -> None:
     print(format_tables(found, args.score_thr))
     if args.out:
         save_analysis(found, args.out, args.score_thr)
-        print(f"wrote {args.out / 'analysis.md'} and {args.out / 'analysis.json'}")
+        cli.wrote(args.out / "analysis.md", args.out / "analysis.json")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Time training steps beside those of torchvision's RetinaNet, inference, the parts of both, the input pipeline and
 the evaluation."""
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from data.output import write_text
+from kd import cli
 from kd.benchmark.run import CONFIGS, SIZES, format_report, run_benchmark
 from kd.benchmark.steps import Workload
-from kd.terminal import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/benchmark.py --cfg configs/gfl/gfl_r50_1x.yaml --rounds 5 --out bench.json")
-    parser.add_argument("--cfg", action="append", metavar="FILE", help="configuration; may be given several times; "
-                        f"default: {', '.join(CONFIGS)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser = cli.parser(
+        __doc__, "python scripts/benchmark.py --cfg configs/gfl/gfl_r50_1x.yaml --rounds 5 --out bench.json",
+        "--cfg", "--device", "overrides",
+        cfg={"required": False, "action": "append",
+             "help": f"configuration; may be given several times; default: {', '.join(CONFIGS)}"})
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
                         help="image size in pixels; default: 320 416 on a CPU, 800 1333 on a GPU")
     parser.add_argument("--batch", type=int, metavar="N", help="images per step; default: 2 on a CPU, 8 on a GPU")
@@ -29,7 +28,6 @@ def main() -> None:
                         help="images with 100 detections each that the evaluation is timed on; COCO has 5000; "
                              "default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
     args = parser.parse_intermixed_args()
     counts = (args.boxes, args.rounds, args.eval_images, 1 if args.batch is None else args.batch)
     if min(counts) < 1 or min(args.size or (64,)) < 64:
@@ -42,8 +40,7 @@ def main() -> None:
                            note=lambda text: print(text, "...", file=sys.stderr))
     print(format_report(report))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_text(args.out, json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

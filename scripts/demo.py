@@ -1,19 +1,15 @@
 """Train a teacher, a student alone and a distilled student on generated scenes; a few minutes on two CPU cores."""
-import argparse
 from pathlib import Path
 
+from kd import cli
 from kd.experiments.demo import run_demo
-from kd.terminal import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     epilog="example: python scripts/demo.py --work-dir runs/demo")
+    parser = cli.parser(__doc__, "python scripts/demo.py --work-dir runs/demo", "--device", "overrides")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/demo"),
                         help="folder for everything; an earlier demo there is replaced; default: runs/demo")
     parser.add_argument("--images", type=int, default=400, help="scenes to train on; default: 400")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configurations'")
     args = parser.parse_args()
     print(run_demo(args.work_dir, cli.choose_device(args.device), images=args.images,
                    overrides=tuple(args.overrides)))

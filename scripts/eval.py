@@ -2,17 +2,17 @@
 import json
 from pathlib import Path
 
-from kd.config.load import load_config
-from kd.evaluation.evaluate import evaluate_checkpoint, format_figures
+from data.output import write_text
+from kd import cli, load_config
+from kd.evaluation.coco import format_figures
+from kd.evaluation.evaluate import evaluate_checkpoint
 from kd.processes.distributed import rank
-from kd.terminal import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/eval.py --cfg configs/bccd/student_gfl_r18w16.yaml "
-                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
-    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json",
+                        "--cfg", "--checkpoint", "--part", "--device", "overrides")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--curves", type=Path, metavar="FILE",
                         help="also write precision over recall of every class, as in train.py's precision_recall.json")
@@ -21,11 +21,10 @@ def main() -> None:
                                   cli.choose_device(args.device), args.part, args.curves)
     cli.say(format_figures(figures))
     if args.curves:
-        cli.say(f"wrote {args.curves}")
+        cli.wrote(args.curves)
     if args.out and rank() == 0:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        cli.say(f"wrote {args.out}")
+        write_text(args.out, json.dumps(figures, indent=1))
+        cli.wrote(args.out)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ from pathlib import Path
 
 import torch
 
-from kd.config.load import load_config
+from kd import cli, load_config
+from kd.inference.detectors import load_named
 from kd.inference.export import check_samples, export, recipe
-from kd.inference.named import load_named
-from kd.terminal import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/export.py --cfg configs/bccd/student_gfl_r18w16.yaml "
-                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx", device=False)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
-    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx",
+                        "--cfg", "--checkpoint", "--part", "--classes", "overrides")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     parser.add_argument("--format", choices=("onnx", "pt2"),
                         help="default: pt2 (torch.export) if --out ends in .pt2, otherwise onnx")
@@ -22,8 +20,6 @@ def main() -> None:
                         help="do non-maximum suppression inside the file, or leave it to the caller; default: inside")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="images to check on; default: the first two of data.val, or noise if there are none")
-    parser.add_argument("--classes", nargs="+", metavar="NAME",
-                        help="names of the classes; default: the checkpoint's, or those of data.val")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
     kind = args.format or ("pt2" if args.out.suffix == ".pt2" else "onnx")

@@ -1,15 +1,12 @@
 """Write the built-in data set of rendered scenes in COCO format."""
-import argparse
 from pathlib import Path
 
 from data import generate_scenes
-from kd.terminal import cli
+from kd import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/generate_data.py --out datasets/scenes --train 400 --val 100")
+    parser = cli.parser(__doc__, "python scripts/generate_data.py --out datasets/scenes --train 400 --val 100")
     parser.add_argument("--out", type=Path, default=Path("datasets/scenes"),
                         help="folder to write to; default: datasets/scenes")
     parser.add_argument("--train", type=int, default=400, help="images to train on; default: 400")

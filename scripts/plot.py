@@ -1,29 +1,26 @@
 """Draw runs: losses and AP over epochs, precision over recall of each class, AP over the length of training where there
 are several, and the share of the gap to the teacher that is closed. Runs that differ only in seed become one line,
 their mean, in a band from the lowest to the highest."""
-import argparse
 import sys
 from pathlib import Path
 
+from kd import cli
 from kd.experiments.compare import compare
 from kd.experiments.plot import plot_runs
-from kd.terminal import cli
 from kd.work_dir.records import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 --out plots")
+    parser = cli.parser(__doc__, "python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 "
+                                 "--out plots", "--teacher-ap")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="work dirs of train.py, or metrics.jsonl files from them")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
-    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="the teacher's AP, if no run has it")
     args = parser.parse_args()
     runs, notes = read_runs(args.runs)
     if notes:
         print("\n".join(notes), file=sys.stderr)
-    rows = compare(runs, None if args.teacher_ap is None else args.teacher_ap / 100)
+    rows = compare(runs, cli.fraction(args.teacher_ap))
     files = plot_runs(runs, rows, args.out)
     print("\n".join(map(str, files)))
     if "precision_recall.png" not in {file.name for file in files}:

@@ -2,27 +2,24 @@
 from pathlib import Path
 
 from data.inputs.files import find_files
-from kd.config.load import load_config
-from kd.inference.named import load_named
+from kd import cli, load_config
+from kd.exceptions import Incomplete
+from kd.inference.detectors import load_named
 from kd.inference.predict import Predictor, class_thresholds, predict_files
-from kd.terminal import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/predict.py --cfg configs/bccd/student_gfl_r18w16.yaml "
-                                 "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file or URL of the weights, in any format")
-    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+                                 "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found",
+                        "--cfg", "--checkpoint", "--part", "--classes", "--score-thr", "--device", "overrides",
+                        score_thr={"help": "detections with a lower score are left out, in addition to "
+                                           "model.test.score_thr; default: 0.3"})
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
                         help="images, videos, folders (searched with their subfolders) or quoted globs")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
-    parser.add_argument("--score-thr", type=float, default=0.3, metavar="SCORE",
-                        help="least score that is shown and written, beside model.test.score_thr; default: 0.3")
     parser.add_argument("--class-thr", nargs="+", action="extend", default=[], metavar="NAME=SCORE",
                         help="another least score for some classes")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: data.batch_size")
-    parser.add_argument("--classes", nargs="+", metavar="NAME",
-                        help="names of the classes; default: the checkpoint's, or those of data.val")
     args = parser.parse_intermixed_args()
     if not 0 <= args.score_thr <= 1 or (args.batch_size or 1) < 1:
         parser.error("--score-thr needs a score from 0 to 1, and --batch-size at least 1")
@@ -35,7 +32,7 @@ def main() -> None:
     print(f"{len(results.results)} detections on {len(results.images)} images; pictures, predictions.json and "
           f"images.json are in {args.out}")
     if unread:
-        raise cli.Incomplete(f"{len(unread)} of {len(sources)} files could not be read and were left out, see above")
+        raise Incomplete(f"{len(unread)} of {len(sources)} files could not be read and were left out, see above")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Turn annotated images into COCO-format files with splits, or download COCO 2017."""
-import argparse
 from pathlib import Path
 
-from data import DataError, find_data
+from data import find_data
 from data.check import format_check
+from data.errors import DataError, counted
 from data.sources.download import COCO_2017, COCO_SERVER, prepare_coco
 from data.sources.formats import read_labelled
 from data.sources.prepare import prepare
-from kd.terminal import cli
+from kd import cli
+from kd.exceptions import UsageError
 
 FORMATS = {"voc": "Pascal VOC: Annotations/*.xml and JPEGImages/, or XML files beside their images",
            "yolo": "YOLO: images/ and labels/*.txt, and the classes' names in a YAML file or classes.txt",
@@ -15,13 +16,10 @@ FORMATS = {"voc": "Pascal VOC: Annotations/*.xml and JPEGImages/, or XML files b
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter,
-        epilog="example: python scripts/prepare_data.py yolo --input photos --out photos/coco")
+    parser = cli.parser(__doc__, "python scripts/prepare_data.py yolo --input photos --out photos/coco")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in FORMATS.items():
-        command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--input", required=True, type=Path, metavar="PATH",
                              help="folder with the images and their labels")
         command.add_argument("--out", required=True, type=Path, metavar="DIR",
@@ -35,7 +33,7 @@ def main() -> None:
         if name == "yolo":
             command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name a line")
     text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download continues where it stopped"
-    coco = commands.add_parser("coco", help=text, description=text, formatter_class=formatter)
+    coco = commands.add_parser("coco", help=text, description=text)
     coco.add_argument("--out", type=Path, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
     coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017),
                       help="default: all")
@@ -51,7 +49,7 @@ def main() -> None:
     print(f"\nA configuration inherits these data by\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]\n"
           "docs/own_data.md goes on from here")
     if count := sum(len(check.problems) for check in checks):
-        raise cli.UsageError(f"{count} {'problem' if count == 1 else 'problems'} in the data, see above")
+        raise DataError(f"{counted(count, 'problem')} in the data, see above")
 
 
 def shares(texts: list[str] | None) -> dict[str, float] | None:
@@ -62,9 +60,9 @@ def shares(texts: list[str] | None) -> dict[str, float] | None:
         try:
             found[name] = float(share)
         except ValueError:
-            raise DataError(f'split "{text}" is not of the form NAME=SHARE, as train=0.8') from None
+            raise UsageError(f'split "{text}" is not of the form NAME=SHARE, as train=0.8') from None
         if name not in ("train", "val", "test"):
-            raise DataError(f'split "{text}" must be called train, val or test')
+            raise UsageError(f'split "{text}" must be called train, val or test')
     return found or None
 
 

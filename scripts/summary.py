@@ -1,14 +1,12 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
-from data import DataConfig
 from data.transforms import padded_size
-from kd.config.load import load_config
-from kd.evaluation.summary import format_summaries, models_of, summarize, typical_size
-from kd.terminal import cli
+from kd import cli, load_config
+from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
-                                 "model.head.num_classes=80", device=False)
+                                 "model.head.num_classes=80", "--cfg", "overrides")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
                         help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
@@ -16,7 +14,7 @@ def main() -> None:
     cfg = load_config(args.cfg, args.overrides)
     if args.size and min(args.size) < 1:
         parser.error("--size needs at least 1 pixel")
-    size = padded_size(args.size) if args.size else typical_size((cfg.get("data") or {}).get("scale", DataConfig.scale))
+    size = padded_size(args.size) if args.size else typical_size(cfg.input.scale)
     print(format_summaries({title: summarize(model, size) for title, model in models_of(cfg).items()}))
 
 

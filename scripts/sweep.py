@@ -1,47 +1,42 @@
 """Train and evaluate configurations over seeds, one run after another or several at once, and compare them.
 
 Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
-import argparse
 from pathlib import Path
 
 import torch
 
+from kd import cli
+from kd.exceptions import TrainingError, UsageError
 from kd.experiments.compare import compare, explain, format_rows, save_rows
 from kd.experiments.sweep import plan, run_jobs
-from kd.terminal import cli
-from kd.work_dir.log import TrainingError
 from kd.work_dir.records import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/sweep.py --cfg configs/bccd/student_gfl_r18w16.yaml "
-               "--cfg configs/bccd/crosskd_gfl_r18w16_r18w32.yaml --teacher configs/bccd/teacher_gfl_r18w32.yaml "
-               "--seeds 0 1 2 --work-dir runs/bccd")
-    parser.add_argument("--cfg", required=True, action="append", type=Path, metavar="FILE",
-                        help="configuration; repeat for each; one without `distill` is the student alone")
+    parser = cli.parser(
+        __doc__, "python scripts/sweep.py --cfg configs/bccd/student_gfl_r18w16.yaml "
+        "--cfg configs/bccd/crosskd_gfl_r18w16_r18w32.yaml --teacher configs/bccd/teacher_gfl_r18w32.yaml "
+        "--seeds 0 1 2 --work-dir runs/bccd", "--cfg", "--teacher-ap", "--device", "overrides",
+        cfg={"action": "append", "type": Path,
+             "help": "configuration; repeat for each; one without `distill` is the student alone"},
+        overrides={"help": "settings that replace those of the files; settings of distill are left out where there is "
+                           "no distill, and the teacher takes only those of data"})
     parser.add_argument("--teacher", type=Path, metavar="FILE",
                         help="configuration of the teacher, which is trained first, once; its checkpoint is then used "
                              "by each --cfg whose distill.teacher.cfg is this file")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/sweep"),
                         help="where the runs and the table go; default: runs/sweep")
-    parser.add_argument("--teacher-ap", type=float, metavar="POINTS", help="the teacher's AP, if no run has it")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per GPU, or one")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="settings that replace the files'; those of distill are left out where there is no "
-                             "distill, and the teacher takes only those of data")
     args = parser.parse_intermixed_args()
     seeds = [word for word in args.seeds if "=" not in word]  # --seeds takes what follows it for seeds
     overrides = [*(word for word in args.seeds if "=" in word), *args.overrides]
     if not seeds or not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise cli.UsageError(f"--seeds {' '.join(seeds)}: give whole numbers, each once")
+        raise UsageError(f"--seeds {' '.join(seeds)}: give whole numbers, each once")
     device = cli.choose_device(args.device).type
     at_once = args.jobs if args.jobs is not None else torch.cuda.device_count() if device == "cuda" else 1
     if at_once < 1:
-        raise cli.UsageError(f"--jobs {at_once}: at least one run at a time")
+        raise UsageError(f"--jobs {at_once}: at least one run at a time")
 
     jobs, failure = plan(args.cfg, list(map(int, seeds)), args.work_dir, overrides, args.teacher), None
     try:
@@ -49,13 +44,12 @@ def main() -> None:
     except TrainingError as error:
         failure = error
     there = [job.work_dir for job in jobs if job.record() is not None]
-    known = None if args.teacher_ap is None else args.teacher_ap / 100
-    rows = compare(read_runs(there)[0], known) if there else []
+    rows = compare(read_runs(there)[0], cli.fraction(args.teacher_ap)) if there else []
     if rows:
         print(f"\n{format_rows(rows)}\n\n{explain(rows)}")
         for name in ("table.md", "table.csv"):
             save_rows(rows, args.work_dir / name)
-            print(f"wrote {args.work_dir / name}")
+            cli.wrote(args.work_dir / name)
     if failure:
         raise failure
 

@@ -1,18 +1,18 @@
 """Train a detector, alone or distilled from a teacher."""
 from pathlib import Path
 
-from kd.config.load import load_config
+from kd import cli, load_config
 from kd.engine.check import check
 from kd.engine.replay import replay
 from kd.engine.train import train
+from kd.exceptions import UsageError
 from kd.processes.distributed import restarted
-from kd.terminal import cli
 from kd.work_dir.checkpoint import newest_checkpoint
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/train.py --cfg configs/bccd/student_gfl_r18w16.yaml train.epochs=3",
-                        needs_cfg=False)
+                        "--cfg", "--device", "overrides", cfg={"required": False})
     parser.add_argument("--work-dir", type=Path,
                         help="where checkpoints and logs go; default: runs/NAME for a --cfg of NAME.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
@@ -36,7 +36,7 @@ def main() -> None:
     if resume_from is None and restarted():  # by torchrun --max-restarts, after a process was lost
         resume_from = newest_checkpoint(work_dir, missing_ok=True)
     if resume_from is None and any(work_dir.glob("last*.pth")):
-        raise cli.UsageError(f"{work_dir} holds a run already: --resume goes on with it, or give another --work-dir")
+        raise UsageError(f"{work_dir} holds a run already: --resume goes on with it, or give another --work-dir")
     train(cfg, work_dir, cli.choose_device(args.device), resume_from)
 
 

@@ -3,22 +3,18 @@ level and, with FGD among the methods, its attention and foreground mask. One PN
 import sys
 from pathlib import Path
 
-from kd.config.load import load_config
+from kd import cli, load_config
 from kd.evaluation.visualize import visualize
-from kd.terminal import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/visualize.py --cfg configs/bccd/crosskd_gfl_r18w16_r18w32.yaml "
-                                 "--checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth --out pictures")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH",
-                        help="the student's weights, preferably from a run of this configuration")
-    parser.add_argument("--part", choices=("student", "teacher"), help="which model of an FGD checkpoint")
+                                 "--checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth --out pictures",
+                        "--cfg", "--checkpoint", "--part", "--score-thr", "--device", "overrides", checkpoint={
+                            "help": "the student's weights, preferably from a run of this configuration"})
     parser.add_argument("--images", nargs="+", type=Path, default=[], metavar="FILE",
                         help="images to draw; default: the first ones of data.val")
     parser.add_argument("--count", type=int, default=4, help="how many images of data.val; default: 4")
-    parser.add_argument("--score-thr", type=float, default=0.3,
-                        help="least score of a detection that is drawn; default: 0.3")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     args = parser.parse_intermixed_args()
     files, left_out = visualize(load_config(args.cfg, args.overrides), args.checkpoint, args.out,

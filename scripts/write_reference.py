@@ -1,18 +1,18 @@
 """Write docs/configuration.md, every key of a configuration, from the code."""
-import argparse
 from pathlib import Path
 
+from data.output import write_text
+from kd import cli
 from kd.config.reference import configuration_reference
-from kd.terminal import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python scripts/write_reference.py")
+    parser = cli.parser(__doc__, "python scripts/write_reference.py")
     parser.add_argument("--out", type=Path, default=Path("docs/configuration.md"), metavar="FILE",
                         help="default: docs/configuration.md")
     args = parser.parse_args()
-    args.out.write_text(configuration_reference(), encoding="utf-8")
-    print(f"wrote {args.out}")
+    write_text(args.out, configuration_reference())
+    cli.wrote(args.out)
 
 
 if __name__ == "__main__":

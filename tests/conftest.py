@@ -1,8 +1,26 @@
 """Makes the helpers beside this file importable: pytest's importlib mode leaves sys.path alone."""
+import logging
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # last, for the folders here bear the names of the packages that they test
 torch.set_num_threads(1)  # the models are tiny, and on a busy machine threads wait far longer than they work
+
+
+@pytest.fixture(autouse=True)
+def restore_log():
+    """The project's log as it was: scripts and runs give it handlers."""
+    log = logging.getLogger("densekd")
+    before = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate, log.level = before
+
+
+@pytest.fixture
+def reported(caplog):
+    """What libraries report, as one text: call it."""
+    with caplog.at_level(logging.INFO, "densekd"):
+        yield lambda: "".join(f"{record.getMessage()}\n" for record in caplog.records)

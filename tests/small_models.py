@@ -23,6 +23,11 @@ def small_config(kind="GFLHead", depth=18, width=16, **sections) -> dict:
     return cfg
 
 
+def without_weights(cfg: dict) -> dict:
+    """A `model` section whose backbone has no weights to download."""
+    return cfg | {"backbone": {key: value for key, value in cfg["backbone"].items() if key != "weights"}}
+
+
 def small_detector(kind="GFLHead", seed=0, dtype=torch.float64, **sections):
     torch.manual_seed(seed)
     return build_detector(small_config(kind, **sections)).to(dtype)

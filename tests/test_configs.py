@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT
-from small_models import make_batch
+from small_models import make_batch, without_weights
 
 from kd import METHODS, build_distiller
-from kd.config.load import load_config
-from models import build_detector, without_pretraining
+from kd.config import load_config
+from models import build_detector
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "_base_")
 CLASSES = 3
@@ -20,7 +20,7 @@ METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_
 
 def shrunk(model: dict) -> dict:
     """The same model, narrow and without weights to download."""
-    model = without_pretraining(model)
+    model = without_weights(model)
     width = {"ResNet": {"base_channels": 4}, "ResNeXt": {"base_channels": 4, "groups": 2}}
     width = width.get(model["backbone"]["type"], {})
     return model | {"backbone": model["backbone"] | width, "neck": model["neck"] | {"out_channels": 32},

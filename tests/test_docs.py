@@ -13,7 +13,8 @@ import kd.engine.train
 from data import generate_scenes
 from data.annotations import read_annotations
 from kd.config.load import load_config, parse_yaml
-from models import build_detector
+from models import ModelConfig, build_detector
+from models.build import read_section
 from models.detector import BACKBONES, HEADS
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -163,7 +164,7 @@ def test_commands_name_what_there_is(page):
     assert lines
     for line in lines:
         words = shlex.split(line)
-        source = "".join((ROOT / path).read_text(encoding="utf-8") for path in (words[1], "kd/terminal/cli.py"))
+        source = "".join((ROOT / path).read_text(encoding="utf-8") for path in (words[1], "kd/cli.py"))
         assert all(f'"{word}"' in source for word in words if word.startswith("--")), line
         for i, word in enumerate(words):
             if word == "--cfg" and words[i + 1] != "configs/bccd/cosine.yaml":
@@ -175,7 +176,7 @@ def test_a_teacher_with_more_classes(monkeypatch):
     model = small_config(head={"num_classes": 2})
     section["teacher"]["checkpoint"] = None
     section["methods"] = [{"type": "Mimic"}]
-    monkeypatch.setattr(kd.build, "teacher_model", lambda path: small_config(
-        head={"num_classes": load_config(ROOT / path)["model"]["head"]["num_classes"]}))
+    monkeypatch.setattr(kd.build, "teacher_model", lambda entry: read_section(ModelConfig, small_config(
+        head={"num_classes": load_config(ROOT / entry.cfg).model.head["num_classes"]}), "model"))
     distiller = kd.build_distiller({"model": model, "distill": section})
     assert distiller.teacher.bbox_head.num_classes == 2

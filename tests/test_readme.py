@@ -9,7 +9,7 @@ from small_models import make_batch, small_config
 
 import kd
 from kd import Method, build_distiller
-from kd.config.load import load_config
+from kd.config import load_config
 from models import build_detector
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

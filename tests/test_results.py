@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
+from data.tables import percent
 from kd.experiments.compare import Row, compare, over_seeds, with_deviation
-from kd.terminal.tables import percent
 from kd.work_dir.records import read_runs
 
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
+from data.extras import need
 
 
 def load_av() -> ModuleType:
-    """PyAV. Raises DataError where it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise DataError("videos need PyAV: install it with pip install 'densekd[video]', or pip install av") from None
-    return av
+    """PyAV. Raises MissingExtra where it is not installed."""
+    return need("av", "video", "reading videos")
 
 
 class Video:

@@ -9,19 +9,17 @@ import stat
 import time
 import zipfile
 from collections.abc import Sequence
-from http.client import HTTPMessage
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
+
+from data.encrypted import UnencryptedAddress, open_encrypted
 
 BLOCK = 1 << 20  # bytes
 ATTEMPTS = 5  # in a row without a byte
 PAUSE = 2.0  # seconds before the second attempt, twice as long before each further one
-_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 # Where COCO's own server is reached over https; its other name, images.cocodataset.org, has no certificate.
 COCO_SERVER = "https://s3.amazonaws.com/images.cocodataset.org"
@@ -94,7 +92,6 @@ def download(url: str, file: Path, size: int, sha256: str) -> None:
     Raises DownloadError: no encrypted connection (but to this machine), a server that does not answer or answers
     something else, no room, another size or checksum.
     """
-    _check_encrypted(url)
     partial = file.with_name(file.name + ".partial")
     _check_room(file, size - _size(partial))
     with tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
@@ -136,9 +133,9 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
 
     Raises DownloadError where another attempt would be of no use.
     """
-    headers = {"User-Agent": "densekd", "Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
     try:
-        with build_opener(_EncryptedRedirects).open(Request(url, headers=headers), timeout=60) as answer:
+        with open_encrypted(url, headers) as answer:
             start, total = 0, answer.headers.get("Content-Length")
             if answer.status == 206:
                 match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
@@ -156,27 +153,14 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
         return "the connection ended"
     except DownloadError:
         raise
+    except UnencryptedAddress as error:
+        raise DownloadError(str(error)) from None
     except HTTPError as error:
         if error.code < 500:  # it will answer no other way the next time
             raise DownloadError(f"cannot download {url}: {error}") from None
         return str(error)
     except (OSError, http.client.HTTPException) as error:
         return str(getattr(error, "reason", error))
-
-
-class _EncryptedRedirects(HTTPRedirectHandler):
-    """Follows no redirection from https to http."""
-
-    def redirect_request(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage,
-                         newurl: str) -> Request | None:
-        _check_encrypted(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_encrypted(url: str) -> None:
-    address = urlparse(url)
-    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in _THIS_MACHINE):
-        raise DownloadError(f"{url} is not an https address: downloads come over encrypted connections only")
 
 
 def checksum(file: Path) -> str:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import yaml
 
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.inputs.files import IMAGE_SUFFIXES
 
-MAX_LISTED = 10  # problems named in an error; the rest are counted
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 VOC_SPLITS = ("train", "val", "test", "trainval")
 CSV_COLUMNS = ("file", "x1", "y1", "x2", "y2", "class")
@@ -63,9 +62,7 @@ def read_labelled(kind: str, source: Path, names: Path | None = None) -> Labelle
 def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raise DataError if there are any."""
     if problems:
-        listed = "; ".join(problems[:MAX_LISTED])
-        rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise DataError(f"{what}: {listed}{rest}")
+        raise DataError(f"{what}: {listed(problems)}")
 
 
 def sorted_classes(images: Iterable[LabelledImage]) -> list[str]:

@@ -12,7 +12,7 @@ from torchvision.io import write_jpeg
 from data import CocoDataset, build_loader, collate, generate_scenes
 from data.transforms import flip_image, read_image, resize_image, resized_size
 
-from ..evaluation.evaluate import coco_api, coco_figures
+from ..evaluation.coco import coco_api, coco_figures
 from .timing import Call, interleave, medians_ms
 
 IMAGE_SIZE = (480, 640)  # as most images of COCO

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from data import DataConfig
+from data.tables import text_table
 
-from ..config.load import load_config
+from ..config import load_config
+from ..processes.memory import peak_resident
 from .data import time_evaluation, time_input
 from .steps import (
     Workload,
@@ -27,7 +28,6 @@ from .timing import (
     matmul_call,
     medians_ms,
     peak_gpu_memory,
-    peak_resident,
     shares,
     with_flops,
 )
@@ -52,7 +52,7 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
     """
     torch.manual_seed(0)
     configs = dict(zip(names(paths), (prepare(load_config(path, overrides), work) for path in paths)))
-    images, targets = make_batch(work, device, min(cfg["model"]["head"]["num_classes"] for cfg in configs.values()))
+    images, targets = make_batch(work, device, min(cfg.model.head["num_classes"] for cfg in configs.values()))
     report = {"machine": machine(device), "workload": asdict(work), "overrides": list(overrides),
               "yardstick": {"name": YARDSTICK}, "configs": {name: {} for name in configs}}
 
@@ -81,8 +81,8 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
         report["configs"][name] |= {"predict_ms": times[name], "parts_ms": medians_ms(parts)}
 
     note("timing the input pipeline")
-    data = next(iter(configs.values())).get("data") or {}
-    report["input"] = time_input(data.get("scale", DataConfig.scale), work.batch, work.rounds, work.input_images)
+    scale = next(iter(configs.values())).input.scale
+    report["input"] = time_input(scale, work.batch, work.rounds, work.input_images)
     note("timing the evaluation")
     report["evaluation"] = time_evaluation(work.eval_images)
     report["peak_resident_bytes"] = peak_resident()
@@ -128,9 +128,10 @@ def format_report(report: dict) -> str:
     height, width = work["size"]
     lines = [f"{on['device']}, {on['threads']} threads, torch {on['torch']}; {work['batch']} images of {height} x "
              f"{width} a step, {work['boxes']} boxes an image; medians of {work['rounds']} rounds", ""]
-    rows = [["training step", "ms", "ratio", "overhead", "GFLOP/s", "inference ms"]]
     on_gpu = "matmul_flops_per_second" in report
-    rows[0] += ["of matmul", "GPU busy", "peak GiB"] * on_gpu
+    header = ["training step", "ms", "ratio", "overhead", "GFLOP/s", "inference ms",
+              *["of matmul", "GPU busy", "peak GiB"] * on_gpu]
+    rows = []
     for name, entry in entries(report).items():
         rows.append([name, f"{entry['step_ms']:.1f}", f"{entry['ratio']:.3f}", f"{entry['shares']['overhead']:.1%}",
                      f"{entry['flops_per_second'] / 1e9:.0f}",
@@ -138,28 +139,18 @@ def format_report(report: dict) -> str:
         if on_gpu:
             rows[-1] += [f"{entry['utilisation']:.1%}", f"{entry['shares']['device_ms'] / entry['step_ms']:.1%}",
                          f"{entry['peak_memory_bytes'] / 2 ** 30:.2f}"]
-    lines += table(rows) + ["", "Overhead is what is neither convolution nor norm; most of it:"]
+    lines += [text_table(header, rows), "", "Overhead is what is neither convolution nor norm; most of it:"]
     for name, entry in entries(report).items():
         largest = list(entry["shares"]["largest"].items())[:6]
         lines.append(f"{name}: " + ", ".join(f"{part.removeprefix('aten::')} {share:.1%}" for part, share in largest))
-    lines.append("")
-    rows = [["part", "ms", "of a step"]]
-    for name, entry in report["configs"].items():
-        for part, ms in entry["parts_ms"].items():
-            share = "-" if part == "post-processing" else f"{ms / entry['step_ms']:.2%}"
-            rows.append([f"{name}: {part}", f"{ms:.2f}", share])
-    lines += table(rows) + [""]
-    rows = [["input, ms an image", "ms"]] + [[part, f"{ms:.2f}"] for part, ms in data["ms"].items()]
-    rows += [[f"evaluation of {evaluation['images']} images", ""]]
-    rows += [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
-    lines += table(rows) + ["", f"peak memory of the process: {report['peak_resident_bytes'] / 2 ** 30:.2f} GiB"]
+    rows = [[f"{name}: {part}", f"{ms:.2f}", "-" if part == "post-processing" else f"{ms / entry['step_ms']:.2%}"]
+            for name, entry in report["configs"].items() for part, ms in entry["parts_ms"].items()]
+    lines += ["", text_table(["part", "ms", "of a step"], rows), ""]
+    rows = [[part, f"{ms:.2f}"] for part, ms in data["ms"].items()]
+    lines += [text_table(["input, of an image", "ms"], rows), ""]
+    rows = [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
+    lines += [text_table([f"evaluation of {evaluation['images']} images", "ms"], rows), "",
+              f"peak memory of the process: {report['peak_resident_bytes'] / 2 ** 30:.2f} GiB"]
     if on_gpu:
         lines.append(f"bf16 matrix products: {report['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s")
     return "\n".join(lines)
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    """Lines of aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]

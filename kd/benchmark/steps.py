@@ -8,14 +8,15 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 
 from data.transforms import padded_size
 from losses import at_least_float32
-from models import Detector, DetectorPass, build_detector, without_pretraining
+from models import Detector, DetectorPass
 from models.postprocess import postprocess
 
-from ..build import build_distiller
-from ..config.sections import TrainConfig, teacher_entries
-from ..distiller import Distiller, union
-from ..evaluation.evaluate import autocast, memory_format
-from ..optim import ScheduleConfig, build_optimizer, clip_gradients, lr_factor
+from ..build import build_model
+from ..config import Config, TrainConfig, parse_config
+from ..distiller import Distiller
+from ..engine.step import compute_losses, to_device
+from ..inference.precision import autocast, memory_format
+from ..optim import build_optimizer, clip_gradients, lr_factor
 from .timing import Call
 
 
@@ -67,38 +68,38 @@ def make_batch(work: Workload, device: torch.device, classes: int) -> tuple[Tens
     return images.permute(0, 3, 1, 2).to(device), targets
 
 
-def prepare(cfg: dict, work: Workload) -> dict:
+def prepare(cfg: Config, work: Workload) -> Config:
     """The configuration with nothing to download, a class count, and the precision asked for."""
-    model = without_pretraining(cfg["model"])
-    model = model | {"head": model["head"] | {"num_classes": model["head"].get("num_classes") or work.classes}}
-    cfg = cfg | {"model": model, "train": cfg.get("train", {}) | ({"amp": work.amp} if work.amp else {})}
-    if cfg.get("distill"):
-        teachers = [teacher | {"checkpoint": None} for teacher in teacher_entries(cfg)]
-        cfg["distill"] = cfg["distill"] | {"teacher": teachers}
-    return cfg
+    mapping = dict(cfg.with_num_classes(work.classes))
+    backbone = {key: value for key, value in mapping["model"]["backbone"].items() if key != "weights"}
+    mapping["model"] = mapping["model"] | {"backbone": backbone}
+    if work.amp:
+        mapping["train"] = mapping.get("train", {}) | {"amp": work.amp}
+    if cfg.distill:
+        said = mapping["distill"]["teacher"]
+        teachers = [teacher | {"checkpoint": None} for teacher in (said if isinstance(said, list) else [said])]
+        mapping["distill"] = mapping["distill"] | {"teacher": teachers}
+    return parse_config(mapping)
 
 
-def build_subject(cfg: dict, device: torch.device, work: Workload) -> Subject:
+def build_subject(cfg: Config, device: torch.device, work: Workload) -> Subject:
     """A configuration's model in training, at the learning rate of the first step, so that it stays as it is."""
-    settings = TrainConfig(**cfg.get("train", {}))
-    model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
-    model = model.to(device, memory_format=memory_format(cfg)).train()
-    if settings.compile:
+    model = build_model(cfg).to(device, memory_format=memory_format(cfg.train)).train()
+    if cfg.train.compile:
         model.compile()
-    optimizer = build_optimizer(cfg.get("optimizer", {}), model, work.batch)
+    optimizer = build_optimizer(cfg.optimizer, model, work.batch)
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(ScheduleConfig(**cfg.get("schedule", {})), 0, 1)
-    return Subject(model, optimizer, torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), settings)
+        group["lr"] = group["initial_lr"] * lr_factor(cfg.schedule, 0, 1)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.amp == "fp16")
+    return Subject(model, optimizer, scaler, cfg.train)
 
 
 def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
     """A step as `train.train_step` makes it of a batch on the device, but for logging; it gives the loss."""
 
     def step() -> Tensor:
-        batch = subject.student.preprocess(images, targets)
-        with autocast(images.device, subject.settings.amp):
-            losses = subject.model(batch, targets)
-            total = sum(value for name, value in losses.items() if "loss" in name)
+        batch = to_device(images, targets, subject.student, images.device)
+        total = compute_losses(subject.model, *batch, images.device, subject.settings.amp).total
         update(subject, total)
         return total.detach()
 
@@ -155,13 +156,12 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
     """
     model, student = subject.model, subject.student
     head, amp = student.bbox_head, autocast(images.device, subject.settings.amp)
-    teachers = model.scheduled() if isinstance(model, Distiller) else []
-    wanted = [method for _, entries in teachers for method, _, _ in entries]
+    plan = model.plan() if isinstance(model, Distiller) else []
+    wanted = [entry.method for _, entries in plan for entry in entries]
+    images, targets = to_device(images, targets, student, images.device)
     with torch.no_grad(), amp:
-        images = student.preprocess(images, targets)
-        own, leaves = cut_off(student.run(images, targets, union(wanted, "student_cuts"),
-                                          union(wanted, "student_modules")))
-        own.assignment = head.assign(own.outputs, targets)
+        own = model.run_student(images, targets, plan) if plan else student.run(images, targets, assign=True)
+    own, leaves = cut_off(own)
     trained = leaves + [p for method in wanted for p in method.parameters()]
 
     def under_amp(call: Call, train: bool = False) -> Call:
@@ -175,11 +175,12 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
     calls = {"anchors": under_amp(lambda: head.priors(own.outputs)),
              "assignment": under_amp(lambda: head.assign(own.outputs, targets)),
              "losses": under_amp(lambda: head.losses(own.outputs, own.assignment), train=True)}
-    for i, (teacher, entries) in enumerate(teachers):
-        suffix, methods = f" {i}" if len(teachers) > 1 else "", [method for method, _, _ in entries]
-        calls[f"teacher{suffix}"] = under_amp(lambda t=teacher, m=methods: model._run_teacher(t, m, images, targets))
+    for i, (teacher, entries) in enumerate(plan):
+        suffix = f" {i}" if len(plan) > 1 else ""
+        calls[f"teacher{suffix}"] = under_amp(
+            lambda t=teacher, e=entries: model.run_teacher(t, e, images, targets))
         with amp:
-            seen = model._run_teacher(teacher, methods, images, targets)
+            seen = model.run_teacher(teacher, entries, images, targets)
         for method, label, _ in entries:
             calls[f"method {label}"] = under_amp(lambda m=method, s=seen: m(own, s), train=True)
     return calls | {"post-processing": under_amp(lambda: postprocess(head, own.outputs, targets, student.test))}

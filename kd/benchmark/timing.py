@@ -2,9 +2,7 @@
 import os
 import platform
 import re
-import resource
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..work_dir.log import commit
+from ..work_dir.provenance import commit
 
 Call = Callable[[], object]
 
@@ -133,12 +131,6 @@ def peak_gpu_memory(call: Call) -> int:
     torch.cuda.reset_peak_memory_stats()
     call()
     return torch.cuda.max_memory_allocated()
-
-
-def peak_resident() -> int:
-    """The most memory in bytes that this process has held since it started, not counting a GPU's."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def machine(device: torch.device) -> dict:

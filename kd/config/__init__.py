@@ -1,1 +1,7 @@
 """Configurations: what they may say, how they are read and checked."""
+from .config import Config, parse_config
+from .load import load_config
+from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig, TTAConfig
+
+__all__ = ["Config", "DistillConfig", "EvalConfig", "TTAConfig", "TeacherConfig", "TrainConfig", "load_config",
+           "parse_config"]

@@ -1,32 +1,15 @@
-"""Configurations: YAML with inheritance and overrides, checked whole before anything is built."""
+"""Configuration files: YAML with inheritance and overrides."""
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
-from data import DataConfig
-from models import ConfigError, ModelConfig
-from models.build import OneOf, check_arguments, nearest
+from models import ConfigError
+from models.build import nearest
 
-from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
-from .sections import DistillConfig, EvalConfig, TrainConfig
-
-
-@dataclass
-class Config:
-    """A whole configuration. The dictionaries that `load_config` returns have these keys."""
-
-    model: ModelConfig
-    data: DataConfig | None = None
-    distill: DistillConfig | None = None  # absent: plain training
-    optimizer: Annotated[dict, OneOf(OPTIMIZERS, "model", common=OptimizerOptions, default="SGD")] = field(
-        default_factory=dict)
-    schedule: ScheduleConfig = field(default_factory=dict)
-    train: TrainConfig = field(default_factory=dict)
-    eval: EvalConfig = field(default_factory=dict)
+from .config import Config, parse_config
 
 
 class Yaml12Loader(yaml.SafeLoader):
@@ -48,21 +31,20 @@ Yaml12Loader.add_implicit_resolver(
     list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, its `_base_` files and `key=value` overrides, and check all of it.
 
     Raises:
-        ConfigError: a file that is missing or no YAML, an unknown key, a wrong type, a missing value; one line that
-            names the key, where it was said and the nearest valid name.
+        ConfigError: a file that is missing or not YAML, an unknown key, a wrong type, a missing value. The message is
+            one line with the key, the file that says it and the nearest valid name.
     """
     cfg, sources = read_with_bases(Path(path))
     for override in overrides:
         apply_override(cfg, sources, override)
     try:
-        check_arguments(Config, cfg, "")
+        return parse_config(cfg)
     except ConfigError as error:
         raise ConfigError(error.key, f"{error.problem} ({source_of(error.key, sources, str(path))})") from None
-    return cfg
 
 
 def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:

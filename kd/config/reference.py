@@ -13,7 +13,7 @@ from torch import nn
 from models import Detector
 from models.build import ALIASES, OneOf, parameters
 
-from .load import Config
+from .config import Config
 
 INTRODUCTION = f"""# Configuration reference
 
@@ -123,7 +123,7 @@ def show_default(default: Any, call: Callable, name: str) -> str:
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else default
     if default is inspect.Parameter.empty:
         return "-"
-    if default == {}:
+    if default == {} or dataclasses.is_dataclass(default):
         return "its own defaults"
     text = yaml.safe_dump(plain(default), default_flow_style=True, sort_keys=False, width=10 ** 6)
     return f"`{text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}`"

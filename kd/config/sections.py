@@ -6,7 +6,7 @@ from models import ConfigError, ModelConfig, Precision
 from models.build import OneOf
 
 from ..methods import METHODS
-from ..methods.base.options import MethodOptions
+from ..methods.base import MethodOptions
 
 
 @dataclass
@@ -56,8 +56,7 @@ class EvalConfig:
     tta: TTAConfig | None = None   # augmentation in eval.py and predict.py; null: one view
 
     def __post_init__(self):
-        if not isinstance(self.tta, TTAConfig):
-            self.tta = TTAConfig(**(self.tta or {}))
+        self.tta = self.tta or TTAConfig()
 
 
 @dataclass
@@ -83,9 +82,3 @@ class DistillConfig:
     methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
     eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
     init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD
-
-
-def teacher_entries(cfg: dict) -> list[dict]:
-    """The teachers of a configuration, which says one or a list; none without a `distill` section."""
-    teachers = cfg["distill"]["teacher"] if cfg.get("distill") else []
-    return teachers if isinstance(teachers, list) else [teachers]

@@ -1,33 +1,41 @@
 """TensorBoard: metrics.jsonl's figures, and pictures of detections beside the ground truth. Needs the extra `viz`."""
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from data import build_dataset
-from models import ConfigError
+import torch
 
-from ..evaluation.evaluate import autocast
+from data import build_dataset
+from data.extras import need
+from models import Detector
+
+from ..config import Config
 from ..inference.draw import beside_truth
+from ..inference.precision import autocast
 from ..processes import distributed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from .run import Run
-
 IMAGES = 4  # in a picture
 
 
 class Board:
-    """An event file in `tensorboard/` of the work dir; it is made when there is something for it."""
+    """An event file in `tensorboard/` of the work dir; it is made when there is something for it.
 
-    def __init__(self, folder: Path, from_step: int):
-        self.folder, self.from_step, self.open, self.dataset = folder, from_step, None, None
+    Args:
+        from_step: step from which a resumed run goes on; what was written for later steps is replaced.
+    """
+
+    def __init__(self, cfg: Config, work_dir: Path, from_step: int, device: torch.device):
+        self.cfg, self.folder, self.from_step, self.device = cfg, work_dir / "tensorboard", from_step, device
+        self.open = self.dataset = None
 
     @property
     def writer(self) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter
-        if self.open is None:  # what a resumed run does again replaces what was written of it
-            self.open = SummaryWriter(str(self.folder), purge_step=self.from_step + 1 if self.from_step else None)
+        if self.open is None:
+            purge = self.from_step + 1 if self.from_step else None
+            self.open = tensorboard().SummaryWriter(str(self.folder), purge_step=purge)
         return self.open
 
     def show(self, record: dict) -> None:
@@ -42,29 +50,29 @@ class Board:
                     self.writer.add_scalar(tag, number, step)
         self.writer.flush()
 
-    def pictures(self, run: "Run") -> None:
-        """At every `vis_period` steps, what the student detects on the first images of data.val, beside the truth."""
-        period = run.settings.vis_period
-        if not period or run.step % period:
+    def pictures(self, step: int, detectors: dict[str, Detector]) -> None:
+        """At every `vis_period` steps, what detectors find on the first images of data.val, beside the truth."""
+        period = self.cfg.train.vis_period
+        if not period or step % period:
             return
         if self.dataset is None:
-            self.dataset = build_dataset(run.cfg["data"], "train" if run.val_loader is None else "val", training=False)
-        with autocast(run.device, run.settings.amp):
-            picture = beside_truth({"student" if run.distiller else "detector": run.evaluated_model}, self.dataset,
-                                   IMAGES)
-        self.writer.add_image("detections", picture, run.step)
+            self.dataset = build_dataset(self.cfg.data, "val" if self.cfg.data.val else "train", training=False)
+        with autocast(self.device, self.cfg.train.amp):
+            picture = beside_truth(detectors, self.dataset, IMAGES)
+        self.writer.add_image("detections", picture, step)
 
 
-def open_board(run: "Run") -> Board | None:
-    """The run's board, of the first process, where `train.tensorboard` asks for it.
+def tensorboard() -> ModuleType:
+    return need("tensorboard", "viz", "train.tensorboard", module="torch.utils.tensorboard")
+
+
+def open_board(cfg: Config, work_dir: Path, from_step: int, device: torch.device) -> Board | None:
+    """The board of a run, in its first process, if `train.tensorboard` is set.
 
     Raises:
-        ConfigError: TensorBoard is missing.
+        MissingExtra: TensorBoard is not installed.
     """
-    if not run.settings.tensorboard:
+    if not cfg.train.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-    except ImportError:
-        raise ConfigError("train.tensorboard", "needs TensorBoard: pip install 'densekd[viz]'") from None
-    return Board(run.work_dir / "tensorboard", run.step) if distributed.rank() == 0 else None
+    tensorboard()
+    return Board(cfg, work_dir, from_step, device) if distributed.rank() == 0 else None

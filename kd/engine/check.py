@@ -1,18 +1,20 @@
 """A training run checked before it starts: what is distilled from where to where, what it costs, that it works."""
-import resource
 import time
 from pathlib import Path
 
 import torch
 
-from ..evaluation.evaluate import autocast
+from ..config import Config, parse_config
+from ..inference.precision import autocast
 from ..processes import distributed
-from .run import Run, build_run, describe
+from ..processes.memory import peak_memory
+from .run import Run, build_run, describe_run
 from .start import starting_points
+from .step import to_device
 from .train import train_step
 
 
-def check(cfg: dict, device: torch.device) -> str:
+def check(cfg: Config, device: torch.device) -> str:
     """Build what a configuration trains, take two steps and detect on one batch. Nothing is written.
 
     Returns:
@@ -21,13 +23,14 @@ def check(cfg: dict, device: torch.device) -> str:
         ConfigError, DataError, CheckpointError: bad input.
     """
     device = distributed.start_processes(device)
-    run = build_run(cfg, Path(), device)
+    run = build_run(parse_config(cfg), Path(), device)
+    amp = run.cfg.train.amp
     run.model.train()
-    lines = [describe(run)]
+    lines = [describe_run(run)]
     images, targets = next(iter(run.train_loader))
     if run.distiller:
-        if run.val_loader is not None and run.settings.check_images:
-            lines.append(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
+        if run.val_loader is not None and run.cfg.train.check_images:
+            lines.append(starting_points(run.distiller, run.cfg, device))
         lines += describe_methods(run, images, targets)
     losses, _ = train_step(run, run.model, [(images, targets)])
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
@@ -38,29 +41,22 @@ def check(cfg: dict, device: torch.device) -> str:
     shown = None if run.val_loader is None else next(iter(run.val_loader), None)
     if shown is not None:  # as for a process that has none of very few images
         run.model.eval()
-        with torch.no_grad(), autocast(device, run.settings.amp):
+        with torch.no_grad(), autocast(device, amp):
             found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
         lines.append(f"evaluation: {sum(len(d['boxes']) for d in found)} detections on {len(found)} images")
-    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {peak_memory(device):.2f} GiB")
+    memory = peak_memory(device) / 2 ** 30
+    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {memory:.2f} GiB")
     return "\n".join(lines)
 
 
 def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> list[str]:
     """What every method compares with what, and its weights."""
-    model, lines = run.distiller, []
-    batch = run.student.preprocess(images.to(run.device), targets)
-    with torch.no_grad(), autocast(run.device, run.settings.amp):
-        student, teachers, _ = model.passes(batch, targets)
-        for i, (teacher, (_, entries)) in enumerate(zip(teachers, model.scheduled())):
+    lines, batch = [], to_device(images, targets, run.student, run.device)
+    with torch.no_grad(), autocast(run.device, run.cfg.train.amp):
+        student, teachers, plan = run.distiller.passes(*batch)
+        for i, (teacher, (_, entries)) in enumerate(zip(teachers, plan)):
             for method, name, factor in entries:
                 weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
                 lines.append(f"{name} ({type(method).__name__}) from teacher {i}: times {factor:g} now; {weights}")
                 lines += [f"  {line}" for line in method.links(student, teacher)]
     return lines
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory that was in use so far, in GiB: on CUDA the device's, otherwise this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20

@@ -1,4 +1,4 @@
 """`load_config` under the name that it had first."""
-from ..config.load import load_config
+from ..config import load_config
 
 __all__ = ["load_config"]

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..exceptions import TrainingError
 from ..processes import distributed
-from ..work_dir.log import TrainingError
 
 
 class FiniteWatch:
@@ -67,8 +67,8 @@ def keep_statistics(model: nn.Module) -> Callable[[Tensor], None]:
     return put_back
 
 
-def describe(losses: dict[str, Tensor], targets: list[dict], step: int, path: Path) -> str:
-    """What a step with a loss that is not finite says."""
+def describe_broken_step(losses: dict[str, Tensor], targets: list[dict], step: int, path: Path) -> str:
+    """The message about a step with a loss or a gradient that is not finite."""
     broken = [f"{name} is {value.item()}" for name, value in losses.items() if not torch.isfinite(value)]
     what = ", ".join(broken) or "the gradient, or a loss of another process, is not finite"
     images = ", ".join(str(target.get("image_id", "?")) for target in targets)

@@ -1,30 +1,26 @@
 """A step that went wrong, kept and taken once more."""
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from models import build_detector, without_pretraining
-
-from ..build import build_distiller
-from ..config.sections import TrainConfig
+from ..build import build_model
+from ..config import parse_config
 from ..distiller import Distiller
-from ..evaluation.evaluate import autocast
 from ..processes import distributed
 from ..work_dir.checkpoint import read_plain, write_whole
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
+from .step import compute_losses, seed_step, to_device
 
 FORMAT = "densekd-replay"
 
 
-def save_replay(run: "Run", path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
+def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Write the batches of a step, and the weights that it began with."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
-    write_whole(path, {"format": FORMAT, "config": run.cfg, "step": step, "steps_per_epoch": run.steps_per_epoch,
-                       "rank": distributed.rank(), "batches": [(images.cpu(), targets) for images, targets in batches],
+    write_whole(path, {"format": FORMAT, "config": run.cfg.mapping, "step": step, "rank": distributed.rank(),
+                       "steps_per_epoch": run.steps_per_epoch,
+                       "batches": [(images.cpu(), targets) for images, targets in batches],
                        "model": run.student.state_dict(), "methods": methods})
 
 
@@ -37,27 +33,22 @@ def replay(path: Path, device: torch.device) -> str:
         CheckpointError: no such file, or another one.
     """
     state = read_plain(path, FORMAT, "file", "a replay file, which a run leaves where a loss is not finite")
-    cfg, settings = state["config"], TrainConfig(**state["config"].get("train", {}))
-    cfg = cfg | {"model": without_pretraining(cfg["model"])}
-    model = (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).to(device).train()
+    cfg = parse_config(state["config"])
+    model = build_model(cfg, pretrained=False).to(device).train()
     student = model.student if isinstance(model, Distiller) else model
     student.load_state_dict(state["model"])
     if isinstance(model, Distiller):
         model.methods.load_state_dict(state["methods"])
-        model.advance(state["step"], state["steps_per_epoch"], settings.epochs)
+        model.advance(state["step"], state["steps_per_epoch"], cfg.train.epochs)
 
     broken: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, output, name=name: note(broken, name, output))
     lines = [f"step {state['step'] + 1} of {path}"]
-    torch.manual_seed(hash((settings.seed, state["step"], state["rank"])))
+    seed_step(cfg.train.seed, state["step"], state["rank"])
     for images, targets in state["batches"]:
         ids = ", ".join(str(target.get("image_id", "?")) for target in targets)
-        images = student.preprocess(images.to(device), targets)
-        targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
-        with autocast(device, settings.amp):
-            losses = model(images, targets)
-            total = sum(losses.values())
+        losses, total, _ = compute_losses(model, *to_device(images, targets, student, device), device, cfg.train.amp)
         total.backward()
         lines.append(f"images {ids}: " + " ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -1,37 +1,35 @@
 """A training run: what it consists of, how it is built, saved and put back."""
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import build_dataset, build_loader, read_data_config
-from models import ConfigError, Detector, build_detector
+from data import build_dataset, build_loader
+from models import ConfigError, Detector
 from models.weights import CheckpointError
 
-from ..build import build_distiller
-from ..config.sections import TrainConfig, teacher_entries
+from ..build import build_model
+from ..config import Config
 from ..distiller import Distiller
-from ..evaluation.evaluate import eval_loader, memory_format, with_classes
-from ..evaluation.summary import brief, typical_size
-from ..inference.named import check_class_order
-from ..optim import ScheduleConfig, build_optimizer, load_optimizer
+from ..evaluation.cost import brief, typical_size
+from ..evaluation.evaluate import eval_loader
+from ..inference.detectors import check_class_order, with_classes
+from ..inference.precision import memory_format
+from ..optim import build_optimizer, load_optimizer
 from ..processes import distributed
 from ..processes.sharding import shard
 from ..work_dir.checkpoint import save_checkpoint
 from .average import WeightAverage
 from .finite import FiniteWatch
-from .skipped import SkippedImages
 
 
 @dataclass
 class Run:
-    """Everything that a training run consists of."""
+    """What the steps, evaluations and checkpoints of a training run share."""
 
-    cfg: dict
-    settings: TrainConfig
-    schedule: ScheduleConfig
+    cfg: Config
     device: torch.device
     work_dir: Path
     model: Detector | Distiller
@@ -45,9 +43,7 @@ class Run:
     saved: int = -1            # step of last.pth
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
-    skipped: SkippedImages = field(default_factory=SkippedImages)
     overflows: Tensor | int = 0  # steps that fp16 has skipped
-    agreement: distributed.Agreement = field(default_factory=distributed.Agreement)  # whether to stop
 
     @property
     def distiller(self) -> Distiller | None:
@@ -64,15 +60,14 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train_loader) / self.settings.accumulate)
+        return math.ceil(len(self.train_loader) / self.cfg.train.accumulate)
 
 
-def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
+def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
     """Data, models and optimiser of a run, at its first step."""
-    settings, rank, world = TrainConfig(**cfg.get("train", {})), distributed.rank(), distributed.world_size()
-    if cfg.get("data") is None:
+    settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
+    if data is None:
         raise ConfigError("data", "missing: what is to be trained on?")
-    data = read_data_config(cfg["data"])
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
     cfg = with_classes(cfg, train_set)
     val_set = build_dataset(data, "val", training=False) if data.val else None
@@ -80,21 +75,21 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
         raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
-    model = build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])
-    for i, entry in enumerate(teacher_entries(cfg)):
-        if entry.get("shard"):
+    model = build_model(cfg)
+    for i, entry in enumerate(cfg.teachers):
+        if entry.shard:
             shard(model.teachers[i], device)
-    model = model.to(device, memory_format=memory_format(cfg))
+    model = model.to(device, memory_format=memory_format(settings))
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
         distributed.synchronise_norms(model)
     if settings.compile:
         model.compile()
-    optimizer = build_optimizer(cfg.get("optimizer", {}), model, data.batch_size * world * settings.accumulate)
+    optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
                                 rank, world)
-    run = Run(cfg, settings, ScheduleConfig(**cfg.get("schedule", {})), device, work_dir, model, optimizer,
+    run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)
     if settings.ema is not None:
@@ -102,15 +97,15 @@ def build_run(cfg: dict, work_dir: Path, device: torch.device) -> Run:
     return run
 
 
-def check_teachers_classes(cfg: dict, classes: list[str]) -> None:
-    """Refuse teachers whose checkpoints have the data's classes in another order; those that say no names pass."""
-    for entry in teacher_entries(cfg):
-        path = entry.get("checkpoint")
-        if entry.get("class_map") is None and path is not None and ("://" in path or Path(path).is_file()):
-            check_class_order(path, entry.get("part"), classes, "distill.teacher.class_map")
+def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
+    """Refuse teachers whose checkpoints have the data's classes in another order; those without names pass."""
+    for entry in cfg.teachers:
+        path = entry.checkpoint
+        if entry.class_map is None and path is not None and ("://" in path or Path(path).is_file()):
+            check_class_order(path, entry.part, classes, "distill.teacher.class_map")
 
 
-def save(run: Run, name: str) -> None:
+def save_run(run: Run, name: str) -> None:
     """Write the run's state into its work dir. `model` is what is evaluated, `training` what is trained."""
     if distributed.rank() != 0:
         return
@@ -118,17 +113,17 @@ def save(run: Run, name: str) -> None:
     state = {
         "model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
-        "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg,
+        "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg.mapping,
         "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
-    keep = run.settings.keep if name == "last.pth" and run.step != run.saved else 1
+    keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
     save_checkpoint(run.work_dir / name, state, keep)
     if name == "last.pth":
         run.saved = run.step
 
 
-def restore(run: Run, state: dict, path: Path) -> None:
+def restore_run(run: Run, state: dict, path: Path) -> None:
     """Put a run where a checkpoint left it.
 
     Raises:
@@ -154,12 +149,12 @@ def restore(run: Run, state: dict, path: Path) -> None:
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
 
 
-def describe(run: Run) -> str:
+def describe_run(run: Run) -> str:
     """What is about to run, in a few lines."""
     data = run.train_loader.dataset
     size = typical_size(data.scale)
     lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
-             f"{run.settings.epochs} epochs on {run.device}",
+             f"{run.cfg.train.epochs} epochs on {run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
     if run.distiller:

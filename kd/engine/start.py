@@ -3,24 +3,26 @@ from dataclasses import replace
 
 import torch
 
-from data import build_dataset, read_data_config
+from data import build_dataset
+from data.tables import points
 from models import Detector
 
+from ..config import Config
 from ..distiller import Distiller
 from ..evaluation.evaluate import eval_loader, evaluate
 
 SUSPICIOUS = 0.01  # an AP below this is no teacher's
 
 
-def starting_points(model: Distiller, cfg: dict, images: int, device: torch.device, amp: str) -> str:
-    """AP of every teacher and of the student on the first `images` of data.val, in lines for people."""
-    data = read_data_config(cfg["data"])
-    first = replace(data.val, first=min(images, data.val.first or images))
-    dataset = build_dataset(replace(data, val=first), "val", training=False)
+def starting_points(model: Distiller, cfg: Config, device: torch.device) -> str:
+    """AP of every teacher and of the student on the first images of data.val, in lines for people."""
+    first = replace(cfg.data.val, first=min(cfg.train.check_images, cfg.data.val.first or cfg.train.check_images))
+    dataset = build_dataset(replace(cfg.data, val=first), "val", training=False)
 
-    def points(detector: Detector) -> float | None:
+    def ap_of(detector: Detector) -> float | None:
         shared = not detector.sharded  # or else every process has to run it on every image
-        return evaluate(detector, eval_loader(cfg, dataset, shared), device, amp, shared=shared)["AP"]
+        loader = eval_loader(cfg, dataset, shared)
+        return evaluate(detector, loader, device, cfg.train.amp, shared=shared)["AP"]
 
     lines = [f"AP on the first {len(dataset)} images of data.val, before training"]
     for i, teacher in enumerate(model.teachers):
@@ -29,13 +31,13 @@ def starting_points(model: Distiller, cfg: dict, images: int, device: torch.devi
             lines.append(f"  teacher {i}: none, it has {classes} classes and the data {dataset.num_classes}: "
                          "distill.teacher.class_map would say which are which")
             continue
-        ap = points(teacher)
+        ap = ap_of(teacher)
         lines.append(f"  teacher {i}: {show(ap)}")
         if ap is not None and ap < SUSPICIOUS:
             lines.append("  WARNING: this teacher detects next to nothing. Are its weights, the order of its classes "
                          "and its preprocess (means, channel order) those that it was trained with?")
-    return "\n".join([*lines, f"  student:   {show(points(model.student))}"])
+    return "\n".join([*lines, f"  student:   {show(ap_of(model.student))}"])
 
 
 def show(ap: float | None) -> str:
-    return "no objects to measure it on" if ap is None else f"{100 * ap:.1f}"
+    return "no objects to measure it on" if ap is None else points(ap)

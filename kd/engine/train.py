@@ -1,33 +1,50 @@
 """The training loop. Everything that happens in a step is in `train_step`, in order."""
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from logging import Logger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config.sections import EvalConfig
-from ..evaluation.evaluate import autocast, evaluate, format_figures
+from data.output import write_text
+
+from ..config import Config, parse_config
+from ..evaluation.coco import format_figures
+from ..evaluation.evaluate import evaluate
+from ..exceptions import Stopped, TrainingError
 from ..optim import clip_gradients, lr_factor
 from ..processes import distributed
-from ..processes.signals import Stopped, StopSignals
+from ..processes.signals import StopSignals
 from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
-from ..work_dir.log import Meter, Metrics, TrainingError, open_log, provenance
-from .board import open_board
-from .finite import describe as describe_broken
-from .finite import keep_statistics
+from ..work_dir.log import Meter, Metrics, open_log
+from ..work_dir.provenance import provenance
+from .board import Board, open_board
+from .finite import describe_broken_step, keep_statistics
 from .replay import save_replay
-from .run import Run, build_run, describe, restore, save
+from .run import Run, build_run, describe_run, restore_run, save_run
+from .skipped import SkippedImages
 from .start import starting_points
+from .step import compute_losses, seed_step, to_device
 
 SMALLEST_SCALE = 2.0 ** -20  # of the loss in fp16
 
-def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
+
+class Reports(NamedTuple):
+    """Where a run tells what happens."""
+
+    log: Logger
+    metrics: Metrics
+    board: Board | None
+    skipped: SkippedImages
+
+
+def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
     """Train what a configuration describes, to the end of its epochs.
 
     Returns:
@@ -40,41 +57,42 @@ def train(cfg: dict, work_dir: Path, device: torch.device, resume_from: Path | N
     """
     device = distributed.start_processes(device)
     resume_from = distributed.from_first(resume_from)
-    run = build_run(cfg, work_dir, device)
+    run = build_run(parse_config(cfg), work_dir, device)
     if resume_from is not None:
-        restore(run, read_checkpoint(resume_from), resume_from)
-    first, board = distributed.rank() == 0, open_board(run)
+        restore_run(run, read_checkpoint(resume_from), resume_from)
+    first, board = distributed.rank() == 0, open_board(run.cfg, work_dir, run.step, device)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
-    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board)
+    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
     if first:
-        (work_dir / "run.json").write_text(json.dumps(provenance(run.cfg, device), indent=1), encoding="utf-8")
-    log.info(describe(run))
+        write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device), indent=1))
+    log.info(describe_run(run))
     # A method that does not run at a step leaves its adapters without a gradient.
     pauses = run.distiller is not None and not run.distiller.all_methods_always_run
     model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
 
-    if run.distiller and run.step == 0 and run.settings.check_images and run.val_loader is not None:
-        log.info(starting_points(run.distiller, run.cfg, run.settings.check_images, device, run.settings.amp))
-    figures, last = {}, run.settings.epochs - 1
-    if run.step >= run.settings.epochs * run.steps_per_epoch and run.evaluated:
+    settings = run.cfg.train
+    if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
+        log.info(starting_points(run.distiller, run.cfg, device))
+    figures, last, every = {}, settings.epochs - 1, run.cfg.eval.every
+    if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all of its epochs are done already: a larger train.epochs goes on")
-    every = EvalConfig(**cfg.get("eval", {})).every
+    reports = Reports(log, metrics, board, SkippedImages(log))
     with lock, StopSignals() as signals:
-        for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.settings.epochs):
-            train_epoch(run, model, epoch, metrics, log, signals)
+        for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
+            train_epoch(run, model, epoch, reports, signals)
             due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
             if due and run.val_loader is not None and not run.evaluated:
-                figures = evaluate_epoch(run, epoch, metrics, log)
+                figures = evaluate_epoch(run, epoch, reports)
     return figures
 
 
-def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log: Logger, signals: StopSignals) -> None:
-    """What is left of one epoch, and a checkpoint at its end."""
+def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signals: StopSignals) -> None:
+    """The rest of one epoch, and a checkpoint at its end."""
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings = run.settings
+    settings, (log, metrics, board, skipped) = run.cfg.train, reports
     model.train()
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
@@ -84,15 +102,15 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log: L
                run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
     for batches in bar:
         for _, targets in batches:
-            run.skipped.note(targets, log)
+            skipped.note(targets)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
         meter.add(losses, sum(len(images) for images, _ in batches) * distributed.world_size())
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
             log.info("gradient norms at the neck: %s", " ".join(f"{k} {v:.3g}" for k, v in norms.items()))
-        if metrics.board is not None:
-            metrics.board.pictures(run)
+        if board is not None:
+            board.pictures(run.step, {"student" if run.distiller else "detector": run.evaluated_model})
         if run.step % settings.log_every == 0:
             run.finite.check()
             record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
@@ -104,16 +122,16 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, metrics: Metrics, log: L
             bar.set_postfix(loss=shown["loss"])
             log.info("epoch %d step %d/%d %s", epoch + 1, run.step, settings.epochs * run.steps_per_epoch,
                      " ".join(f"{k} {v}" for k, v in shown.items()))
-        asked = run.agreement(signals.asked)
+        asked = signals.agreed()
         if asked or (settings.checkpoint_every and run.step % settings.checkpoint_every == 0):
             run.finite.check()
-            save(run, "last.pth")
+            save_run(run, "last.pth")
         if asked:
             raise Stopped(asked, f"stopped at step {run.step} after saving {run.work_dir / 'last.pth'}: the same "
                                  "command with --resume goes on from there")
     run.finite.check()
-    run.skipped.report(epoch, log)
-    save(run, "last.pth")
+    skipped.report(epoch)
+    save_run(run, "last.pth")
 
 
 def in_runs(loader: Iterable, length: int) -> Iterator[list]:
@@ -132,16 +150,13 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     Returns:
         The losses, their sum, `loss`, and each method's share of it; gradient norms at the neck where they are due.
     """
-    settings, scaler, distiller = run.settings, run.scaler, run.distiller
-    # What is random in a step (a method's masks, a backbone's dropped paths) follows from its number, on every process
-    # differently, so that a resumed run repeats it.
-    torch.manual_seed(hash((settings.seed, run.step, distributed.rank())))
+    settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
+    seed_step(settings.seed, run.step, distributed.rank())
     for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(run.schedule, run.step, run.steps_per_epoch)
+        group["lr"] = group["initial_lr"] * lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch)
     norms_due = bool(distiller and settings.grad_norm_every and run.step % settings.grad_norm_every == 0)
     if distiller:
         distiller.advance(run.step, run.steps_per_epoch, settings.epochs)
-        distiller.keep_features = norms_due
 
     put_statistics_back = keep_statistics(run.student) if scaler.is_enabled() else None
     run.optimizer.zero_grad(set_to_none=True)
@@ -149,13 +164,13 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     for images, targets in batches:
         last = len(found) == len(batches) - 1
         with nullcontext() if last or model is run.model else model.no_sync():
-            images, targets = to_device(images, targets, run)
-            with autocast(run.device, settings.amp):
-                losses = model(images, targets)
-                total = sum(value for name, value in losses.items() if "loss" in name)
-            norms = distiller.gradient_norms(losses, scaler.get_scale()) if norms_due else {}
+            images, targets = to_device(images, targets, run.student, run.device)
+            losses, total, student = compute_losses(model, images, targets, run.device, settings.amp)
+            norms = distiller.gradient_norms(losses, student.features, scaler.get_scale()) if norms_due else {}
+            positives = student.positives
+            del student  # its outputs need not outlive the backward pass
             scaler.scale(total / len(batches)).backward()
-        found.append(losses | {"loss": total, "positives_per_image": run.student.positives} |
+        found.append(losses | {"loss": total, "positives_per_image": positives} |
                      (distiller.shares(losses) if distiller else {}))
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
 
@@ -175,13 +190,6 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     return losses, norms
 
 
-def to_device(images: Tensor, targets: list[dict], run: Run) -> tuple[Tensor, list[dict]]:
-    """A batch where the model is, its images normalised."""
-    images = run.student.preprocess(images.to(run.device, non_blocking=True), targets)
-    return images, [{k: v.to(run.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
-                    for t in targets]
-
-
 def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Let the optimiser skip a step whose loss or gradient is not finite, and have it found out before the next one."""
     flag = run.finite.found_inf(broken)
@@ -191,7 +199,7 @@ def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tup
     def report() -> str:
         path = run.work_dir / f"replay{distributed.rank() or ''}.pth"
         save_replay(run, path, step, batches)
-        return describe_broken(losses, [target for _, targets in batches for target in targets], step + 1, path)
+        return describe_broken_step(losses, [target for _, targets in batches for target in targets], step + 1, path)
 
     run.finite.look_at(flag, report)
 
@@ -207,16 +215,16 @@ def check_scale(run: Run) -> None:
                             "train.amp=bf16 or none, where the first of them is kept for a replay")
 
 
-def evaluate_epoch(run: Run, epoch: int, metrics: Metrics, log: Logger) -> dict:
-    """The student's figures on data.val, noted, and a checkpoint if they are the best so far."""
+def evaluate_epoch(run: Run, epoch: int, reports: Reports) -> dict:
+    """The student's figures on data.val, recorded, and a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
-    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.settings.amp,
+    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
                        run.work_dir / "precision_recall.json")
-    metrics.write({"epoch": epoch, "step": run.step} | figures)
-    log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
+    reports.metrics.write({"epoch": epoch, "step": run.step} | figures)
+    reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True
     if (figures["AP"] or 0) > run.best:
         run.best = figures["AP"] or 0
-        save(run, "best.pth")
-    save(run, "last.pth")
+        save_run(run, "best.pth")
+    save_run(run, "last.pth")
     return figures

@@ -9,12 +9,15 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from data import CocoDataset, DataError
+from data.annotations import SIZES
+from data.output import write_text
+from data.tables import markdown_table, points, text_table
 
-from ..terminal.tables import markdown_table, points, text_table
-from .evaluate import coco_evaluation, detect, eval_loader, load_detector, mean_precision
+from ..config import Config
+from ..inference.detectors import load_with_data
+from .coco import coco_evaluation, mean_precision
+from .evaluate import detect, eval_loader
 from .tide import CORRECT, ERRORS, Judged, ap50, confusion_matrix, count_errors, judge, lost_ap, mean
-
-SIZES = {"small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), "large": (96 ** 2, float("inf"))}  # COCO's, in pixels
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Analysis:
     judged: Judged
 
 
-def analyze(cfgs: Sequence[dict], checkpoints: Sequence[str], device: torch.device,
+def analyze(cfgs: Sequence[Config], checkpoints: Sequence[str], device: torch.device,
             score_thr: float = 0.3) -> list[Analysis]:
     """Evaluate checkpoints on data.val and sort their errors.
 
@@ -43,7 +46,7 @@ def analyze(cfgs: Sequence[dict], checkpoints: Sequence[str], device: torch.devi
     """
     found, first = [], None
     for cfg, checkpoint, name in zip(cfgs, checkpoints, names_of(checkpoints)):
-        detector, dataset = load_detector(cfg, checkpoint, device)
+        detector, dataset = load_with_data(cfg, checkpoint, device)
         first = first or dataset
         if (dataset.annotation_file, dataset.image_ids) != (first.annotation_file, first.image_ids):
             raise DataError(f"data.val is {first.annotation_file} with {len(first)} images in one configuration and "
@@ -160,10 +163,9 @@ def format_tables(found: Sequence[Analysis], score_thr: float = 0.3, markdown: b
 
 def save_analysis(found: Sequence[Analysis], out: Path, score_thr: float = 0.3) -> None:
     """Write analysis.md and analysis.json, in which AP are fractions, into a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "analysis.md").write_text(format_tables(found, score_thr, markdown=True) + "\n", encoding="utf-8")
+    write_text(out / "analysis.md", format_tables(found, score_thr, markdown=True) + "\n")
     content = [{"name": each.name, "classes": each.classes, "AP": each.ap, "AP50": each.ap50, "lost": each.lost,
                 "errors": [count_errors(each.judged, k) for k in range(len(each.classes))],
                 "AP_by_size": each.by_size, "confusion": each.confusion.tolist(), "score_thr": score_thr}
                for each in found]
-    (out / "analysis.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(out / "analysis.json", json.dumps(content, indent=1))

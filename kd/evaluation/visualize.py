@@ -1,26 +1,25 @@
-"""Pictures of what is distilled: who detects what, where scores are high, and where FGD looks."""
+"""Pictures of what is distilled: who detects what, where scores are high, and what the methods look at."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.io import write_png
 
 from data import CocoDataset, build_dataset, collate
-from data.transforms import padded_size, read_image, resize_image, resized_size
-from models import ConfigError, DenseHead, DetectorPass, HeadOutputs
+from data.inputs.files import make_sample
+from data.transforms import read_image
+from models import ConfigError, DenseHead, HeadOutputs
 from models.postprocess import TestConfig, postprocess
 from models.weights import CheckpointError, load_weights
 
 from ..build import build_distiller
-from ..distiller import Distiller, union
-from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic
-from ..methods.base.method import Method
-from ..methods.crosskd import CrossKD
-from ..methods.fgd import FGD, attention, box_masks
+from ..config import Config
+from ..distiller import Distiller, Passes
+from ..inference.detectors import with_classes
+from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic, write_picture
+from ..methods.base import BarChart, HeatMap
 from ..work_dir.checkpoint import read_checkpoint
-from .evaluate import with_classes
 from .heatmaps import bars, overlay
 
 SMALL = 320  # width of a picture where there is one per level
@@ -50,13 +49,13 @@ class View:
 
 
 @torch.no_grad()
-def visualize(cfg: dict, checkpoint: str, out: Path, device: torch.device, images: Sequence[Path] = (), count: int = 4,
-              part: str | None = None, score_thr: float = 0.3) -> tuple[list[Path], list[str]]:
-    """Write the pictures of each image as PNG: detections, score maps and, where FGD is among the methods, attention.
+def visualize(cfg: Config, checkpoint: str, out: Path, device: torch.device, images: Sequence[Path] = (),
+              count: int = 4, part: str | None = None, score_thr: float = 0.3) -> tuple[list[Path], list[str]]:
+    """Write the pictures of each image as PNG: detections, score maps and the charts of the methods.
 
     Args:
         cfg: a configuration with a `distill` section.
-        checkpoint: the student's; one of a run of this configuration has its methods' own weights, too.
+        checkpoint: the student's; one from a run of this configuration has its methods' own weights, too.
         images: files; by default the first `count` of data.val. Those of data.val have their ground truth.
         score_thr: detections below are not drawn.
     Returns:
@@ -64,39 +63,30 @@ def visualize(cfg: dict, checkpoint: str, out: Path, device: torch.device, image
     Raises:
         ConfigError, DataError, CheckpointError: bad input.
     """
-    if not cfg.get("distill") or not cfg.get("data"):
-        raise ConfigError("distill" if cfg.get("data") else "data", "missing: give a configuration that distils, with "
-                          "its data; predict.py draws what a lone detector finds")
-    dataset = build_dataset(cfg["data"], "val", training=False)
-    model = build_distiller(with_classes(cfg, dataset)).to(device).eval()
+    if cfg.distill is None or cfg.data is None:
+        raise ConfigError("distill" if cfg.data else "data", "missing: give a configuration that distils, with its "
+                          "data; predict.py draws what a lone detector finds")
+    dataset = build_dataset(cfg.data, "val", training=False)
+    model = build_distiller(with_classes(cfg, dataset), pretrained=False).to(device).eval()
     load_weights(model.student, checkpoint, part)
     trained = load_methods(model, checkpoint)
     samples = [find_sample(path, dataset) for path in images] or [
         (Path(dataset.file_names[i]).stem, *dataset[i]) for i in range(min(count, len(dataset)))]
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, image, target in samples:
-        student, teachers = run_all(model, image, target, device)
-        views = views_of(model, student, teachers, trained)
+        passes = run_all(model, image, target, device)
+        views = views_of(passes, trained)
         pictures = {"detections": detections_picture(image, target, views, dataset.classes, score_thr),
                     "scores": scores_picture(image, target, views, dataset.classes)}
-        for i, (teacher, methods) in enumerate(zip(teachers, model.methods)):
-            for method, option in zip(methods, model.options[i]):
-                if isinstance(method, FGD):
-                    lone = sum(isinstance(m, FGD) for m in all_methods(model)) == 1
-                    key = "attention" if lone else f"attention_{option.name.replace('/', '_')}"
-                    pictures[key] = attention_picture(image, target, method, student, teacher, trained)
+        pictures |= {kind: charts_picture(image, columns, target["pad_size"])
+                     for kind, columns in charts_of(passes, trained).items()}
         for kind, picture in pictures.items():
             files.append(out / f"{name}_{kind}.png")
-            write_png(picture, str(files[-1]))
-    if not trained and any(isinstance(m, CrossKD) and needs_weights(m.adapters) for m in all_methods(model)):
+            write_picture(picture, files[-1])
+    if not trained and any(m.crosses_heads and has_weights(m) for of_teacher in model.methods for m in of_teacher):
         return files, [f"no cross-head predictions: {checkpoint} does not hold the trained convolutions that bring the "
                        "student's towers to the teacher's width; a checkpoint of the distilling run does"]
     return files, []
-
-
-def all_methods(model: Distiller) -> list[Method]:
-    return [method for of_teacher in model.methods for method in of_teacher]
 
 
 def load_methods(model: Distiller, checkpoint: str) -> bool:
@@ -108,7 +98,7 @@ def load_methods(model: Distiller, checkpoint: str) -> bool:
     return True
 
 
-def needs_weights(module: torch.nn.Module) -> bool:
+def has_weights(module: torch.nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
@@ -117,36 +107,37 @@ def find_sample(path: Path, dataset: CocoDataset) -> tuple[str, Tensor, dict]:
     places = {(dataset.image_folder / name).resolve(): i for i, name in enumerate(dataset.file_names)}
     if path.resolve() in places:
         return path.stem, *dataset[places[path.resolve()]]
-    image = read_image(path)
-    original = tuple(image.shape[1:])
-    size = resized_size(original, dataset.scale)
-    return path.stem, resize_image(image, size, dataset.antialias), {
-        "image_size": size, "pad_size": padded_size(size), "original_size": original}
+    sample = make_sample(read_image(path), 0, [dataset.scale], dataset.antialias)
+    return path.stem, sample.views[0], sample.targets[0]
 
 
-def run_all(model: Distiller, image: Tensor, target: dict, device: torch.device) -> tuple[DetectorPass,
-                                                                                         list[DetectorPass]]:
-    """The student's pass over one image, and each teacher's with its head."""
+def run_all(model: Distiller, image: Tensor, target: dict, device: torch.device) -> Passes:
+    """The passes of student and teachers over one image, with all methods and heads."""
     batch, targets = collate([(image, target)])
-    batch, methods = model.student.preprocess(batch.to(device), targets), all_methods(model)
-    student = model.student.run(batch, targets, union(methods, "student_cuts"), union(methods, "student_modules"))
-    teachers = [teacher.run(teacher.preprocess.convert(batch, targets, model.student.preprocess), targets,
-                            union(own, "teacher_cuts"), union(own, "teacher_modules"))
-                for teacher, own in zip(model.teachers, model.methods)]
-    return student, teachers
+    batch = model.student.preprocess(batch.to(device), targets)
+    return model.passes(batch, targets, model.whole_plan(), with_heads=True, assign=False)
 
 
-def views_of(model: Distiller, student: DetectorPass, teachers: list[DetectorPass], trained: bool) -> list[View]:
-    """Teachers, student, and what each CrossKD makes of the two."""
-    names = ["teacher"] if len(teachers) == 1 else [f"teacher {i}" for i in range(len(teachers))]
-    views = [View(name, seen.head, seen.outputs, seen.detector.test) for name, seen in zip(names, teachers)]
+def views_of(passes: Passes, trained: bool) -> list[View]:
+    """Teachers, student, and the predictions across their heads."""
+    names = ["teacher"] if len(passes.teachers) == 1 else [f"teacher {i}" for i in range(len(passes.teachers))]
+    views = [View(name, seen.head, seen.outputs, seen.detector.test) for name, seen in zip(names, passes.teachers)]
+    student = passes.student
     views.append(View("student", student.head, student.outputs, student.detector.test))
-    for name, seen, methods in zip(names, teachers, model.methods):
-        for method in methods:
-            if isinstance(method, CrossKD) and (trained or not needs_weights(method.adapters)):
-                views.append(View(f"student's features, {name}'s head", seen.head, method.cross_head(student, seen),
-                                  seen.detector.test))
+    for name, seen, (_, entries) in zip(names, passes.teachers, passes.plan):
+        views += [View(f"student's features, {name}'s head", seen.head, entry.method.cross_head(student, seen),
+                       seen.detector.test)
+                  for entry in entries if entry.method.crosses_heads and (trained or not has_weights(entry.method))]
     return views
+
+
+def charts_of(passes: Passes, trained: bool) -> dict[str, list]:
+    """The charts of all methods, by name; where two have the same, the method's name is appended."""
+    found = [(kind, entry.name, columns) for seen, (_, entries) in zip(passes.teachers, passes.plan)
+             for entry in entries for kind, columns in entry.method.charts(passes.student, seen, trained).items()]
+    kinds = [kind for kind, _, _ in found]
+    return {kind if kinds.count(kind) == 1 else f"{kind}_{name.replace('/', '_')}": columns
+            for kind, name, columns in found}
 
 
 def detections_picture(image: Tensor, target: dict, views: list[View], classes: Sequence[str],
@@ -179,32 +170,18 @@ def scores_picture(image: Tensor, target: dict, views: list[View], classes: Sequ
     return mosaic(rows)
 
 
-def attention_picture(image: Tensor, target: dict, method: FGD, student: DetectorPass, teacher: DetectorPass,
-                      trained: bool) -> Tensor:
-    """FGD's spatial attention of both, its foreground weights and its channel attention, a column for each map.
-
-    The student's map is taken as the loss sees it, in the teacher's width, where that convolution's weights are known.
-    """
-    padded = target["pad_size"]
-    columns = []
-    for loss, (own, other), (place, _) in zip(method.losses, method.pairs.maps(student, teacher),
-                                             method.pairs.places()):
-        if loss.align is not None and trained:
-            own = loss.align(own)
-        (spatial_t, channel_t), (spatial_s, channel_s) = (attention(x.float(), loss.temp) for x in (other, own))
-        stride = (padded[0] / own.shape[2], padded[1] / own.shape[3])
+def charts_picture(image: Tensor, columns: Sequence[Sequence[HeatMap | BarChart]], padded: tuple[int, int]) -> Tensor:
+    """Charts in columns; heat maps lie over the image, whose padded size is (height, width)."""
+    pictures = []
+    for charts in columns:
         column = []
-        for who, spatial in (("teacher", spatial_t), ("student", spatial_s)):
-            top = float(spatial.max())
-            column.append(captioned(overlay(image, spatial[0].cpu(), stride, top, SMALL),
-                                    f"{who}, {place}: attention up to {top:.1f}"))
-        if "boxes" in target:
-            mask = box_masks([target["boxes"].to(own.device)], [target["image_size"]], spatial_t)[0]
-            column.append(captioned(overlay(image, mask[0].cpu(), stride, float(mask.max()), SMALL),
-                                    f"foreground weight up to {float(mask.max()):.3f}"))
-        for who, channel in (("teacher", channel_t), ("student", channel_s)):
-            top = float(channel.max())
-            text = f"{who}'s {channel.shape[1]} channels: up to {top:.1f}, line at 1"
-            column.append(captioned(bars(channel[0], top, SMALL, BARS, line=1.0), text))
-        columns.append(torch.cat(column, dim=1))
-    return mosaic([columns])
+        for chart in charts:
+            top = float(chart.values.max())
+            if isinstance(chart, BarChart):
+                drawn = bars(chart.values, top, SMALL, BARS, chart.line)
+            else:
+                stride = (padded[0] / chart.values.shape[0], padded[1] / chart.values.shape[1])
+                drawn = overlay(image, chart.values.cpu(), stride, top, SMALL)
+            column.append(captioned(drawn, chart.caption))
+        pictures.append(torch.cat(column, dim=1))
+    return mosaic([pictures])

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from data import DataConfig
+from data.output import write_text
+from data.tables import csv_table, markdown_table, percent, points, text_table
 from data.transforms import padded_size
-from models import build_detector, without_pretraining
+from models import build_detector
 
-from ..evaluation.summary import count_flops, count_parameters
-from ..terminal.tables import csv_table, markdown_table, percent, points, text_table
-from ..work_dir.log import file_hash
+from ..evaluation.coco import AP_FIGURES
+from ..evaluation.cost import count_flops, count_parameters
+from ..work_dir.provenance import file_hash
 from ..work_dir.records import RunRecord, group_runs, methods_of, read_run, setting
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CONFIDENCE = 0.95
 
 
@@ -48,7 +49,7 @@ def compare(runs: Sequence[RunRecord], known_teacher: float | None = None) -> li
     """
     groups = group_runs([run for run in runs if run.evaluations])
     rows = [Row(name, methods_of(members[0].config), members,
-                {figure: over_seeds([run.evaluations[-1].get(figure) for run in members]) for figure in FIGURES},
+                {figure: over_seeds([run.evaluations[-1].get(figure) for run in members]) for figure in AP_FIGURES},
                 images_per_second=speed(members)) for name, members in groups.items()]
     alone = {setting(row.runs[0].config): row for row in rows
              if row.runs[0].config is not None and row.runs[0].finished and not row.methods}
@@ -151,7 +152,7 @@ def hash_of(path: Path, changed: int) -> str:
 def cost(model: str, scale: tuple[int, int]) -> tuple[int, int]:
     """Parameters and floating-point operations of a `model` section, as JSON, on one image of (long, short) edges."""
     with torch.device("meta"):
-        detector = build_detector(without_pretraining(json.loads(model)))
+        detector = build_detector(json.loads(model), pretrained=False)
     return count_parameters(detector), count_flops(detector, padded_size((min(scale), max(scale))))
 
 
@@ -161,9 +162,9 @@ def with_deviation(value: float | None, deviation: float | None, signed: bool = 
 
 def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
     """The table for people, AP in points."""
-    header = ["run", "methods", "seeds", *FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "images/s"]
+    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "images/s"]
     cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
-              *(with_deviation(*row.figures[name]) for name in FIGURES),
+              *(with_deviation(*row.figures[name]) for name in AP_FIGURES),
               with_deviation(row.gain, row.interval, signed=True), percent(row.gap_closed),
               "-" if row.parameters is None else f"{row.parameters / 1e6:.2f}",
               "-" if row.flops is None else f"{row.flops / 1e9:.2f}",
@@ -182,16 +183,15 @@ def explain(rows: Sequence[Row]) -> str:
 
 def rows_to_csv(rows: Sequence[Row]) -> str:
     """The table for programs, AP as fractions, a deviation in a column of its own, nothing where nothing is known."""
-    header = ["run", "methods", "seeds", *(name for figure in FIGURES for name in (figure, f"{figure}_deviation")),
+    header = ["run", "methods", "seeds", *(name for figure in AP_FIGURES for name in (figure, f"{figure}_deviation")),
               "gain", "gain_interval", "teacher_AP", "gap_closed", "parameters", "flops", "images_per_second"]
     cells = [[row.name, row.methods, " ".join(str(run.seed) for run in row.runs),
-              *(value for name in FIGURES for value in row.figures[name]), row.gain, row.interval, row.teacher,
+              *(value for name in AP_FIGURES for value in row.figures[name]), row.gain, row.interval, row.teacher,
               row.gap_closed, row.parameters, row.flops, row.images_per_second] for row in rows]
     return csv_table(header, [["" if cell is None else str(cell) for cell in row] for row in cells])
 
 
 def save_rows(rows: Sequence[Row], out: Path) -> None:
     """Write the table: as CSV to a .csv, as markdown to anything else."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     text = rows_to_csv(rows) if out.suffix == ".csv" else f"{format_rows(rows, markdown=True)}\n\n{explain(rows)}"
-    out.write_text(text + "\n", encoding="utf-8")
+    write_text(out, text + "\n")

@@ -4,16 +4,16 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
 
 from data import CocoDataset, generate_scenes
+from data.output import write_text
 from models import Detector
 
-from ..config.load import load_config
+from ..config import load_config
 from ..engine.train import train
-from ..evaluation.evaluate import load_detector
-from ..evaluation.summary import count_flops, count_parameters
-from ..inference.draw import beside_truth
+from ..evaluation.cost import count_flops, count_parameters
+from ..inference.detectors import load_with_data
+from ..inference.draw import beside_truth, write_picture
 
 PARTS = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
 PICTURES = 6
@@ -38,13 +38,13 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         start = time.perf_counter()
         figures = train(cfg, work_dir / part, device)
         minutes = (time.perf_counter() - start) / 60
-        detectors[title], dataset = load_detector(cfg, work_dir / part / "last.pth", device)
+        detectors[title], dataset = load_with_data(cfg, work_dir / part / "last.pth", device)
         rows.append(describe(title, detectors[title], figures, minutes, dataset))
     table = "\n".join([
         "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
         *rows])
-    (work_dir / "table.md").write_text(table + "\n", encoding="utf-8")
-    write_png(beside_truth(detectors, dataset, PICTURES, zoom=2), str(work_dir / "detections.png"))
+    write_text(work_dir / "table.md", table + "\n")
+    write_picture(beside_truth(detectors, dataset, PICTURES, zoom=2), work_dir / "detections.png")
     return table
 
 

@@ -7,30 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from models import ConfigError
+from data.extras import need
+from data.output import writing
+from data.tables import percent
 
-from ..terminal.tables import percent
+from ..evaluation.coco import AP_FIGURES
 from ..work_dir.records import RunRecord, group_name, group_runs, methods_of, setting
 from .compare import Row
 
 COLUMNS = 3
 MOST_CLASSES = 12  # beyond, precision-recall curves are of the mean and of the first classes
-APS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def matplotlib_figure(panels: int, size: tuple[float, float] = (5, 3.6)) -> tuple[Any, np.ndarray]:
     """A figure with so many panels of a size in inches, in rows of three.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        MissingExtra: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("", "plots need matplotlib: pip install 'densekd[viz]'") from None
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")  # no pyplot, so no display
+    make = need("matplotlib", "viz", "a plot", module="matplotlib.figure").Figure  # no pyplot, so no display
+    figure = make(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[panels:]:
         unused.set_visible(False)
@@ -49,12 +47,12 @@ def plot_runs(runs: Sequence[RunRecord], rows: Sequence[Row], out: Path) -> list
     pictures = {"losses": plot_losses(groups), "ap": plot_aps(groups),
                 "precision_recall": plot_precision_recall(groups), "training_length": plot_lengths(groups),
                 "gap_closed": plot_gap(rows)}
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in pictures.items():
         if figure is not None:
             files.append(out / f"{name}.png")
-            figure.savefig(files[-1], dpi=110)
+            with writing(files[-1]):
+                figure.savefig(files[-1], dpi=110)
     return files
 
 
@@ -150,7 +148,7 @@ def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
         return np.array([epoch for epoch, _ in values]), np.array([ap for _, ap in values])
     runs = [run for members in groups.values() for run in members]
     classes = list(dict.fromkeys(key for run in runs for line in run.evaluations for key in line.get("per_class", {})))
-    names = [name for name in [*APS, *(classes if len(classes) <= MOST_CLASSES else [])]
+    names = [name for name in [*AP_FIGURES, *(classes if len(classes) <= MOST_CLASSES else [])]
              if any(len(read(run, name)[0]) for run in runs)]
     return plot_lines(groups, names, read, "AP, points", marker="o")
 

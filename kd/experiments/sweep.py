@@ -12,12 +12,10 @@ import torch
 
 from models import ConfigError
 
-from ..config.load import load_config
-from ..config.sections import teacher_entries
-from ..processes.signals import Stopped, StopSignals
+from ..config import Config, load_config
+from ..exceptions import Stopped, TrainingError, WorkDirError
+from ..processes.signals import StopSignals
 from ..work_dir.checkpoint import newest_checkpoint
-from ..work_dir.lock import WorkDirError
-from ..work_dir.log import TrainingError
 from ..work_dir.records import RunRecord, read_run, setting
 
 TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
@@ -32,7 +30,7 @@ class Job:
     overrides: list[str]
     seed: int | None         # None: the configuration's own
     work_dir: Path
-    config: dict             # as it is loaded
+    config: Config
     waits: "Job | None" = None  # the run that trains its teacher
 
     @property
@@ -48,10 +46,9 @@ class Job:
         metrics = self.work_dir / "metrics.jsonl"
         if not metrics.is_file() or not (self.work_dir / "run.json").is_file():
             return None
-        run, wanted = read_run(self.work_dir, metrics), self.config
-        head = {"num_classes": run.config["model"]["head"].get("num_classes")} | wanted["model"]["head"]
-        wanted = wanted | {"model": wanted["model"] | {"head": head}}
-        if setting(wanted) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
+        run = read_run(self.work_dir, metrics)
+        wanted = self.config.with_num_classes(run.config["model"]["head"].get("num_classes"))
+        if setting(wanted.mapping) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
             raise WorkDirError(f"{self.work_dir} holds a run of another configuration: give another --work-dir, or "
                                "remove it")
         return run
@@ -85,7 +82,7 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
         trained = Job(teacher, own, None, work_dir / teacher.stem, load_config(teacher, own))
     jobs = []
     for cfg in cfgs:
-        distils = bool(load_config(cfg).get("distill"))
+        distils = load_config(cfg).distill is not None
         own = [override for override in overrides if distils or not override.startswith("distill.")]
         uses = trained is not None and distils and is_teacher(load_config(cfg, own), teacher)
         if uses:
@@ -101,22 +98,22 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
             raise ConfigError("", f"--teacher {teacher} is distill.teacher.cfg of none of the configurations")
         jobs.insert(0, trained)
     for job in jobs:
-        if not (job.config.get("data") or {}).get("val"):
+        if job.config.data is None or job.config.data.val is None:
             raise ConfigError("data.val", f"missing in {job.cfg}: what are the runs to be compared on?")
     return jobs
 
 
-def is_teacher(config: dict, teacher: Path) -> bool:
+def is_teacher(config: Config, teacher: Path) -> bool:
     """Whether a configuration's only teacher is of this configuration file."""
-    entries = teacher_entries(config)
-    project = TRAIN.parents[1]  # from where such a file is looked up, too
-    return len(entries) == 1 and bool(entries[0].get("cfg")) and teacher.resolve() in (
-        Path(entries[0]["cfg"]).resolve(), (project / entries[0]["cfg"]).resolve())
+    said = [entry.cfg for entry in config.teachers]
+    project = TRAIN.parents[1]  # such a file is looked up there, too
+    return len(said) == 1 and said[0] is not None and teacher.resolve() in (
+        Path(said[0]).resolve(), (project / said[0]).resolve())
 
 
-def check_teachers(config: dict, cfg: Path) -> None:
-    for entry in teacher_entries(config):
-        checkpoint = entry["checkpoint"]
+def check_teachers(config: Config, cfg: Path) -> None:
+    for entry in config.teachers:
+        checkpoint = entry.checkpoint
         if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
                                                             "have it trained with --teacher and its configuration")

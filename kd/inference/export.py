@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from data import DataConfig, build_dataset, read_data_config
+from data import build_dataset
+from data.extras import MissingExtra, need
 from data.inputs.files import Sample, make_sample
+from data.output import writing
 from data.transforms import padded_size, read_image
 from models import ConfigError, Detector
 from models.deploy import DeployedDetector, suppress
 from models.postprocess import class_nms
 
-from ..extras import MissingExtra, need
+from ..config import Config
+from ..exceptions import ExportError
 
 OPSET = 18
 DIVISOR = 32
@@ -27,11 +30,7 @@ TOLERANCE = 1e-3            # of scores, and of boxes in pixels
 RELATIVE_TOLERANCE = 1e-5   # of boxes besides: what float32 leaves of large coordinates
 CHECKED_IMAGES = 2          # of data.val, where none are given
 
-Run = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDetector.forward` takes and gives
-
-
-class ExportError(RuntimeError):
-    """An exported file that does not do what it should."""
+ExportedDetector = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDetector.forward` takes and gives
 
 
 @dataclass
@@ -64,11 +63,10 @@ class Agreement:
         return line if self.detections else f"{line}; with no detections that says little, give others with --check"
 
 
-def recipe(cfg: dict, detector: Detector, classes: Sequence[str], kind: str, nms: str) -> Recipe:
-    data = read_data_config(cfg["data"]) if cfg.get("data") else DataConfig(train=None)
+def recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str, nms: str) -> Recipe:
     # torch.export takes for granted that no map is a single row or column.
     least = DIVISOR if kind == "onnx" else max(detector.bbox_head.prior_generator.strides) + DIVISOR
-    return Recipe(list(classes), tuple(data.scale), data.antialias, DIVISOR, least, nms,
+    return Recipe(list(classes), cfg.input.scale, cfg.input.antialias, DIVISOR, least, nms,
                   detector.test.nms_iou_threshold, detector.test.max_per_img)
 
 
@@ -83,12 +81,12 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
         MissingExtra: what it takes is not installed.
         ExportError: the file does not do what the detector does, or cannot be made. There is none then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial.{kind}")
     try:
-        write(detector, partial, kind, about)
-        found = check_export(load_exported(partial, kind), detector, about, samples)
-        os.replace(partial, path)
+        with writing(path):
+            write(detector, partial, kind, about)
+            found = check_export(load_exported(partial, kind), detector, about, samples)
+            os.replace(partial, path)
     except (ConfigError, MissingExtra, ExportError, OSError):
         raise
     except Exception as error:  # torch's exporters and runtimes raise of every kind
@@ -109,7 +107,7 @@ def write(detector: Detector, path: Path, kind: str, about: Recipe) -> None:
 
 def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
     """By tracing: of torch's two exporters the older, which takes a second where the newer takes half a minute."""
-    onnx = need("onnx", "export")
+    onnx = need("onnx", "export", "ONNX export")
     model = DeployedDetector(detector, about.nms == "inside", OnnxSuppress.apply)
     free = {"images": {0: "batch", 2: "height", 3: "width"}} | {name: {0: "batch"} for name in INPUTS[1:] + OUTPUTS}
     with warnings.catch_warnings():
@@ -159,12 +157,13 @@ def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about
         torch.export.save(program, file, extra_files={"densekd.json": json.dumps(asdict(about))})
 
 
-def load_exported(path: Path, kind: str) -> Run:
+def load_exported(path: Path, kind: str) -> ExportedDetector:
     """A function that runs an exported file."""
     if kind == "pt2":
         module = torch.export.load(str(path)).module()
         return lambda images, sizes: list(module(images, sizes))
-    session = need("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    runtime = need("onnxruntime", "export", "ONNX export")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor, sizes: Tensor) -> list[Tensor]:
         return [torch.from_numpy(out) for out in session.run(None, {"images": images.numpy(),
@@ -174,17 +173,16 @@ def load_exported(path: Path, kind: str) -> Run:
 
 # --- checks ---
 
-def check_samples(cfg: dict, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
+def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
     """What to check on: the images at `paths`, without any the first of data.val, and without those noise.
 
     Raises:
         UnreadableImage: one of them cannot be read.
     """
     images = [read_image(path) for path in paths]
-    val = (cfg.get("data") or {}).get("val")
-    if not images and val:
+    if not images and cfg.data and cfg.data.val:
         try:
-            dataset = build_dataset(cfg["data"], "val", training=False)
+            dataset = build_dataset(cfg.data, "val", training=False)
             images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:CHECKED_IMAGES]]
         except ValueError:  # there need be no data to export a model
             images = []
@@ -196,7 +194,7 @@ def check_samples(cfg: dict, about: Recipe, paths: Sequence[Path]) -> list[Sampl
     return [make_sample(image, i, [about.scale], about.antialias) for i, image in enumerate(images)]
 
 
-def check_export(run: Run, detector: Detector, about: Recipe, samples: Sequence[Sample]) -> Agreement:
+def check_export(run: ExportedDetector, detector: Detector, about: Recipe, samples: Sequence[Sample]) -> Agreement:
     """Compare an exported file with the detector on each image, and on all of them in one batch.
 
     Raises:

@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.io import write_jpeg, write_png
 from tqdm import tqdm
 
-from data import DataConfig, DataError, collate, read_data_config
+from data import DataError, collate
 from data.inputs.files import ImageFiles, Sample, Source, batches_of_one_size, make_sample
 from data.inputs.video import Video, VideoWriter, load_av
+from data.output import write_text, writing
 from models import Detector
 from models.build import nearest
 
-from ..config.sections import EvalConfig
-from .draw import draw_boxes
-from .named import Classes
+from ..config import Config
+from ..exceptions import UsageError
+from .detectors import Classes
+from .draw import draw_boxes, write_picture
 from .tta import merge, views
 
-JPEG_QUALITY = 95
 PIXELS_PER_THICKNESS = 900  # of the longer edge: what is seen on a screen, there or shrunk to fit
 IMAGES_PER_WORKER = 8  # fewer are read before a worker process has started
 
@@ -39,11 +39,11 @@ class Predictor:
         batch_size: images per step; data.batch_size when not given. What is detected does not depend on it.
     """
 
-    def __init__(self, detector: Detector, cfg: dict, thresholds: Tensor, device: torch.device,
+    def __init__(self, detector: Detector, cfg: Config, thresholds: Tensor, device: torch.device,
                  batch_size: int | None = None):
-        data = read_data_config(cfg["data"]) if cfg.get("data") else DataConfig(train=None)
+        data = cfg.input
         self.detector, self.thresholds, self.device = detector, thresholds, device
-        self.detectors, self.scales = views(detector, EvalConfig(**cfg.get("eval", {})).tta, data.scale)
+        self.detectors, self.scales = views(detector, cfg.eval.tta, data.scale)
         self.antialias, self.batch_size, self.workers = data.antialias, batch_size or data.batch_size, data.workers
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Results:
         self.results.sort(key=lambda result: result["image_id"])  # stable: the best of each image stay first
         listed = {"images": self.images, "annotations": [], "categories": self.classes.categories}
         for name, content in (("predictions.json", self.results), ("images.json", listed)):
-            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+            write_text(folder / name, json.dumps(content))
 
 
 def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Source], out: Path) -> tuple[Results, list]:
@@ -137,7 +137,6 @@ def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Sour
     if videos:
         load_av()
     results, problems = Results(classes), []
-    out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(images) or None, desc="predict", disable=None) as bar:
         samples = predictor.image_samples(images, range(1, len(images) + 1), problems)
         for batch in batches_of_one_size(samples, predictor.batch_size):
@@ -164,8 +163,7 @@ def predict_video(predictor: Predictor, classes: Classes, source: Source, path: 
         DataError: it cannot be read, to its end; what came before is kept.
     """
     video = Video(source.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with writing(path), ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=video.num_frames, desc=source.name, disable=None))
         writer = stack.enter_context(VideoWriter(path, video.rate))
         frames = count()
@@ -192,20 +190,11 @@ def picture_name(name: str) -> str:
     return name if path.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.png"
 
 
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write uint8 (3, h, w) as JPEG or PNG, as the name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".png":
-        write_png(image, str(path))
-    else:
-        write_jpeg(image, str(path), quality=JPEG_QUALITY)
-
-
 def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[str] = ()) -> Tensor:
     """The least score of each class, from one for all and exceptions of the form NAME=SCORE.
 
     Raises:
-        DataError: an exception of another form, or for a class that there is not.
+        UsageError: an exception of another form, or for a class that there is not.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
     for text in per_class:
@@ -215,8 +204,8 @@ def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[str
         except ValueError:
             score = -1.0
         if not name or not 0 <= score <= 1:
-            raise DataError(f'threshold "{text}" is not of the form NAME=SCORE, with a score from 0 to 1')
+            raise UsageError(f'threshold "{text}" is not of the form NAME=SCORE, with a score from 0 to 1')
         if name not in classes.names:
-            raise DataError(f'threshold "{text}": there is no class "{name}"; {nearest(name, classes.names)}')
+            raise UsageError(f'threshold "{text}": there is no class "{name}"; {nearest(name, classes.names)}')
         thresholds[classes.names.index(name)] = score
     return thresholds

@@ -9,7 +9,7 @@ from data.transforms import flip_boxes, flip_image
 from models import Detector
 from models.postprocess import TestConfig, class_nms
 
-from ..config.sections import TTAConfig
+from ..config import TTAConfig
 
 
 class Mirrored(nn.Module):
@@ -37,8 +37,8 @@ class Mirrored(nn.Module):
 
 
 def views(detector: Detector, tta: TTAConfig, scale: tuple[int, int]) -> tuple[list[nn.Module], list[tuple[int, int]]]:
-    """The detectors and the scales whose every pair is a view; `scale` is what images have without augmentation."""
-    return [detector] + [Mirrored(detector)] * tta.flip, [tuple(choice) for choice in tta.scales or [scale]]
+    """Detectors and scales: each pair of them is a view. `scale` is the one without augmentation."""
+    return [detector] + [Mirrored(detector)] * tta.flip, tta.scales or [scale]
 
 
 def best(boxes: Tensor, scores: Tensor, labels: Tensor, test: TestConfig) -> Tensor:

@@ -7,9 +7,7 @@ from losses import LOSSES, at_least_float32, channel_statistics
 from models import Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError, OneOf
 
-from .base.features import adapter
-from .base.method import Method, link
-from .base.predictions import build_mimic_losses, check_same_predictions, mimic
+from .base import Method, adapter, build_mimic_losses, check_same_predictions, link, mimic
 
 
 class CrossKD(Method):
@@ -25,6 +23,7 @@ class CrossKD(Method):
     """
 
     teacher_head = True
+    crosses_heads = True
 
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: int = 3,
                  loss_cls_kd: Annotated[dict, OneOf(LOSSES)] | None = None,

@@ -6,8 +6,7 @@ from torch import Tensor
 from losses import channel_wise_divergence
 from models import Detector, DetectorPass
 
-from .base.method import Method, link
-from .base.predictions import check_same_predictions
+from .base import Method, check_same_predictions, link
 
 
 class CWD(Method):

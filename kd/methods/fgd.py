@@ -9,10 +9,10 @@ from losses import at_least_float32
 from models import Detector, DetectorPass
 from models.layers import from_host, kaiming_init
 
-from .base.features import adapter
-from .base.method import Method
+from .base import BarChart, HeatMap, Method, adapter
 
 MAX_CELLS = 2 ** 26  # of a map, times boxes, held at once
+
 
 class FGD(Method):
     """Feature imitation on neck outputs, weighted by where the teacher attends and by objects, plus global relation.
@@ -46,6 +46,27 @@ class FGD(Method):
 
     def weights(self) -> dict[str, float]:
         return self.part_weights
+
+    def charts(self, student: DetectorPass, teacher: DetectorPass, trained: bool
+               ) -> dict[str, list[list[HeatMap | BarChart]]]:
+        """Spatial attention of both, foreground weights and channel attention, a column for each pair of maps.
+
+        The student's map is in the teacher's width, as the loss sees it, if the convolution between them is trained.
+        """
+        columns, boxes = [], [target["boxes"] for target in student.targets[:1] if "boxes" in target]
+        for loss, (own, other), (place, _) in zip(self.losses, self.pairs.maps(student, teacher), self.pairs.places()):
+            if loss.align is not None and trained:
+                own = loss.align(own)
+            spatial, channel = zip(*(attention(x[:1].float(), loss.temp) for x in (other, own)))
+            column = [HeatMap(f"{who}, {place}: attention up to {float(values.max()):.1f}", values[0])
+                      for who, values in zip(("teacher", "student"), spatial)]
+            if boxes:
+                mask = box_masks([boxes[0].to(own.device)], [student.targets[0]["image_size"]], spatial[0])[0]
+                column.append(HeatMap(f"foreground weight up to {float(mask.max()):.3f}", mask[0]))
+            column += [BarChart(f"{who}'s {values.shape[1]} channels: up to {float(values.max()):.1f}, line at 1",
+                                values[0], line=1.0) for who, values in zip(("teacher", "student"), channel)]
+            columns.append(column)
+        return {"attention": columns}
 
 
 class FeatureLoss(nn.Module):

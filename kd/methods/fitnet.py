@@ -7,7 +7,7 @@ from torch import Tensor
 from losses import at_least_float32
 from models import Detector, DetectorPass
 
-from .base.method import Method
+from .base import Method
 
 
 class FitNet(Method):

@@ -8,8 +8,7 @@ from models.assigners import pairwise_overlap
 from models.build import ConfigError
 from models.targets import pad_targets
 
-from .base.method import Method, link
-from .base.predictions import check_same_predictions
+from .base import Method, check_same_predictions, link
 
 
 class LD(Method):

@@ -5,8 +5,7 @@ from losses import binary_kd_loss, dkd_loss
 from models import Detector, DetectorPass
 from models.build import ConfigError
 
-from .base.method import Method, link
-from .base.predictions import check_same_predictions
+from .base import Method, check_same_predictions, link
 
 
 class KD(Method):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from losses import at_least_float32
 from models import Detector, DetectorPass
 
-from .base.method import Method
+from .base import Method
 
 
 class MGD(Method):

@@ -7,8 +7,7 @@ from losses import LOSSES
 from models import Detector, DetectorPass
 from models.build import OneOf
 
-from .base.method import Method
-from .base.predictions import build_mimic_losses, check_same_predictions, mimic
+from .base import Method, build_mimic_losses, check_same_predictions, mimic
 
 
 class Mimic(Method):

@@ -6,7 +6,7 @@ from torch import Tensor
 from losses import PKDLoss
 from models import Detector, DetectorPass
 
-from .base.method import Method
+from .base import Method
 
 
 class PKD(Method):

@@ -1,4 +1,5 @@
 """What little the engine needs of torch.distributed. A single process runs the same code."""
+import logging
 import os
 import re
 import warnings
@@ -24,6 +25,8 @@ def start_processes(device: torch.device) -> torch.device:
     if not dist.is_initialized():
         # What lies in ordinary memory goes by gloo also beside GPUs, so that asking for it does not wait for them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **fresh_store(os.environ))
+    if rank() > 0:
+        logging.getLogger("densekd").setLevel(logging.CRITICAL)  # one process reports
     return device
 
 

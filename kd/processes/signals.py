@@ -2,15 +2,9 @@
 import signal
 import time
 
+from .distributed import Agreement
+
 ECHO = 2.0  # seconds in which a signal is the one before once more: a launcher passes on what all have got
-
-
-class Stopped(Exception):
-    """A run that a signal has stopped, after its state was saved."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 class StopSignals:
@@ -18,6 +12,13 @@ class StopSignals:
 
     `asked` is the number of the signal that came, 0 before.
     """
+
+    def __init__(self):
+        self._agreement = Agreement()
+
+    def agreed(self) -> int:
+        """The signal that any process had got by the call before, 0 if none; all processes get the same answer."""
+        return self._agreement(self.asked)
 
     def __enter__(self) -> "StopSignals":
         self.asked, self._when = 0, 0.0

@@ -7,7 +7,7 @@ import torch
 
 from models.weights import CheckpointError
 
-from .log import TrainingError
+from ..exceptions import TrainingError
 
 FORMAT = "densekd"
 

@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakSet
 
+from ..exceptions import WorkDirError
+
 try:
     import fcntl
 except ImportError:  # Windows, where runs are not kept apart
     fcntl = None
 
 _held: WeakSet[IO] = WeakSet()
-
-
-class WorkDirError(OSError):
-    """A work dir that a run cannot use. The message is one line."""
 
 
 def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:

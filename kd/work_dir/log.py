@@ -1,25 +1,15 @@
-"""What a run leaves behind: metrics.jsonl, a text log, and where it came from."""
-import hashlib
+"""What a run writes while it trains: metrics.jsonl and a text log."""
 import json
 import logging
-import platform
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from models.checkpoints.sources import local_path
-
-from ..config.sections import teacher_entries
-
-if TYPE_CHECKING:
-    from ..engine.board import Board
+from data.output import writing
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -42,10 +32,6 @@ def open_log(work_dir: Path, rank: int) -> logging.Logger:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             log.addHandler(handler)
     return log
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on."""
 
 
 class Meter:
@@ -73,11 +59,17 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl: a line per record, and `board` shows it. Lines that a resumed run writes again are dropped: of
-    later steps than the one that it goes on from, and of an evaluation there unless that is `evaluated`."""
+    """metrics.jsonl, a line for each record. A resumed run drops the lines that it will write again: those of later
+    steps than its first one, and the evaluation of that step unless it is `evaluated`.
 
-    def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False, board: "Board | None" = None):
-        self.path, self.board = path, board
+    Args:
+        path: the file; None in processes that do not write.
+        show: is given every record, too.
+    """
+
+    def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False,
+                 show: Callable[[dict], None] | None = None):
+        self.path, self.show = path, show
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
@@ -87,10 +79,10 @@ class Metrics:
 
     def write(self, record: dict) -> None:
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            self.board.show(record)
+        if self.show is not None:
+            self.show(record)
 
 
 def _is_done(line: str, step: int, evaluated: bool) -> bool:
@@ -100,36 +92,3 @@ def _is_done(line: str, step: int, evaluated: bool) -> bool:
         return record["step"] < step or (record["step"] == step and (evaluated or "AP" not in record))
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def provenance(cfg: dict, device: torch.device) -> dict:
-    """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
-    paths = [teacher["checkpoint"] for teacher in teacher_entries(cfg)]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
-            name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
-        "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None}}
-
-
-def commit() -> str | None:
-    """The code's commit, with a + where files have changed since; None outside a checkout."""
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

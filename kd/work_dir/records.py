@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import DataError
 
-from ..config.sections import TrainConfig, teacher_entries
+from ..config import TrainConfig
 
 # Settings that change neither the weights nor the figures.
 SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
@@ -150,6 +150,12 @@ def group_name(runs: Sequence[RunRecord]) -> str:
         return runs[0].name
     common = os.path.commonprefix([run.name for run in runs])
     return re.sub(r"[_\-/ ]*(seed)?[_\-/ ]*$", "", common) or runs[0].name
+
+
+def teacher_entries(config: dict) -> list[dict]:
+    """The teachers of a recorded configuration; none without a `distill` section."""
+    teachers = config["distill"]["teacher"] if config.get("distill") else []
+    return teachers if isinstance(teachers, list) else [teachers]
 
 
 def methods_of(config: dict | None) -> str:

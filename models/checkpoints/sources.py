@@ -6,21 +6,19 @@ import os
 import re
 from contextlib import suppress
 from difflib import get_close_matches
-from http.client import HTTPMessage
-from typing import IO
 from urllib.parse import quote, unquote, urlparse
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 from uuid import uuid4
 
 import torch
 from tqdm import tqdm
+
+from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
 
 from .unpickler import CheckpointError, one_line
 
 # The end of a name, as torch hub and OpenMMLab put it: the start of the file's SHA-256, unless it reads as a date.
 _CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
 
-_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _OPEN_MMLAB_FOLDER = "https://download.openmmlab.com/pretrain/third_party/"
 _OPEN_MMLAB = {  # mmcv's names of backbones that are here too
@@ -52,7 +50,6 @@ def local_path(source: str | os.PathLike) -> str:
     if not separator:
         return os.path.expanduser(source)
     if scheme in ("http", "https"):
-        _check_encrypted(source)
         return _download(source)
     if scheme == "torchvision":
         return _download(_torchvision_url(name))
@@ -88,13 +85,16 @@ def _torchvision_url(name: str) -> str:
 
 def _download(url: str) -> str:
     path, checksum = _cache_entry(url)
-    if os.path.isfile(path):
-        return path
     try:
+        check_encrypted(url)
+        if os.path.isfile(path):
+            return path
         os.makedirs(os.path.dirname(path), exist_ok=True)
         _fetch(url, path, checksum)
     except CheckpointError:
         raise
+    except UnencryptedAddress as error:
+        raise CheckpointError(str(error)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = one_line(getattr(error, "reason", None) or error)
         raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
@@ -105,7 +105,7 @@ def _fetch(url: str, path: str, checksum: str | None) -> None:
     """Write a URL's file to a temporary one, and move that to `path` when it is complete and its checksum is right."""
     partial, digest, done = f"{path}.{uuid4().hex}.partial", hashlib.sha256(), 0
     try:
-        answer = build_opener(_EncryptedRedirects).open(Request(url, headers={"User-Agent": "densekd"}), timeout=60)
+        answer = open_encrypted(url)
         size = int(answer.headers.get("Content-Length") or 0)
         bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True)
         with answer, bar, open(partial, "wb") as file:
@@ -123,22 +123,6 @@ def _fetch(url: str, path: str, checksum: str | None) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.remove(partial)
-
-
-class _EncryptedRedirects(HTTPRedirectHandler):
-    """Follows no redirection from https to http."""
-
-    def redirect_request(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage,
-                         newurl: str) -> Request | None:
-        _check_encrypted(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_encrypted(url: str) -> None:
-    address = urlparse(url)
-    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in _THIS_MACHINE):
-        raise CheckpointError(f"{one_line(url)} is refused: on the way anybody could change what does not come over "
-                              "https; use https, or download and check the file yourself and give its path")
 
 
 def _cache_entry(url: str) -> tuple[str, str | None]:

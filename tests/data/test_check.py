@@ -5,15 +5,13 @@ import json
 import pytest
 from odd_images import pixels, write_rotated
 
-from data import DataError
+from data import DataConfig, DataError, Split
 from data.check import check_data, format_check
 
 
 def section(train, val=None, workers=0):
-    splits = {"train": train} | ({"val": val} if val else {})
-    return {"workers": workers} | {
-        name: {"images": str(images), "annotations": str(file)} for name, (images, file) in splits.items()
-    }
+    splits = [None if source is None else Split(*map(str, source)) for source in (train, val)]
+    return DataConfig(*splits, workers=workers)
 
 
 def change(file, edit):

@@ -15,11 +15,12 @@ from small_models import (
     small_detector,
     small_distiller,
     teacher_entry,
+    without_weights,
 )
 
 from kd import build_distiller
-from kd.config.load import load_config
-from models import ConfigError, build_detector, without_pretraining
+from kd.config import load_config
+from models import ConfigError, build_detector
 from models.checkpoints.convert import convert_checkpoint
 
 CROSSKD = {"type": "CrossKD", "reused_teacher_head_idx": 1}
@@ -27,7 +28,7 @@ CROSSKD = {"type": "CrossKD", "reused_teacher_head_idx": 1}
 
 def narrowed(path, classes):
     """A published teacher's `model` section at a width for tests; all that its format needs is kept."""
-    model = without_pretraining(load_config(ROOT / path)["model"])
+    model = without_weights(load_config(ROOT / path)["model"])
     return model | {"backbone": model["backbone"] | {"base_channels": 8}, "neck": model["neck"] | {"out_channels": 16},
                     "head": model["head"] | {"feat_channels": 16, "num_classes": classes}}
 
@@ -53,7 +54,7 @@ def to_detectron2(weights):
 
 
 @pytest.mark.parametrize("kind", ["mmdet", "torchvision", "detectron2"])
-def test_a_teacher_of_another_project(kind, tmp_path, capsys):
+def test_a_teacher_of_another_project(kind, tmp_path, reported):
     """Built from its published configuration, loaded from its own format, it teaches RetinaNet; 91 classes by a map."""
     path = {"mmdet": "configs/retinanet/retinanet_r50_1x.yaml", "torchvision": "configs/torchvision/retinanet_r50.yaml",
             "detectron2": "configs/detectron2/retinanet_r50_1x.yaml"}[kind]
@@ -68,14 +69,13 @@ def test_a_teacher_of_another_project(kind, tmp_path, capsys):
     else:
         torch.save(original.state_dict(), tmp_path / "ours.pth")
         convert_checkpoint(tmp_path / "ours.pth", kind, file)
-    capsys.readouterr()
     student = small_config("RetinaHead", head={"stacked_convs": 4, "anchor_generator": section["head"].get(
         "anchor_generator", {"type": "AnchorGenerator", "octave_base_scale": 4, "scales_per_octave": 3,
                              "ratios": [0.5, 1.0, 2.0], "strides": [8, 16, 32, 64, 128]})})
     model = build_distiller({"model": student, "distill": {
         "teacher": {"model": section, "checkpoint": str(file), "class_map": class_map},
         "methods": [{"type": "CrossKD"}, {"type": "FGD"}]}}).train()
-    assert f"loaded {kind}" in capsys.readouterr().out
+    assert f"loaded {kind}" in reported()
     loaded = model.teacher.state_dict()
     for name, value in original.state_dict().items():
         if "retina_cls" in name and class_map:
@@ -94,7 +94,9 @@ def test_a_class_map_picks_the_teachers_scores():
     expected = teacher.run(images, targets).outputs
     teacher.bbox_head.select_classes([5, 0, 3])
     found = teacher.run(images, targets).outputs
-    assert torch.equal(found.cls, expected.cls[..., [5, 0, 3]]) and torch.equal(found.box, expected.box)
+    # A convolution of another width may take another kernel, which adds in another order.
+    torch.testing.assert_close(found.cls, expected.cls[..., [5, 0, 3]], rtol=1e-12, atol=1e-12)
+    assert torch.equal(found.box, expected.box)
     labels = torch.cat([d["labels"] for d in teacher.eval().predict(images, targets)])
     assert len(labels) and labels.max() < 3
 
@@ -157,7 +159,7 @@ def test_an_fp16_teacher_loses_no_gradient_on_the_way_back():
 
 # --- the inheriting strategy ---
 
-def test_a_student_inherits_neck_and_head(capsys):
+def test_a_student_inherits_neck_and_head(reported):
     teacher = teacher_entry(backbone={"base_channels": 16})  # so the neck's lateral convolutions have another shape
     model = build_distiller({"model": small_config(), "distill": {
         "teacher": teacher, "methods": [{"type": "FGD"}], "init_student": True}})
@@ -167,7 +169,7 @@ def test_a_student_inherits_neck_and_head(capsys):
             assert torch.equal(value, given[name])
         elif name.startswith("neck.lateral_convs") and name.endswith("weight"):
             assert value.shape != given[name].shape
-    line = capsys.readouterr().out
+    line = reported()
     assert "left as they were" in line and "3 (neck.lateral_convs.0.conv.weight" in line
     assert model.student.bbox_head.gfl_cls.weight is not model.teacher.bbox_head.gfl_cls.weight
     assert model.student.bbox_head.gfl_cls.weight.requires_grad

@@ -160,7 +160,7 @@ def test_head_initialisation(head):
 def test_first_loss_is_small_for_the_prior():
     # With every score at 0.01 and no box, focal loss is about A * C * 0.75 * 0.01^2 * 0.01 per cell.
     model, (images, targets) = small_detector("RetinaHead").train(), make_batch(counts=(0, 0))
-    run = model.run(images, targets)
+    run = model.run(images, targets, assign=True)
     valid = model.bbox_head.assign(run.outputs, targets).label_weights.sum().item()
     expected = valid * CLASSES * 0.75 * 0.01 ** 2 * -math.log(0.99) / 2
     assert model.losses(run)["loss_cls"].item() == pytest.approx(expected, rel=0.2)
@@ -269,8 +269,7 @@ def test_run_from_a_cut_goes_on_as_the_head_itself_does(head):
 @every_head
 def test_comparing_where_no_anchor_counts_gives_zero(head):
     model, (images, targets) = enliven(small_detector(head)), make_batch()
-    run = model.run(images, targets)
-    model.losses(run)
+    run = model.run(images, targets, assign=True)
     own, other = (model.bbox_head.box_space(run.outputs, run.assignment.priors) for _ in range(2))
     nothing = torch.zeros_like(run.assignment.label_weights)
     loss = build(model.bbox_head.kd_defaults["loss_reg_kd"], LOSSES, "loss_reg_kd")
@@ -311,7 +310,7 @@ def test_decoded_boxes_can_be_compared_in_place_of_deltas():
     images, targets = make_batch()
     head = {"reg_decoded_bbox": True, "loss_bbox": {"type": "GIoULoss"}}
     model = small_detector("RetinaHead", head=head).train()
-    run = model.run(images, targets)
+    run = model.run(images, targets, assign=True)
     losses = model.losses(run)
     positive = run.assignment.positive > 0
     boxes = model.bbox_head.decode(run.outputs.box, run.assignment.priors)[positive]

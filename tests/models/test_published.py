@@ -6,10 +6,11 @@ import pytest
 import torch
 from golden_cases import load, under
 from runs import ROOT
+from small_models import without_weights
 
 from data import collate
-from kd.config.load import load_config
-from models import build_detector, without_pretraining
+from kd.config import load_config
+from models import build_detector
 from models.checkpoints.formats import parse_checkpoint
 from models.weights import load_weights
 
@@ -19,7 +20,7 @@ GIOU = {"loss_bbox": {"type": "GIoULoss", "eps": 1e-7}, "reg_decoded_bbox": True
 def detectron2_case(name: str, head: dict):
     """The golden case's detector with its weights loaded, its batch, and its arrays and meta."""
     arrays, meta = load(f"detectron2_retinanet_{name}")
-    cfg = without_pretraining(load_config(ROOT / "configs/detectron2/retinanet_r50_1x.yaml")["model"])
+    cfg = without_weights(load_config(ROOT / "configs/detectron2/retinanet_r50_1x.yaml")["model"])
     cfg = copy.deepcopy(cfg)
     cfg["backbone"]["base_channels"] = 8
     cfg["neck"]["out_channels"] = 32

@@ -101,7 +101,7 @@ OURS = {
 
 @pytest.mark.parametrize("format_name", OURS)
 @pytest.mark.parametrize("head", ["RetinaHead", "GFLHead"])
-def test_own_names(tmp_path, capsys, format_name, head):
+def test_own_names(tmp_path, reported, format_name, head):
     state = state_of(detector(head))
     path = write(tmp_path / "weights.pth", OURS[format_name](state))
     model = detector(head, seed=1)
@@ -110,7 +110,7 @@ def test_own_names(tmp_path, capsys, format_name, head):
     count = len(tensors(state))
     assert (report.format, report.matched, report.total) == (format_name, count, count)
     assert not (report.missing or report.unexpected or report.mismatched)
-    assert capsys.readouterr().out == f"loaded {format_name} checkpoint {path}: {count} of {count} tensors\n"
+    assert reported() == f"loaded {format_name} checkpoint {path}: {count} of {count} tensors\n"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -172,7 +172,7 @@ def test_part_that_is_not_there():
     load_weights(detector(), {"state_dict": only})  # nothing to choose
 
 
-def test_two_stage_proposal_head(capsys):
+def test_two_stage_proposal_head(reported):
     state = state_of(detector())
     renamed = {name.replace("bbox_head.", "rpn_head."): value for name, value in state.items()}
     renamed["roi_head.bbox_head.fc_cls.weight"] = torch.ones(1)
@@ -180,7 +180,7 @@ def test_two_stage_proposal_head(capsys):
     report = load_weights(model, {"meta": {}, "state_dict": renamed})
     assert_loaded(model, state)
     assert report.unexpected == ["roi_head.bbox_head.fc_cls.weight"]
-    assert "in the file only: 1 (roi_head.bbox_head.fc_cls.weight)" in capsys.readouterr().out
+    assert "in the file only: 1 (roi_head.bbox_head.fc_cls.weight)" in reported()
 
 
 def test_proposal_head_beside_a_box_head_stays():

@@ -14,7 +14,9 @@ import kd.inference.export
 from data import generate_scenes
 from data.sources.scenes import CLASSES
 from data.transforms import read_image, resize_image, resized_size
-from kd.evaluation.evaluate import detect, eval_loader, load_detector
+from kd.config import parse_config
+from kd.evaluation.evaluate import detect, eval_loader
+from kd.inference.detectors import load_with_data
 from kd.inference.export import Agreement, compare
 from models.postprocess import TestConfig as Settings
 
@@ -55,7 +57,8 @@ def example():
 def results(lively, head):
     """Evaluation's detections by image id: boxes, scores and labels, best first."""
     _, checkpoint, cfg = lively(head)
-    detector, dataset = load_detector(cfg, checkpoint, torch.device("cpu"))
+    cfg = parse_config(cfg)
+    detector, dataset = load_with_data(cfg, checkpoint, torch.device("cpu"))
     found = {}
     for image_id, rows in detect(detector, eval_loader(cfg, dataset), torch.device("cpu")):
         found[image_id] = [([x, y, x + w, y + h], score, int(label)) for x, y, w, h, score, label in rows]

@@ -13,8 +13,9 @@ from runs import config, run_script, write_checkpoint, write_config
 from data import DataError, generate_scenes
 from data.inputs.files import batches_of_one_size, find_files, make_sample
 from data.sources.scenes import CLASSES
-from kd.evaluation.evaluate import detect_views, load_detector
-from kd.inference.named import checkpoint_classes
+from kd.config import parse_config
+from kd.evaluation.evaluate import detect_views
+from kd.inference.detectors import checkpoint_classes, load_with_data
 
 CPU = torch.device("cpu")
 
@@ -59,8 +60,9 @@ def test_predictions_are_those_of_evaluation(lively, tmp_path, monkeypatch, caps
     code, _, results, listed = predict(monkeypatch, capsys, lively, tmp_path, "--score-thr", 0, "--batch-size",
                                        batch_size, *extra)
     assert code == 0 and [image["id"] for image in listed["images"]] == [1, 2, 3, 4, 5]
-    detector, dataset = load_detector(lively[3], lively[2], CPU)
     cfg = lively[3] | {"eval": {"tta": {"flip": True, "scales": [[96, 64], [160, 96]]}}} if tta else lively[3]
+    cfg = parse_config(cfg)
+    detector, dataset = load_with_data(cfg, lively[2], CPU)
     expected = [{"image_id": image_id, "bbox": row[:4], "score": row[4], "label": int(row[5])}
                 for image_id, rows in detect_views(detector, cfg, dataset, CPU) for row in rows]
     expected.sort(key=lambda result: result["image_id"])

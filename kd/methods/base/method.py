@@ -1,24 +1,44 @@
 """What a distillation method is."""
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from models import Detector, DetectorPass
+from models import Detector, DetectorPass, HeadOutputs
 
 from .features import FeaturePairs
 
 
-class Method(nn.Module):
-    """Base of the methods: a module whose forward turns a student's and a teacher's pass into losses.
+@dataclass
+class HeatMap:
+    """A map over an image, for a picture."""
 
-    A method is built as `Method(student, teacher, **arguments)` from the two detectors, to look at their shapes and to
-    refuse a pair that makes no sense; it must not keep them. Its own parameters are trained with the student and stay
-    out of the student's checkpoint. What it wants of the passes it says in these attributes:
+    caption: str
+    values: Tensor  # (H, W), covers the padded image
+
+
+@dataclass
+class BarChart:
+    """A row of bars, for a picture."""
+
+    caption: str
+    values: Tensor             # (C,)
+    line: float | None = None  # a value at which a line is drawn
+
+
+class Method(nn.Module):
+    """Base of the methods: a module whose forward computes losses from a student's and a teacher's pass.
+
+    A method is built as `Method(student, teacher, **arguments)` from the two detectors. It may read their shapes and
+    refuse a pair that makes no sense, but it must not keep them. Its own parameters are trained with the student and
+    stay out of the student's checkpoint. These attributes say what it needs from the passes:
     """
 
     student_cuts: tuple[int, ...] = ()     # tower layers whose features the student's pass keeps
     teacher_cuts: tuple[int, ...] = ()
-    student_modules: tuple[str, ...] = ()  # modules whose outputs the student's pass keeps, by name
+    student_modules: tuple[str, ...] = ()  # names of modules whose outputs the student's pass keeps
     teacher_modules: tuple[str, ...] = ()
-    teacher_head: bool = False             # whether the teacher's own predictions are needed
+    teacher_head: bool = False             # whether it needs the teacher's own predictions
+    crosses_heads: bool = False            # whether it has `cross_head`
     pairs: FeaturePairs                    # of methods that compare maps, see `pair_features`
 
     def pair_features(self, student: Detector, teacher: Detector, *choice: object) -> None:
@@ -31,7 +51,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def weights(self) -> dict[str, float]:
-        """The weights that its losses carry already, by name: by default each part's `loss_weight`."""
+        """The weights that its losses already have, by name: by default the `loss_weight` of each part."""
         return {name or "loss_weight": module.loss_weight for name, module in self.named_modules()
                 if hasattr(module, "loss_weight")}
 
@@ -45,6 +65,19 @@ class Method(nn.Module):
                     link("boxes", student.outputs.box, "boxes", teacher.outputs.box)]
         return [link(f"neck output {i}", own, f"neck output {i}", other)
                 for i, (own, other) in enumerate(zip(student.features, teacher.features))]
+
+    def cross_head(self, student: DetectorPass, teacher: DetectorPass) -> HeadOutputs:
+        """Predictions of the teacher's head from the student's features, where `crosses_heads`."""
+        raise NotImplementedError
+
+    def charts(self, student: DetectorPass, teacher: DetectorPass, trained: bool
+               ) -> dict[str, list[list[HeatMap | BarChart]]]:
+        """Pictures of what the method does on the first image of a batch, by name: columns of charts.
+
+        Args:
+            trained: whether the method has the weights from its training.
+        """
+        return {}
 
 
 def link(name: str, own: Tensor, teacher_name: str, other: Tensor) -> str:

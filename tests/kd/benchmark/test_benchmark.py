@@ -19,7 +19,8 @@ from kd.benchmark.steps import (
     set_typical_threshold,
     training_step,
 )
-from kd.evaluation.evaluate import coco_figures
+from kd.config import parse_config
+from kd.evaluation.coco import coco_figures
 
 CPU = torch.device("cpu")
 WORK = Workload(size=(64, 90), batch=2, boxes=3, rounds=2, warmup=1, profiled=1, input_images=2, eval_images=3)
@@ -125,11 +126,11 @@ def test_the_script(report, tmp_path, monkeypatch, capsys):
 
 
 def test_a_configuration_is_freed_of_downloads():
-    cfg = prepare(distilled(), Workload((64, 64), 1, classes=7, amp="bf16"))
+    cfg = prepare(parse_config(distilled()), Workload((64, 64), 1, classes=7, amp="bf16"))
     assert "weights" not in cfg["model"]["backbone"] and cfg["model"]["head"]["num_classes"] == 7
     assert [teacher["checkpoint"] for teacher in cfg["distill"]["teacher"]] == [None]
     assert cfg["train"]["amp"] == "bf16" and cfg["train"]["grad_clip"] == 35
-    assert prepare(distilled(), WORK)["train"].get("amp") is None
+    assert prepare(parse_config(distilled()), WORK)["train"].get("amp") is None
 
 
 def test_a_batch_is_what_the_loader_gives():
@@ -146,7 +147,7 @@ def test_a_batch_is_what_the_loader_gives():
 
 def test_a_step_trains_the_student_and_what_its_methods_learn():
     torch.manual_seed(0)
-    subject = build_subject(prepare(distilled(), WORK), CPU, WORK)
+    subject = build_subject(prepare(parse_config(distilled()), WORK), CPU, WORK)
     before = {name: value.clone() for name, value in subject.model.named_parameters()}
     teacher = [value.clone() for value in subject.model.teacher.parameters()]
     training_step(subject, *make_batch(WORK, CPU, 80))()
@@ -161,7 +162,7 @@ def test_a_step_trains_the_student_and_what_its_methods_learn():
 
 def test_a_random_detector_gets_a_trained_ones_number_of_candidates():
     torch.manual_seed(0)
-    subject = build_subject(prepare(config(Path("nowhere")), WORK), CPU, WORK)
+    subject = build_subject(prepare(parse_config(config(Path("nowhere"))), WORK), CPU, WORK)
     batch = make_batch(WORK, CPU, 80)
     subject.model.eval()
     assert not len(predict_call(subject, *batch)()[0]["boxes"])

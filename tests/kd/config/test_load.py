@@ -1,7 +1,9 @@
 """Configurations: inheritance, overrides, YAML 1.2, and errors that name the key and the file."""
 import pytest
+from runs import ROOT
 
-from kd.config.load import load_config
+from kd import build_distiller
+from kd.config import load_config, parse_config
 from models import ConfigError
 
 MODEL = """
@@ -105,3 +107,36 @@ def test_yaml_cannot_build_objects(write, tmp_path):
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(write("a.yaml", f"model: !!python/object/apply:os.system ['touch {marker}']\n"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("override, key, part", [
+    ("data.batchsize=2", "data.batchsize", 'unknown key; did you mean "batch_size"'),
+    ("data.train.folder=x", "data.train.folder", "unknown key"),
+    ("data.train={images: x}", "data.train.annotations", "missing"),
+])
+def test_bad_data_sections(override, key, part):
+    with pytest.raises(ConfigError) as error:
+        load_config(ROOT / "configs/bccd/student_gfl_r18w16.yaml", [override])
+    assert error.value.key == key and part in str(error.value)
+
+
+def test_sections_are_typed_and_the_mapping_stays_as_it_was_written():
+    cfg = load_config(ROOT / "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml", ["data.scale=[96, 64]"])
+    assert cfg.train.epochs == 15 and cfg.data.scale == (96, 64) and cfg.eval.tta.flip is False
+    assert [teacher.cfg for teacher in cfg.teachers] == ["configs/bccd/teacher_gfl_r18w32.yaml"]
+    assert cfg["data"]["scale"] == [96, 64] and "tta" not in cfg.get("eval", {}) and cfg.get("nothing") is None
+    counted = cfg.with_num_classes(3)
+    assert counted.model.head["num_classes"] == counted["model"]["head"]["num_classes"] == 3
+    assert "num_classes" not in cfg.model.head and "num_classes" not in cfg["model"]["head"]
+    assert counted.with_num_classes(5) == counted
+
+
+def test_a_mapping_that_was_changed_is_read_again():
+    """As tools do that take a published configuration and make its teacher untrained."""
+    cfg = load_config(ROOT / "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml")
+    cfg["model"]["head"]["num_classes"] = 3
+    cfg["distill"]["teacher"]["checkpoint"] = None
+    cfg["train"] = {"epochs": 2}
+    assert parse_config(cfg).train.epochs == 2
+    distiller = build_distiller(cfg)
+    assert distiller.student.bbox_head.num_classes == distiller.teacher.bbox_head.num_classes == 3

@@ -59,5 +59,6 @@ def test_without_tensorboard(scenes, tmp_path, monkeypatch, capsys):
     assert run_script(monkeypatch, "train.py", "--cfg", write(tmp_path, scenes), "--work-dir", tmp_path / "run",
                       "train.tensorboard=true") == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error == ["error: train.tensorboard: needs TensorBoard: pip install 'densekd[viz]'"]
+    assert error == ["error: train.tensorboard needs tensorboard, which is not installed: pip install 'densekd[viz]', "
+                     "or pip install tensorboard"]
     assert not (tmp_path / "run").exists()

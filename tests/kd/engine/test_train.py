@@ -11,13 +11,15 @@ from processes import context
 from runs import config, config_with, model, script, write_checkpoint, write_config
 
 from data import generate_scenes
+from kd.config import parse_config
 from kd.engine import train as engine
 from kd.engine.replay import replay, save_replay
 from kd.engine.run import build_run
-from kd.evaluation.evaluate import FIGURES, evaluate_checkpoint
+from kd.evaluation.coco import FIGURES
+from kd.evaluation.evaluate import evaluate_checkpoint
+from kd.exceptions import TrainingError
 from kd.processes import distributed
 from kd.work_dir.checkpoint import read_checkpoint, read_plain
-from kd.work_dir.log import TrainingError
 
 CPU = torch.device("cpu")
 
@@ -50,14 +52,14 @@ def steps_in(work_dir):
 
 def test_accumulated_gradients_are_the_mean_of_the_batches(scenes, tmp_path):
     cfg = config_with(config(scenes), train={"accumulate": 2, "grad_clip": None}, optimizer={"lr": 0.0})
-    run = build_run(cfg, tmp_path, CPU)
+    run = build_run(parse_config(cfg), tmp_path, CPU)
     groups = list(engine.in_runs(run.train_loader, 2))
     assert [len(group) for group in groups] == [2, 2] == [2] * run.steps_per_epoch
     groups[1] = groups[1][:1]  # as the last one of an epoch may be
     run.model.train()
 
     def gradients(batch):
-        images, targets = engine.to_device(*batch, run)
+        images, targets = engine.to_device(*batch, run.student, CPU)
         run.optimizer.zero_grad()
         sum(run.model(images, targets).values()).backward()
         return {name: p.grad.clone() for name, p in run.model.named_parameters()}
@@ -114,7 +116,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated(scenes, tmp_path, monke
         if value.is_floating_point():
             torch.testing.assert_close(state["model"][name], average[name], rtol=1e-5, atol=1e-7)
     assert not torch.equal(state["model"]["bbox_head.gfl_cls.weight"], state["training"]["bbox_head.gfl_cls.weight"])
-    assert evaluate_checkpoint(cfg, str(tmp_path / "last.pth"), CPU) == figures
+    assert evaluate_checkpoint(parse_config(cfg), str(tmp_path / "last.pth"), CPU) == figures
 
 
 @pytest.mark.parametrize("amp, factor", [("fp16", 1e6), ("bf16", 1e6), ("bf16", 1e38)])
@@ -126,10 +128,10 @@ def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
                       train={"amp": amp, "check_images": 0})
     original, steps = engine.to_device, []
 
-    def scaled(images, targets, run):
-        images, targets = original(images, targets, run)
-        steps.append(run.step)
-        return images * (factor if run.step in (3, 4) else 1), targets
+    def scaled(images, targets, *where):
+        images, targets = original(images, targets, *where)
+        steps.append(len(steps))
+        return images * (factor if steps[-1] in (3, 4) else 1), targets
 
     monkeypatch.setattr(engine, "to_device", scaled)
     if factor == 1e38:
@@ -151,7 +153,7 @@ def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
     """MGD's masks differ from process to process."""
     teacher = {"model": model(), "checkpoint": str(write_checkpoint(tmp_path / "teacher.pth", {"model": model()}))}
     cfg = config(scenes, distill={"teacher": teacher, "methods": [{"type": "MGD", "alpha_mgd": 1.0}]})
-    run = build_run(cfg, tmp_path, CPU)
+    run = build_run(parse_config(cfg), tmp_path, CPU)
     run.model.train()
     batch = next(iter(run.train_loader))
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -164,13 +166,13 @@ def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
 @pytest.mark.parametrize("clip", [None, 35])
 def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_checkpoint(scenes, tmp_path, monkeypatch, clip):
     """At the last step of an epoch, from a loss that is finite."""
-    original = engine.to_device
+    original, steps = engine.to_device, []
 
-    def spoil(images, targets, run):
-        if run.step == 3:
-            bias = run.student.bbox_head.gfl_reg.bias
-            bias.register_hook(lambda grad: grad * float("nan"))
-        return original(images, targets, run)
+    def spoil(images, targets, student, device):
+        if len(steps) == 3:
+            student.bbox_head.gfl_reg.bias.register_hook(lambda grad: grad * float("nan"))
+        steps.append(len(steps))
+        return original(images, targets, student, device)
 
     monkeypatch.setattr(engine, "to_device", spoil)
     with pytest.raises(TrainingError, match="the gradient, or a loss of another process, is not finite at step 4"):

@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import CocoDataset
-from kd.evaluation.evaluate import FIGURES, coco_api, coco_figures, detect, format_figures
+from kd.evaluation.coco import FIGURES, coco_api, coco_figures, format_figures
+from kd.evaluation.evaluate import detect
 from models import Preprocess
 
 EVALUATORS = ["pycocotools", pytest.param("faster_coco_eval", marks=pytest.mark.skipif(

@@ -6,7 +6,7 @@ import pytest
 
 from data import CocoDataset
 from kd.evaluation.analyze import analyze_evaluation, format_tables
-from kd.evaluation.evaluate import coco_evaluation, read_figures
+from kd.evaluation.coco import coco_evaluation, read_figures
 from kd.evaluation.tide import (
     BOTH,
     BOX,

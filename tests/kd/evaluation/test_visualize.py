@@ -104,7 +104,7 @@ def test_views(head):
     image = images[0, :, :64, :96].clamp(0, 1).mul(255).to(torch.uint8)
     distiller.float()
     with torch.no_grad():
-        views = views_of(distiller, *run_all(distiller, image, targets[0], torch.device("cpu")), trained=True)
+        views = views_of(run_all(distiller, image, targets[0], torch.device("cpu")), trained=True)
     assert [view.title for view in views] == ["teacher", "student", "student's features, teacher's head"]
     for view in views:
         view.test = replace(view.test, min_bbox_size=-1)  # boxes of random weights may lie outside the image

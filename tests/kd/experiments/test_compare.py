@@ -9,7 +9,7 @@ from run_folders import TEACHER, run_config, write_run
 from runs import ROOT, run_script
 
 from data import DataError
-from kd.evaluation.summary import count_flops, count_parameters
+from kd.evaluation.cost import count_flops, count_parameters
 from kd.experiments.compare import compare, cost, paired_interval, t_quantile
 from kd.work_dir.records import group_runs, read_runs
 from models import build_detector

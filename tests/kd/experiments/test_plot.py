@@ -115,4 +115,5 @@ def test_without_matplotlib(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run_script(monkeypatch, "plot.py", *study, "--out", tmp_path / "plots") == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error == ["error: plots need matplotlib: pip install 'densekd[viz]'"] and not (tmp_path / "plots").exists()
+    assert error == ["error: a plot needs matplotlib, which is not installed: pip install 'densekd[viz]', "
+                     "or pip install matplotlib"] and not (tmp_path / "plots").exists()

@@ -10,12 +10,10 @@ import pytest
 from runs import config, run_script, write_config
 
 from data import generate_scenes
+from kd.exceptions import Stopped, TrainingError, WorkDirError
 from kd.experiments import sweep
 from kd.experiments.sweep import plan, run_jobs
-from kd.processes.signals import Stopped
 from kd.work_dir.checkpoint import save_checkpoint
-from kd.work_dir.lock import WorkDirError
-from kd.work_dir.log import TrainingError
 from models import ConfigError
 
 # Does what train.py leaves behind; what it finds beside itself makes it fail, or wait for another run or a signal.
@@ -61,7 +59,7 @@ def study(tmp_path, monkeypatch):
 def plan_all(study, *overrides, seeds=(0, 1), teacher=True):
     jobs = plan([study / "student.yaml", study / "fgd.yaml"], seeds, study / "work", overrides,
                 study / "teacher.yaml" if teacher else None)
-    recorded = {str(job.work_dir): copy.deepcopy(job.config) for job in jobs}
+    recorded = {str(job.work_dir): copy.deepcopy(job.config.mapping) for job in jobs}
     for job in jobs:
         recorded[str(job.work_dir)]["train"]["seed"] = job.seed or 0
         recorded[str(job.work_dir)]["model"]["head"]["num_classes"] = 6  # as train.py takes it from the annotations

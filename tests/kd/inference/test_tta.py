@@ -9,9 +9,10 @@ from torchvision.io import decode_image, write_png
 
 from data import CocoDataset, generate_scenes
 from data.transforms import flip_boxes
-from kd.config.sections import TTAConfig
+from kd.config import EvalConfig, TTAConfig, parse_config
 from kd.evaluation import evaluate
-from kd.evaluation.evaluate import eval_loader, load_detector
+from kd.evaluation.evaluate import eval_loader
+from kd.inference.detectors import load_with_data
 from kd.inference.tta import merge, merge_results
 from models import ConfigError
 from models.postprocess import TestConfig as Settings
@@ -40,7 +41,8 @@ def detector_and_data(scenes, tmp_path, split="val", **tta):
     cfg["data"] |= {"scale": [96, 64], "val": {"images": str(scenes / split),
                                               "annotations": str(scenes / "annotations" / f"{split}.json")}}
     checkpoint = write_checkpoint(tmp_path / "model.pth", cfg)
-    return *load_detector(cfg, checkpoint, CPU), cfg
+    cfg = parse_config(cfg)
+    return *load_with_data(cfg, checkpoint, CPU), cfg
 
 
 def records(results):
@@ -68,9 +70,9 @@ def test_without_flips_and_scales_it_is_plain_detection(scenes, tmp_path):
     detector, dataset, cfg = detector_and_data(scenes, tmp_path)
     plain = detect(detector, eval_loader(cfg, dataset), CPU)
     assert len(plain) > 20 and detect_views(detector, cfg, dataset, CPU) == plain
-    cfg["eval"]["tta"] = {"flip": False, "scales": [[64, 96]]}
+    cfg.eval.tta = TTAConfig(flip=False, scales=[(64, 96)])
     assert detect_views(detector, cfg, dataset, CPU) == plain
-    cfg["eval"] = {}
+    cfg.eval = EvalConfig()
     assert detect_views(detector, cfg, dataset, CPU) == plain
 
 
@@ -136,7 +138,7 @@ def test_boxes_are_mirrored_within_the_image():
 
 def test_eval_script_takes_it_from_the_configuration(scenes, tmp_path, monkeypatch, capsys):
     _, _, cfg = detector_and_data(scenes, tmp_path)
-    path = write_config(tmp_path / "cfg.yaml", cfg)
+    path = write_config(tmp_path / "cfg.yaml", cfg.mapping)
     figures = []
     for overrides in ([], ["eval.tta.flip=true", "eval.tta.scales=[[96, 64], [144, 96]]"]):
         assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / "model.pth", "--device",
@@ -149,7 +151,6 @@ def test_eval_script_takes_it_from_the_configuration(scenes, tmp_path, monkeypat
 
 
 def test_scales_must_have_two_edges():
-    from kd.config.sections import EvalConfig
     from models.build import check_arguments
     check_arguments(EvalConfig, {"tta": {"scales": [[96, 64]]}}, "eval")
     with pytest.raises(ConfigError, match="eval.tta.scales.0: must have 2 entries, not 1"):

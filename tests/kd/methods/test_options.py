@@ -89,16 +89,15 @@ def test_shares_and_gradient_norms(monkeypatch):
     model = small_distiller(CROSSKD, {**FGD, "weight": 2.0}, student=three | {"head": strides},
                             teacher=teacher_entry(head_=strides, **three))
     batch = make_batch()
-    model.keep_features = True
-    losses = model.loss(*batch)
+    losses, student = model.loss_and_pass(*batch)
     shares, total = model.shares(losses), sum(losses.values())
     torch.testing.assert_close(shares["share/CrossKD0"], (losses["loss_cls_kd"] + losses["loss_reg_kd"]) / total)
     torch.testing.assert_close(shares["share/FGD1"], losses["loss_fgd"] / total)
-    norms = model.gradient_norms(losses, scale=1024.0)
+    norms = model.gradient_norms(losses, student.features, scale=1024.0)
     expected = {"student": ["loss_cls", "loss_bbox", "loss_dfl"], "CrossKD0": ["loss_cls_kd", "loss_reg_kd"],
                 "FGD1": ["loss_fgd"]}
     assert norms.keys() == expected.keys()
-    features = [f.detach().requires_grad_() for f in model.features]
+    features = [f.detach().requires_grad_() for f in student.features]
     monkeypatch.setattr(model.student, "extract_features", lambda images: features)
     for name, keys in expected.items():
         again = model.loss(*batch)

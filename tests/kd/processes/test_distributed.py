@@ -9,14 +9,15 @@ from runs import config, config_with, model
 from small_models import make_batch, small_detector, small_distiller, teacher_entry
 
 from data import generate_scenes
+from kd.config import parse_config
 from kd.engine import train as engine
 from kd.engine.run import build_run
 from kd.engine.skipped import SkippedImages
 from kd.engine.train import train
+from kd.exceptions import TrainingError
 from kd.processes import distributed
 from kd.processes.sharding import shard
 from kd.work_dir.checkpoint import read_checkpoint, read_plain
-from kd.work_dir.log import TrainingError
 from losses import channel_statistics, mean_over_processes
 from models import ConfigError, Preprocess
 
@@ -68,9 +69,9 @@ def statistics():
     (share(x) / (std + 1) * weight - mean.square()).square().sum().backward()
     rows = torch.arange(14.0, dtype=torch.float64).view(7, 2)
     rank, few = distributed.rank(), torch.tensor(0.25)
-    skipped, log = SkippedImages(), mock.Mock()
-    skipped.note([{"skipped": [f"image {rank} does not exist", "image 9 is empty"]}], log)
-    skipped.report(0, log)
+    skipped = SkippedImages(mock.Mock())
+    skipped.note([{"skipped": [f"image {rank} does not exist", "image 9 is empty"]}])
+    skipped.report(0)
     return {"skipped": sorted(skipped.lines), "std": std.detach(), "mean": mean.detach(), "gradient": x.grad,
             "rows": distributed.gather_rows(share(rows) if rank else rows[:0]),
             "means": [float(mean_over_processes(torch.tensor(float(rank)))), float(mean_over_processes(few, least=2))],
@@ -257,10 +258,10 @@ def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
     """And where there are several: one process has nothing to synchronise with."""
     scenes = generate_scenes(tmp_path, train=2, val=1, size=(64, 64))
     cfg = config_with(config(scenes), train={"sync_bn": True})
-    build_run(cfg, tmp_path, CPU)
+    build_run(parse_config(cfg), tmp_path, CPU)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="train.sync_bn: PyTorch synchronises batch norms on CUDA only"):
-        build_run(cfg, tmp_path, CPU)
+        build_run(parse_config(cfg), tmp_path, CPU)
 
 
 def test_norms_that_never_learn_are_not_synchronised():
@@ -276,11 +277,12 @@ def test_norms_that_never_learn_are_not_synchronised():
 
 def broken_on_one(cfg, work_dir):
     """What each process says of a batch that is not finite on the last one."""
-    original = engine.to_device
+    original, steps = engine.to_device, []
 
-    def spoil(images, targets, run):
-        images, targets = original(images, targets, run)
-        spoilt = run.step == 2 and distributed.rank() == distributed.world_size() - 1
+    def spoil(images, targets, *where):
+        images, targets = original(images, targets, *where)
+        steps.append(len(steps))
+        spoilt = steps[-1] == 2 and distributed.rank() == distributed.world_size() - 1
         return images * float("inf") if spoilt else images, targets
 
     with mock.patch.object(engine, "to_device", spoil), pytest.raises(TrainingError) as caught:

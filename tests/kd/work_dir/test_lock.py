@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from kd.exceptions import WorkDirError
 from kd.work_dir import lock
-from kd.work_dir.lock import WorkDirError, open_work_dir
+from kd.work_dir.lock import open_work_dir
 
 # The module alone, without torch; the child is as a loader's worker, which may outlive the run.
 HOLD = """
-import os, pathlib, runpy, sys, time
-lock = runpy.run_path(sys.argv[1])["open_work_dir"](pathlib.Path(sys.argv[2]))
+import os, pathlib, sys, time, types
+room = pathlib.Path(sys.argv[1]).parent
+for name, folder in (("kd", room.parent), ("kd.work_dir", room)):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(folder)]
+from kd.work_dir.lock import open_work_dir
+lock = open_work_dir(pathlib.Path(sys.argv[2]))
 if not os.fork():
     os.write(1, b"%d" % os.getpid())
 time.sleep(60)

@@ -7,7 +7,7 @@ import torchvision
 from small_models import make_batch, small_config
 from torch import nn
 
-from models import ConfigError, build_detector, without_pretraining
+from models import ConfigError, build_detector
 from models.backbones.torchvision import TorchvisionBackbone
 from models.checkpoints import sources as checkpoint_sources
 from models.checkpoints.formats import parse_checkpoint
@@ -156,7 +156,7 @@ def detector_config(**backbone):
 def test_in_a_detector():
     cfg = detector_config(frozen=["features.0"], weights="torchvision://mobilenet_v3_small")
     torch.manual_seed(0)
-    detector = build_detector(without_pretraining(cfg)).double().train()
+    detector = build_detector(cfg, pretrained=False).double().train()
     assert detector.neck.in_channels == [16, 24, 48, 96]  # start_level 1 leaves the first out
     batch = make_batch(sizes=((96, 160), (70, 110)))
     losses = detector.loss(*batch)
@@ -165,7 +165,7 @@ def test_in_a_detector():
         if not name.startswith("backbone.features.0."):
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     torch.manual_seed(1)
-    other = build_detector(without_pretraining(cfg)).double().train()
+    other = build_detector(cfg, pretrained=False).double().train()
     report = load_weights(other, {"format": "densekd", "model": detector.state_dict()})
     assert report.format == "densekd" and report.matched == report.total and not report.unexpected
     again = other.loss(*batch)
@@ -187,17 +187,17 @@ def test_configuration_errors_name_their_key(args, key):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_a_classifier(tmp_path, capsys):
+def test_weights_of_a_classifier(tmp_path, reported):
     torch.manual_seed(0)
     source = torchvision.models.mobilenet_v3_small()
     torch.save(source.state_dict(), tmp_path / "w.pth")
     model = TorchvisionBackbone("mobilenet_v3_small", MOBILENET, weights=str(tmp_path / "w.pth"), out_norm=True)
     for name, value in model.state_dict().items():
         assert name.startswith("norm") or torch.equal(value, source.state_dict()[name]), name
-    printed = capsys.readouterr().out
+    printed = reported()
     assert "left as they were: 8 (norm0.weight" in printed and "in the file only" in printed
     assert "classifier" in str(load_weights(model, source.state_dict(), allow_missing="norm*").unexpected)
-    detector = build_detector(without_pretraining(detector_config()))
+    detector = build_detector(detector_config(), pretrained=False)
     load_weights(detector, source.state_dict(), allow_missing=["neck.*", "bbox_head.*"])
     assert torch.equal(detector.backbone.features.get_submodule("0.0").weight, source.features[0][0].weight)
 

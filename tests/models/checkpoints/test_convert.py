@@ -13,7 +13,7 @@ from models import build_detector
 from models.checkpoints.convert import convert_checkpoint, to_mmdet, to_torchvision
 from models.weights import CheckpointError, load_weights
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = str(ROOT / "scripts" / "convert.py")
 
 

@@ -9,7 +9,7 @@ import torch
 from models import build_detector
 from models.weights import load_weights
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 CHECKPOINTS = GOLDEN / "checkpoints"
 pytestmark = pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="../shared/golden/checkpoints is not here")
 

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import generate_scenes
 from kd import build_distiller
-from kd.config.load import load_config
-from kd.evaluation.summary import (
+from kd.config import load_config
+from kd.evaluation.cost import (
     PARTS,
     brief,
     count_flops,

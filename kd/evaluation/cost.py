@@ -1,20 +1,20 @@
 """What a detector costs: parameters, operations and memory, from tensors without content, which takes no time."""
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.tables import text_table
 from data.transforms import padded_size
-from models import ConfigError, Detector, HeadOutputs, build_detector, without_pretraining
+from models import ConfigError, Detector, HeadOutputs, build_detector
 
 from ..build import build_teacher
-from ..config.sections import teacher_entries
-from ..inference.named import annotated_classes
+from ..config import Config
+from ..inference.detectors import annotated_classes
 
 SHOWN = 1000  # modules of fewer parameters and operations are left out
 PARTS = ("backbone", "neck", "bbox_head")
@@ -206,52 +206,50 @@ def mebibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2 ** 20:.1f} MiB"
 
 
-def models_of(cfg: dict) -> dict[str, Detector]:
+def models_of(cfg: Config) -> dict[str, Detector]:
     """The student (or, without `distill`, the detector) and the teachers of a configuration, by title, untrained.
 
     Raises:
         ConfigError: the class count is not known.
     """
-    model = cfg["model"]
-    if model["head"].get("num_classes") is None:
+    if cfg.model.head.get("num_classes") is None:
         classes = annotated_classes(cfg)
         if classes is None:
             raise ConfigError("model.head.num_classes", "not known: there are no annotations of data.val to count "
                                                         "classes in; give model.head.num_classes=80, say")
-        model = model | {"head": model["head"] | {"num_classes": len(classes.names)}}
-    student = build_detector(without_pretraining(model))
-    if not cfg.get("distill"):
-        return {"detector": student}
-    found, entries = {"student": student}, teacher_entries(cfg)
-    for i, entry in enumerate(entries):
-        teacher = build_teacher(entry | {"checkpoint": None}, student.bbox_head.num_classes)
-        found[f"teacher {i}" if len(entries) > 1 else "teacher"] = teacher.requires_grad_(False)
+        cfg = cfg.with_num_classes(len(classes.names))
+    student = build_detector(cfg.model, pretrained=False)
+    found = {"student" if cfg.distill else "detector": student}
+    for i, entry in enumerate(cfg.teachers):
+        teacher = build_teacher(replace(entry, checkpoint=None), student.bbox_head.num_classes)
+        found[f"teacher {i}" if len(cfg.teachers) > 1 else "teacher"] = teacher.requires_grad_(False)
     return found
 
 
 def format_summaries(summaries: dict[str, Summary]) -> str:
     """Detectors beside each other, by title: costs by module, memory, and levels."""
     h, w = next(iter(summaries.values())).size
-    rows = [(f"on one image of {h} x {w}", *(cell for title in summaries for cell in (title, ""))),
-            ("", *("M parameters", "GFLOPs") * len(summaries))]
+    header = [f"on one image of {h} x {w}"]
+    for title in summaries:
+        header += [f"{title}: M parameters", "GFLOPs"]
 
-    def row(name: str, key: str) -> tuple[str, ...]:
-        cells = [(f"{s.parameters[key] / 1e6:.3f}", f"{s.flops[key] / 1e9:.3f}") if key in s.parameters else ("", "")
-                 for s in summaries.values()]
-        return name, *(cell for pair in cells for cell in pair)
+    def row(name: str, *pairs: tuple[str, str]) -> list[str]:
+        return [name, *(cell for pair in pairs for cell in pair)]
 
+    def costs(key: str) -> list[tuple[str, str]]:
+        return [(f"{s.parameters[key] / 1e6:.3f}", f"{s.flops[key] / 1e9:.3f}") if key in s.parameters else ("", "")
+                for s in summaries.values()]
+
+    rows = []
     for part in PARTS:
         names = list(dict.fromkeys(name for s in summaries.values() for name in s.children.get(part, ())))
         if names:
-            rows += [row(part, part), *(row(f"  {name}", f"{part}.{name}") for name in names)]
-    rows.append(("all", *(cell for s in summaries.values()
-                          for cell in (f"{s.total_parameters / 1e6:.3f}", f"{s.total_flops / 1e9:.3f}"))))
-    rows.append(("weights", *(cell for s in summaries.values() for cell in (mebibytes(s.weight_bytes), ""))))
-    rows.append(("activations", *(cell for s in summaries.values()
-                                  for cell in (mebibytes(s.activation_bytes), ""))))
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    lines = ["  ".join([f"{cells[0]:<{widths[0]}}", *(f"{c:>{n}}" for c, n in zip(cells[1:], widths[1:]))]).rstrip()
-             for cells in rows]
+            rows += [row(part, *costs(part)), *(row(f"  {name}", *costs(f"{part}.{name}")) for name in names)]
+    rows += [row("all", *((f"{s.total_parameters / 1e6:.3f}", f"{s.total_flops / 1e9:.3f}")
+                          for s in summaries.values())),
+             row("weights", *((mebibytes(s.weight_bytes), "") for s in summaries.values())),
+             row("activations", *((mebibytes(s.activation_bytes), "") for s in summaries.values()))]
+    lines = [text_table(header, rows)]
     of_levels: dict[tuple[str, ...], list[str]] = {}
     for title, summary in summaries.items():
         table = tuple(f"  stride {level.stride:<4} map {level.size[0]:>3} x {level.size[1]:<4} {level.anchors}"

@@ -1,0 +1,124 @@
+"""What the scripts share: common arguments, and errors as one line and an exit code."""
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data import DataError
+from data.extras import MissingExtra
+from data.output import OutputError
+from data.sources.download import DownloadError
+from models import ConfigError
+from models.weights import CheckpointError
+
+from .exceptions import ExportError, Incomplete, Stopped, TrainingError, UsageError, WorkDirError
+from .processes.distributed import rank, stop_processes
+from .work_dir.log import TqdmHandler
+
+BAD_INPUT = (ConfigError, DataError, CheckpointError, UsageError, MissingExtra, WorkDirError)
+FAILURES = (TrainingError, ExportError, DownloadError, Incomplete)
+# What the operating system says about a path that was given and cannot be used.
+BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+# Arguments that several scripts have.
+SHARED = {
+    "--cfg": {"required": True, "metavar": "FILE", "help": "configuration, see configs/"},
+    "--checkpoint": {"required": True, "metavar": "PATH", "help": "file or URL of the weights, in any format"},
+    "--part": {"choices": ("student", "teacher"), "help": "which model of an FGD checkpoint"},
+    "--classes": {"nargs": "+", "metavar": "NAME",
+                  "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
+    "--score-thr": {"type": float, "default": 0.3, "metavar": "SCORE",
+                    "help": "detections with a lower score are left out; default: 0.3"},
+    "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, if no run has it"},
+    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
+    "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
+
+
+def parser(description: str, example: str, *shared: str, **changes: dict) -> argparse.ArgumentParser:
+    """An argument parser whose help ends with an example.
+
+    Args:
+        shared: names of arguments from `SHARED`.
+        changes: by the argument's name in Python, what differs from `SHARED` here.
+    """
+    result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in shared:
+        result.add_argument(name, **SHARED[name] | changes.get(name.strip("-").replace("-", "_"), {}))
+    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return result
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def fraction(points: float | None) -> float | None:
+    """An AP in points, as people give it, as the fraction that the code works with."""
+    return None if points is None else points / 100
+
+
+def say(text: str) -> None:
+    """Print; of several processes only the first one prints."""
+    if rank() == 0:
+        print(text)
+
+
+def wrote(*paths: Path) -> None:
+    """Say what was written, see `say`."""
+    say(f"wrote {' and '.join(map(str, paths))}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n by signal n.
+
+    A known error ends in one line, an unknown one in its traceback, which --debug shows for all. An error from the
+    operating system is known if it names the path.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a class's name is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("densekd")  # the libraries' reports, as of loaded weights
+    log.handlers, log.propagate = [TqdmHandler()], False
+    log.setLevel(logging.INFO)
+    code = 0
+    try:
+        main()
+    except (*BAD_INPUT, *FAILURES, Stopped, torch.OutOfMemoryError, OSError, KeyboardInterrupt) as error:
+        code, message = explain(error)
+        if not code:
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(message, file=sys.stderr)
+    stop_processes()
+    sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error and a line about it; 0 if it is not known."""
+    if isinstance(error, Stopped):
+        return 128 + error.signum, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size (train.accumulate makes "
+                   "up for it) or data.scale, or set train.amp=bf16")
+    if isinstance(error, BAD_INPUT):
+        return 2, f"error: {error}"
+    if isinstance(error, FAILURES):
+        return 1, f"error: {error}"
+    cause = error.__cause__ if isinstance(error, OutputError) else error
+    if isinstance(error, OutputError) or error.filename is not None:
+        return 2 if isinstance(cause, BAD_PATHS) else 1, f"error: {error}"
+    return 0, ""

@@ -1,0 +1,51 @@
+"""What a training step computes before its backward pass; training, --check, --replay and the benchmark share it."""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from losses import total_loss
+from models import Detector, DetectorPass
+
+from ..inference.precision import autocast
+
+
+class StepLosses(NamedTuple):
+    """The result of `compute_losses`."""
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    student: DetectorPass
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in a step (masks of a method, dropped paths of a backbone) by the number of the step.
+
+    So a resumed run draws the same numbers, and each process draws its own.
+    """
+    torch.manual_seed(hash((seed, step, rank)))
+
+
+def to_device(images: Tensor, targets: list[dict], student: Detector, device: torch.device
+              ) -> tuple[Tensor, list[dict]]:
+    """A batch from the loader on the device, its images normalised for the student.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+    """
+    images = student.preprocess(images.to(device, non_blocking=True), targets)
+    return images, [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
+                    for t in targets]
+
+
+def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device: torch.device,
+                   amp: str) -> StepLosses:
+    """The losses of a batch from `to_device`.
+
+    Args:
+        model: a detector or a distiller in training, or a wrapper around one.
+        amp: the `train.amp` setting.
+    """
+    with autocast(device, amp):
+        losses, student = model(images, targets, with_pass=True)
+        return StepLosses(losses, total_loss(losses), student)

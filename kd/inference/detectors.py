@@ -1,0 +1,135 @@
+"""Detectors with their weights and the names of their classes."""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import CocoDataset, build_dataset, find_data
+from data.annotations import load_coco_json
+from models import ConfigError, Detector, build_detector
+from models.weights import load_weights, open_checkpoint
+
+from ..config import Config
+from .precision import memory_format
+
+
+@dataclass
+class Classes:
+    """What a detector's labels stand for."""
+
+    names: list[str]
+    ids: list[int]  # category ids, for COCO results
+
+    @property
+    def categories(self) -> list[dict]:
+        """As in a COCO-format file."""
+        return [{"id": number, "name": name} for number, name in zip(self.ids, self.names)]
+
+
+def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: str | None = None,
+               names: Sequence[str] | None = None) -> tuple[Detector, Classes]:
+    """The configuration's detector with a checkpoint's weights, in evaluation mode, and its classes. Needs no data.
+
+    The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category ids are data.val's
+    if it has the same names, otherwise they count from 1. With `eval.class_map` only the classes that it selects are
+    left, which are data.val's.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
+    """
+    class_map, annotated = cfg.eval.class_map, annotated_classes(cfg)
+    if names is None and class_map is None:
+        names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    if names is None:
+        if annotated is None:
+            raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
+                                  "data.val say them; give --classes")
+        names = annotated.names
+    names = [str(name) for name in names]
+    classes = annotated if annotated and annotated.names == names else Classes(names, list(range(1, len(names) + 1)))
+    count = cfg.model.head.get("num_classes")
+    expected, where = (count, "model.head.num_classes") if class_map is None else (len(class_map), "eval.class_map")
+    if expected not in (None, len(names)):
+        raise ConfigError(where, f"says {expected} classes, and there are {len(names)} names: {', '.join(names)}")
+    if class_map is not None and count is None:
+        raise ConfigError("model.head.num_classes", "missing: eval.class_map selects from so many classes")
+    return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
+
+
+def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
+                   part: str | None = None) -> tuple[Detector, CocoDataset]:
+    """The configuration's detector with a checkpoint's weights, in evaluation mode, and its data.val.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input.
+    """
+    if cfg.data is None:
+        raise ConfigError("data", "missing: what is to be evaluated on?")
+    dataset, class_map = build_dataset(cfg.data, "val", training=False), cfg.eval.class_map
+    if class_map is None:
+        cfg = with_classes(cfg, dataset)
+    elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
+        raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
+                                            f"{dataset.num_classes} classes, and model.head.num_classes to be said")
+    detector = load(cfg, checkpoint, part)
+    if class_map is None:
+        check_class_order(checkpoint, part, dataset.classes, "eval.class_map")
+    return detector.to(device, memory_format=memory_format(cfg.train)), dataset
+
+
+def load(cfg: Config, checkpoint: str | Path, part: str | None) -> Detector:
+    """The configuration's detector in evaluation mode, with a checkpoint's weights and `eval.class_map`'s classes."""
+    detector = build_detector(cfg.model, pretrained=False)
+    load_weights(detector, checkpoint, part)
+    if cfg.eval.class_map is not None:
+        detector.bbox_head.select_classes(cfg.eval.class_map)
+    return detector.eval()
+
+
+def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
+    """The configuration with the class count of a data set.
+
+    Raises:
+        ConfigError: it says another count itself.
+    """
+    given = cfg.model.head.get("num_classes")
+    if given not in (None, dataset.num_classes):
+        raise ConfigError("model.head.num_classes", f"is {given}, and {dataset.annotation_file} has "
+                                                    f"{dataset.num_classes} classes")
+    return cfg.with_num_classes(dataset.num_classes)
+
+
+def checkpoint_classes(meta: Mapping) -> list[str] | None:
+    """The names of the classes in the metadata of our checkpoints and mmdet's, None where there are none."""
+    inner = meta.get("dataset_meta")
+    inner = inner if isinstance(inner, Mapping) else {}
+    for found in (meta.get("classes"), inner.get("classes"), inner.get("CLASSES"), meta.get("CLASSES")):
+        if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
+            return list(found)
+    return None
+
+
+def check_class_order(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
+    """Refuse a checkpoint that has the data's classes in another order: its detections would get wrong names.
+
+    Args:
+        key: the setting that maps the classes, `eval.class_map` for example.
+    Raises:
+        ConfigError: the order is another one.
+    """
+    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    if names and names != list(classes) and sorted(names) == sorted(classes) and len(set(names)) == len(names):
+        order = ",".join(str(names.index(name)) for name in classes)
+        count = f" model.head.num_classes={len(names)}" if key == "eval.class_map" else ""
+        raise ConfigError(key, f"missing: the classes of {checkpoint} are {', '.join(names)}, and the data's "
+                               f"{', '.join(classes)}: say {key}=[{order}]{count}")
+
+
+def annotated_classes(cfg: Config) -> Classes | None:
+    """The classes of data.val's annotations, None where there are none."""
+    file = find_data(cfg.data.val.annotations) if cfg.data and cfg.data.val else None
+    if file is None or not file.is_file():
+        return None
+    categories = sorted(load_coco_json(file)["categories"], key=lambda category: category["id"])
+    return Classes([str(category["name"]) for category in categories], [category["id"] for category in categories])

@@ -1,0 +1,47 @@
+"""Where a run's figures come from."""
+import hashlib
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from models.checkpoints.sources import local_path
+
+from ..config import Config
+
+
+def provenance(cfg: Config, device: torch.device) -> dict:
+    """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
+    paths = [teacher.checkpoint for teacher in cfg.teachers]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg.mapping,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
+            name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
+        "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None}}
+
+
+def commit() -> str | None:
+    """The code's commit, with a + where files have changed since; None outside a checkout."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
