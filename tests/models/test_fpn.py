@@ -121,5 +121,5 @@ def test_refuses(args, key):
 
 
 def test_number_of_inputs_is_checked():
-    with pytest.raises(ValueError, match="4 backbone levels and got 3"):
+    with pytest.raises(ValueError, match="4 backbone levels but got 3"):
         make(4)(make_inputs()[:3])

@@ -158,7 +158,7 @@ def test_fgd_parts(tmp_path):
         report = load_weights(model, path, part=part)
         assert_loaded(model, state)
         assert report.format == "fgd" and not report.unexpected
-    with pytest.raises(CheckpointError, match="holds student and teacher: say which"):
+    with pytest.raises(CheckpointError, match="holds student and teacher: choose the part to load"):
         load_weights(detector("GFLHead"), path)
 
 

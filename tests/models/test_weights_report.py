@@ -129,7 +129,7 @@ def test_two_names_for_one_tensor():
         "bbox_head.fcos_cls.weight": torch.ones(1),
         "bbox_head.conv_cls.weight": torch.ones(1),
     }
-    assert "two of its tensors are bbox_head.conv_cls.weight" in refused(Detector(), state)
+    assert "two of its tensors have the same name bbox_head.conv_cls.weight" in refused(Detector(), state)
 
 
 def test_mmdet1_names_of_fcos():

@@ -171,9 +171,9 @@ def test_initialisation(depth, block, last):
 @pytest.mark.parametrize("args, key", [
     ({"depth": 20}, "depth"), ({"depth": 18, "frozen_stages": 5}, "frozen_stages"),
     ({"depth": 18, "out_indices": (0, 4)}, "out_indices"), ({"depth": 18, "out_indices": ()}, "out_indices"),
-    ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and up, not for 18"),
-    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*1 or more, not 0"),
-    ({"depth": 50, "base_width": 0}, "base_width must be 1 or more, not 1 and 0"),
+    ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and more, not depth 18"),
+    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*at least 1, not 0"),
+    ({"depth": 50, "base_width": 0}, "base_width must be at least 1, not 1 and 0"),
     ({"depth": 18, "norm_cfg": "BM"}, 'unknown norm "BM".*BN'),
     ({"depth": 18, "norm_cfg": {"type": "BN", "epsilon": 1}}, 'did you mean "eps"'),
     ({"depth": 18, "base_channels": 4, "norm_cfg": {"type": "GN", "num_groups": 3}}, "3 groups")])

@@ -132,17 +132,17 @@ def test_a_copy_is_its_own_model_in_any_precision(name, nodes):
 
 @pytest.mark.parametrize("args, message", [
     ({"name": "mobilenet_v3_smal"}, 'name: .*no classification model.*did you mean "mobilenet_v3_small"'),
-    ({"nodes": []}, "nodes: must name at least one"),
+    ({"nodes": []}, "nodes: must name at least one node"),
     ({"nodes": ["features.99"]}, 'nodes: .*no node "features.99"; did you mean "features.9"'),
     ({"nodes": ["layer1"]}, 'no node "layer1"; valid: .*features.0, features.1, '),
-    ({"nodes": ["features.3", "features.1"]}, r"nodes: must go from fine to coarse, and have strides \[8, 4\]"),
+    ({"nodes": ["features.3", "features.1"]}, r"nodes: must go from fine to coarse, but have strides \[8, 4\]"),
     ({"nodes": ["features.2", "features.3"]}, r"strides \[8, 8\]"),
-    ({"nodes": ["features.1"] * 2}, "nodes: name one output more than once: features.1, features.1"),
-    ({"nodes": ["avgpool"]}, r'nodes: "avgpool" gives \[1, 576, 1, 1\] for an image of 64x96: no map'),
-    ({"nodes": ["classifier"]}, 'nodes: "classifier" gives .*no map'),
+    ({"nodes": ["features.1"] * 2}, "nodes: name the same output more than once: features.1, features.1"),
+    ({"nodes": ["avgpool"]}, r'nodes: "avgpool" gives \[1, 576, 1, 1\] for an image of 64x96, not a map'),
+    ({"nodes": ["classifier"]}, 'nodes: "classifier" gives .*not a map'),
     ({"nodes": ["features.1"], "frozen": ("features.2",)}, 'frozen: .*no module "features.2"; did you mean "features.'),
     ({"name": "vit_b_16", "nodes": ["encoder"]}, "name: vit_b_16 cannot run on an image of 64x96"),
-    ({"name": "squeezenet1_1", "nodes": ["features.5"]}, "no map with a stride of 1, 2, 4, 8, 16 or 32")])
+    ({"name": "squeezenet1_1", "nodes": ["features.5"]}, "not a map with stride 1, 2, 4, 8, 16 or 32")])
 def test_refuses(args, message):
     with pytest.raises(ConfigError, match=message):
         TorchvisionBackbone(**({"name": "mobilenet_v3_small", "nodes": MOBILENET} | args))

@@ -143,7 +143,7 @@ def test_torchscript_archive_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    assert "a TorchScript archive, which is a program" in refusal(path)
+    assert "a TorchScript archive is a program" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_zip_of_something_else(tmp_path):
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("photo.jpg", b"data")
-    assert "not one of torch.save" in refusal(path)
+    assert "torch.save did not write it" in refusal(path)
 
 
 def test_compressed_archive(tmp_path):
