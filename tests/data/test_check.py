@@ -63,12 +63,12 @@ def test_every_problem_is_found_and_none_hides_another(source):
     change(file, lambda c: [annotation.update(bbox=[1, 1, -2, 3]) for annotation in c["annotations"]])
     (check,) = check_data(section(source))
     assert [kind for kind, _ in check.problems] == (
-        ["boxes"] * 9 + ["images that cannot be read"] * 2 + ["images of another size than annotated"]
+        ["boxes"] * 9 + ["images that cannot be read"] * 2 + ["images whose size is not the annotated size"]
     )
     text = format_check(check)
     assert all(problem.text in text for problem in check.problems)
-    assert "boxes: 9 problems" in text and "images of another size than annotated: 1 problem\n" in text
-    assert "no problems" not in text and "boxes are counted when the annotations are correct" in text
+    assert "boxes: 9 problems" in text and "images whose size is not the annotated size: 1 problem\n" in text
+    assert "no problems" not in text and "boxes are counted only if the annotations are correct" in text
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_what_is_worth_knowing_is_noted(source):
     train, val = check_data(section(source, source))
     assert train.problems == val.problems == []
     assert train.notes[1:] == [
-        "1 images name a file that another image names, too",
-        "3 images are turned by their EXIF orientation: boxes are taken to be those of the upright image",
+        "1 images have the same file as another image",
+        "3 images are turned by their EXIF orientation: boxes must be those of the upright image",
     ]
-    assert val.notes[-1] == "3 images are in data.train, too: figures on them say little"
+    assert val.notes[-1] == "3 images are also in data.train: results on them say little"
 
 
 def test_other_classes_in_evaluation_are_a_problem(source, write_coco):

@@ -145,7 +145,7 @@ def test_nothing_is_skipped_by_default_nor_ever_in_evaluation(broken, options, h
 def test_a_folder_without_any_of_the_images_stops_training_all_the_same(broken):
     for path in broken[0].iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="6 images in a row cannot be read, the last: .* does not exist"):
+    with pytest.raises(DataError, match="6 images in a row cannot be read; the last one: .* does not exist"):
         CocoDataset(*broken, training=True, skip_unreadable=True)[0]
 
 
