@@ -1,4 +1,4 @@
-"""The check of a whole data set: what it counts, what it notes, and that it finds everything that is wrong."""
+"""The check of a whole data set: its counts, its notes, and that it finds all problems."""
 
 import json
 
@@ -24,12 +24,12 @@ def change(file, edit):
 
 @pytest.fixture
 def source(write_coco):
-    """Three images of 200 x 300, boxes of every size, a crowd, and boxes that are left out."""
+    """Three images of 200 x 300, with boxes of every size, a crowd, and boxes that are left out."""
     boxes = [
-        (10, 1, [0, 0, 32, 32], {"area": 32**2}),  # small up to and with 32^2
+        (10, 1, [0, 0, 32, 32], {"area": 32**2}),  # small: up to and including 32^2
         (10, 1, [0, 0, 32, 33], {"area": 32 * 33}),
         (10, 2, [0, 0, 300, 200], {"area": 96**2 + 1}),
-        (10, 2, [0, 0, 300, 200], {"area": 500}),  # it is the object's area that counts, and not the box's
+        (10, 2, [0, 0, 300, 200], {"area": 500}),  # the object's area counts, not the box's
         (11, 2, [250, 0, 60, 20], {}),
         (11, 2, [0, 0, 60, 20], {"iscrowd": 1}),
         (11, 1, [400, 0, 60, 20], {}),

@@ -1,4 +1,4 @@
-"""Every kind of bad data: one clear line that names the file."""
+"""Every kind of bad data gives one clear line that names the file."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def assert_one_line(caught, *parts):
 
 @pytest.fixture
 def source(write_coco):
-    """A sound data set: two images, one box each."""
+    """A correct data set: two images with one box each."""
     return write_coco([(20, 30), (20, 30)], [(10, 1, [1, 1, 9, 9], {}), (11, 2, [1, 1, 9, 9], {})])
 
 

@@ -1,4 +1,4 @@
-"""torchvision's models as backbones: their own numbers, layouts, what is frozen, in a detector, and their weights."""
+"""torchvision's models as backbones: the same numbers, layouts, frozen parts, use in a detector, weights."""
 import copy
 
 import pytest
@@ -22,7 +22,7 @@ def images(*size, seed=0):
 
 
 def hooked(model, nodes, x):
-    """Outputs of a model's modules, whatever their layout."""
+    """Outputs of a model's modules, in their own layout."""
     seen, hooks = {}, []
     for node in nodes:
         def keep(module, args, output, node=node):
@@ -157,7 +157,7 @@ def test_in_a_detector():
     cfg = detector_config(frozen=["features.0"], weights="torchvision://mobilenet_v3_small")
     torch.manual_seed(0)
     detector = build_detector(without_pretraining(cfg)).double().train()
-    assert detector.neck.in_channels == [16, 24, 48, 96]  # start_level 1 leaves the first out
+    assert detector.neck.in_channels == [16, 24, 48, 96]  # start_level 1 leaves out the first
     batch = make_batch(sizes=((96, 160), (70, 110)))
     losses = detector.loss(*batch)
     sum(losses.values()).backward()

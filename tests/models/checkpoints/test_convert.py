@@ -1,4 +1,4 @@
-"""Weights for other projects, and back."""
+"""Weights are converted for other projects and back."""
 
 import os
 import runpy
@@ -54,7 +54,7 @@ def test_to_mmdet_and_back(tmp_path, head):
     torch.save({"format": "densekd", "model": model.state_dict(), "classes": ["a", "b", "c", "d"]}, source)
     line = convert_checkpoint(source, "mmdet", out)
     assert line.startswith(f"converted densekd checkpoint {source}: ") and line.endswith(f" tensors to {out}")
-    written = torch.load(out, weights_only=True)  # plain enough for anyone
+    written = torch.load(out, weights_only=True)  # the file contains only plain types
     assert written["meta"]["CLASSES"] == ("a", "b", "c", "d")
     assert written["meta"]["dataset_meta"] == {"classes": ("a", "b", "c", "d")}
     extra = {"bbox_head.integral.project"} if head == "GFLHead" else set()
