@@ -1,4 +1,4 @@
-"""Reads a COCO-format annotation file into arrays, and checks all of it before anything is trained on it."""
+"""Reads a COCO-format annotation file into arrays, and checks the whole file before training."""
 
 import json
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class Annotations:
 def read_annotations(file: str | Path) -> Annotations:
     """Read and check a COCO-format annotation file.
 
-    Labels number the file's categories in ascending order of their ids. Crowds become `ignored_boxes`. Boxes that
-    nothing can be learned from are dropped and counted by mmdet's rule: no overlap with the image, no area, or an edge
-    below one pixel. A negative edge is an error: there is an object, and where it lies can only be guessed. An
-    annotation's `area` and `iscrowd` are optional.
+    Labels number the file's categories in ascending order of their ids. Crowds become `ignored_boxes`. Useless
+    boxes are dropped and counted, by mmdet's rule: no overlap with the image, no area, or an edge below one pixel. A
+    negative edge is an error: there is an object, but its position is not known. An annotation's `area` and `iscrowd`
+    are optional.
 
-    Raises DataError, in one line, if the file is missing, not JSON or not in COCO format, or if any entry is wrong:
-    then with the first ten problems and the count of the others.
+    Raises DataError, in one line, if the file is missing, not JSON or not in COCO format, or if an entry is wrong. For
+    wrong entries, the line lists the first ten problems and counts the others.
     """
     file = Path(file)
     content = load_coco_json(file)
@@ -72,7 +72,7 @@ def load_coco_json(file: Path) -> dict:
         ) from None
     except OSError as error:
         raise DataError(f"annotation file {file} cannot be read ({error.strerror}): make it a readable file") from error
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8, and what is nested without end
+    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8 or nested too deeply
         raise DataError(f"annotation file {file} is not valid JSON ({error}): write or download it again") from error
 
     hint = "a COCO file is a JSON object with the lists images, annotations and categories"
@@ -83,7 +83,7 @@ def load_coco_json(file: Path) -> dict:
         raise DataError(f"annotation file {file} is not in COCO format: it has no list {', '.join(absent)}; {hint}")
     for key in ("images", "categories"):
         if not content[key]:
-            raise DataError(f"annotation file {file} has no {key}: its list is empty, give a file that has some")
+            raise DataError(f"annotation file {file} has no {key}: its list is empty; give a file that has some")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Checks a data set before anything is trained on it: all of the annotations, and every image by decoding it."""
+"""Checks a data set before training: all annotations, and every image by decoding it."""
 
 import os
 from collections import Counter
@@ -20,23 +20,23 @@ from data.transforms import read_image
 
 @dataclass
 class SplitCheck:
-    """What one split holds, and what is wrong with it."""
+    """The content of one split, and its problems."""
 
     name: str  # the key in the configuration
     annotation_file: Path
     num_images: int = 0
     num_empty: int = 0  # images without a box to learn
     classes: list[str] = field(default_factory=list)
-    boxes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and size; not counted: crowds, dropped
+    boxes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and size; no crowds, no dropped boxes
     num_crowds: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # boxes that training leaves out, by reason
-    notes: list[str] = field(default_factory=list)  # worth knowing, but nothing that must be corrected
+    notes: list[str] = field(default_factory=list)  # useful to know, but no correction is needed
     problems: list[Problem] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
 
 
 class _ImageChecks(Dataset):
-    """By index: what is wrong with an image, or None, and whether its EXIF orientation turns it."""
+    """For each index: the problem with the image or None, and whether its EXIF orientation turns the image."""
 
     def __init__(self, folder: Path, annotation_file: Path, images: list[dict]):
         self.folder, self.annotation_file, self.images = folder, annotation_file, images
@@ -52,33 +52,33 @@ class _ImageChecks(Dataset):
         except UnreadableImage as error:
             return Problem("images that cannot be read", str(error)), False
         except DataError as error:
-            return Problem("images of another size than annotated", str(error)), False
+            return Problem("images whose size is not the annotated size", str(error)), False
         content = path.read_bytes()
         has_exif = b"Exif\0\0" in content or b"eXIf" in content
         return None, has_exif and not torch.equal(image, read_image(path, upright=False))
 
 
 def check_data(config: DataConfig | None) -> list[SplitCheck]:
-    """Check the splits of a configuration's `data` section, all of their images, with a progress bar.
+    """Check the splits of a configuration's `data` section and all their images, with a progress bar.
 
-    Raises DataError if there is no such section; what is wrong with the data itself is in the result.
+    Raises DataError if the section is missing. The result contains the problems of the data.
     """
     if config is None:
-        raise DataError("the configuration has no data section: there is nothing to check")
+        raise DataError("the configuration has no data section: add one with the data set to check")
     checks = [check_split("data.train", config.train, config.workers)]
     if config.val is not None:
         train, val = checks[0], check_split("data.val", config.val, config.workers)
         checks.append(val)
         if train.classes and val.classes and train.classes != val.classes:
-            text = f"data.train has classes {train.classes}, and data.val {val.classes}"
+            text = f"data.train has classes {train.classes}, but data.val has {val.classes}"
             val.problems.append(Problem("classes", text))
         if shared := len(train.files & val.files):
-            val.notes.append(f"{shared} images are in data.train, too: figures on them say little")
+            val.notes.append(f"{shared} images are also in data.train: results on them say little")
     return checks
 
 
 def check_split(name: str, split: Split, workers: int = 0, decode: bool = True) -> SplitCheck:
-    """Check one split; without `decode` its annotations alone."""
+    """Check one split; without `decode`, check only its annotations."""
     file, folder = find_data(split.annotations), find_data(split.images)
     check = SplitCheck(name, file)
     try:
@@ -100,20 +100,20 @@ def check_split(name: str, split: Split, workers: int = 0, decode: bool = True) 
     check.files = set(names)
     images = images if decode else []
     if repeated := len(names) - len(check.files):
-        check.notes.append(f"{repeated} images name a file that another image names, too")
+        check.notes.append(f"{repeated} images have the same file as another image")
     num_turned = 0
     loader = DataLoader(_ImageChecks(folder, file, images), batch_size=None, num_workers=workers)
     for problem, turned in tqdm(loader, name, leave=False, disable=None):
         check.problems += [problem] if problem else []
         num_turned += turned
     if num_turned:
-        check.notes.append(f"{num_turned} images are turned by their EXIF orientation: boxes are taken to be those of "
+        check.notes.append(f"{num_turned} images are turned by their EXIF orientation: boxes must be those of "
                            "the upright image")
     return check
 
 
 def _count_boxes(check: SplitCheck, content: dict) -> None:
-    """Fill in what is counted, of content without problems."""
+    """Fill in the counts, for content without problems."""
     categories = sorted(content["categories"], key=lambda category: category["id"])
     check.classes = [str(category["name"]) for category in categories]
     class_of = {category["id"]: name for category, name in zip(categories, check.classes)}
@@ -125,7 +125,7 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
             check.dropped[reason] += 1
             continue
         x, y, w, h = annotation["bbox"]
-        # a rounded coordinate is no error
+        # a rounded coordinate is not an error
         beyond += min(x, y) < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1
         if annotation.get("iscrowd"):
             check.num_crowds += 1
@@ -141,7 +141,7 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
 
 
 def format_check(check: SplitCheck) -> str:
-    """A split's summary for people: counts, notes, and every problem under a heading of its kind."""
+    """A readable summary of a split: counts, notes, and the problems of each kind under a heading."""
     lines = [f"{check.name}: {check.annotation_file}"]
     if check.classes:
         crowds = f", {check.num_crowds} crowds" if check.num_crowds else ""
@@ -151,7 +151,7 @@ def format_check(check: SplitCheck) -> str:
             reasons = ", ".join(f"{count} {reason}" for reason, count in check.dropped.most_common())
             lines += ["", f"left out of training: {reasons}"]
     elif check.num_images:
-        lines.append(f"{check.num_images} images; boxes are counted when the annotations are correct")
+        lines.append(f"{check.num_images} images; boxes are counted only if the annotations are correct")
     lines += ["", *(f"note: {note}" for note in check.notes)] if check.notes else []
     by_kind: dict[str, list[str]] = {}
     for kind, text in check.problems:

@@ -21,13 +21,13 @@ from data.transforms import (
     resized_size,
 )
 
-MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images than that are no accident
+MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images in a row have a common cause
 
 
 def read_annotated_image(path: Path, size: tuple[int, int], annotation_file: Path) -> Tensor:
-    """Read an image, uint8 (3, h, w), that is of `size` (h, w) by the annotations.
+    """Read an image, uint8 (3, h, w), that has `size` (h, w) in the annotations.
 
-    Raises UnreadableImage, and DataError if it is of another size.
+    Raises UnreadableImage if it cannot be read, and DataError if its size is different.
     """
     image = read_image(path)
     (h, w), (stated_h, stated_w) = image.shape[1:], size
@@ -40,32 +40,32 @@ def read_annotated_image(path: Path, size: tuple[int, int], annotation_file: Pat
 
 
 class CocoDataset(Dataset):
-    """Images with their boxes, resized, and in training flipped and scaled at random.
+    """Images with their boxes, resized; in training also randomly flipped and scaled.
 
     Args:
-        images: folder of the images; relative ones are looked up by `find_data`, as is the next.
+        images: folder of the images. `find_data` resolves a relative path, also for `annotations`.
         annotations: COCO-format JSON file.
         training: whether to augment, and to apply `skip_empty`.
         scale: images are resized to fit it; (long edge, short edge) in pixels.
-        multi_scale: in training, scales to draw from per image and epoch, in place of `scale`.
+        multi_scale: in training, one of these scales is drawn per image and epoch, instead of `scale`.
         flip: probability of a horizontal flip in training.
-        skip_empty: leave out images without a usable box in training; crowds alone do not count.
-        antialias: smooth when shrinking.
-        first: use only so many images, the file's first.
-        seed: of the augmentation.
-        skip_unreadable: in training, put the next image that can be read in the place of one that cannot. Evaluation
-            never does: figures over fewer images would be other figures.
+        skip_empty: in training, leave out images without a usable box; a crowd is not a usable box.
+        antialias: smooth images when they become smaller.
+        first: use only this many images, the first ones in the file.
+        seed: seed of the augmentation.
+        skip_unreadable: in training, replace an image that cannot be read by the next readable image. Evaluation never
+            does this: results on fewer images would not be comparable.
 
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
     `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
 
-    Raises DataError (one line) for annotations that cannot be used, see `read_annotations`, a missing image folder, or
-    nothing left after `skip_empty`; `dataset[...]` raises it for an image that cannot be read (UnreadableImage), or
-    whose size is not the one in the annotations.
+    Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
+    or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
+    another size than in the annotations.
 
     The annotations cannot name a file outside the image folder: absolute paths and ".." are refused. Symbolic links are
-    followed, the folder itself as well as links in it, because whoever may write to the folder has put them there.
+    followed, the folder itself and links in it, because only people who may write to the folder can create them.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
-        """Return the image and target that belong to `key`: (epoch, index), or an index alone for epoch 0.
+        """Return the image and target that belong to `key`: (epoch, index), or only an index for epoch 0.
 
-        The epoch comes with the index because loader workers outlive an epoch and would not hear of the next.
+        The key contains the epoch because loader workers live longer than an epoch and are not told about a new one.
 
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
-            32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, where other images could not be read,
-            also `skipped`, what was wrong with each, a list of lines. All is of the image that stands in for them.
+            32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,
+            also `skipped`, a list with one line per problem. All other entries belong to the replacement image.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, index, skipped = self._read_image_or_next(index)
@@ -138,9 +138,9 @@ class CocoDataset(Dataset):
             image = flip_image(image)
             boxes = flip_boxes(boxes, size[1])
             ignored_boxes = flip_boxes(ignored_boxes, size[1])
-        left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # rounding may leave nothing of a sliver at the border
+        left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # rounding may remove a thin box at the border
         target = {
-            # copies, so that whoever changes a target does not change the data set
+            # copies, so that a change of the target does not change the data set
             "boxes": boxes[left],
             "labels": torch.from_numpy(self.labels[index])[left],
             "image_size": size,
@@ -152,20 +152,20 @@ class CocoDataset(Dataset):
         return image, target | ({"skipped": skipped} if skipped else {})
 
     def _draw_augmentation(self, epoch: int, index: int) -> tuple[tuple[int, int], bool]:
-        """Draw the scale and the flip from (seed, epoch, image) alone, so that neither worker nor order matters."""
+        """Draw the scale and the flip only from (seed, epoch, image), so that worker and order have no effect."""
         if not self.training:
             return self.scale, False
         image_id = self.image_ids[index]
-        # A generator is seeded with natural numbers only.
+        # The seeds of a generator must be natural numbers.
         image_key = image_id if isinstance(image_id, int) and image_id >= 0 else index
         rng = np.random.default_rng([self.seed, epoch, image_key])
         flip = rng.random() < self.flip
         return self.multi_scale[rng.integers(len(self.multi_scale))], flip
 
     def _read_image_or_next(self, index: int) -> tuple[Tensor, int, list[str]]:
-        """Return an image, its index, and what was wrong with those that were to be read before it.
+        """Return an image, its index, and the problems of the unreadable images before it.
 
-        Which one stands in for an unreadable one depends on nothing but the files.
+        The replacement for an unreadable image depends only on the files.
         """
         if not self.training:
             return self._read_image(index), index, []
@@ -178,14 +178,14 @@ class CocoDataset(Dataset):
                     raise UnreadableImage(f"{error}, or set data.skip_unreadable=true to train without it") from error
                 skipped.append(str(error))
                 index = (index + 1) % len(self)
-        raise DataError(f"{len(skipped)} images in a row cannot be read, the last: {skipped[-1]}")
+        raise DataError(f"{len(skipped)} images in a row cannot be read; the last one: {skipped[-1]}")
 
     def _read_image(self, index: int) -> Tensor:
         path = self.image_folder / self.file_names[index]
         return read_annotated_image(path, self.sizes[index], self.annotation_file)
 
     def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
-        """The same images, which evaluation resizes to fit another scale (long edge, short edge)."""
+        """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""
         other = copy.copy(self)
         other.scale = tuple(scale)
         return other

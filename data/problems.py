@@ -1,25 +1,25 @@
-"""Everything that can be wrong in the content of a COCO-format annotation file, found in one go."""
+"""Finds all problems in the content of a COCO-format annotation file in one pass."""
 
 import math
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
-MAX_COORDINATE = 1e9  # pixels; beyond it a box is not a box, and float32 would make it infinite
+MAX_COORDINATE = 1e9  # pixels; no real box has a larger coordinate, and float32 could make it infinite
 
 
 class Problem(NamedTuple):
     """One thing that must be corrected before the file can be used."""
 
-    kind: str  # what such problems have in common, a heading
-    text: str  # which entry, and what it holds
+    kind: str  # the heading for problems of this kind
+    text: str  # the entry and its wrong value
 
 
 def find_problems(content: dict) -> list[Problem]:
-    """What must be corrected in the parsed lists `images`, `annotations` and `categories` of a file.
+    """The problems that must be corrected in the parsed lists `images`, `annotations` and `categories` of a file.
 
-    Entries without the keys that they need, then entries without an id of their own, hide what else is wrong: where
-    there are such, only they are returned.
+    Missing keys hide other problems, so if there are any, only they are returned. The same holds for images and
+    categories with a wrong or repeated id.
     """
     images, annotations, categories = content["images"], content["annotations"], content["categories"]
     problems = (
@@ -40,7 +40,7 @@ def find_problems(content: dict) -> list[Problem]:
 
 
 def drop_reason(annotation: dict, image: dict) -> str | None:
-    """Why nothing can be learned from a sound annotation's box, None if something can: mmdet's rule."""
+    """Why the box of a correct annotation is useless for training, by mmdet's rule; None if it is useful."""
     x, y, w, h = annotation["bbox"]
     visible_w = min(x + w, image["width"]) - max(x, 0)
     visible_h = min(y + h, image["height"]) - max(y, 0)
@@ -54,23 +54,23 @@ def drop_reason(annotation: dict, image: dict) -> str | None:
 
 
 def _is_finite(value: object) -> bool:
-    """A number between the bounds of coordinates; NaN is none."""
+    """Whether the value is a number within the bounds of coordinates; NaN is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
 def _is_text(value: object) -> bool:
-    """One line that can be printed, and that a file can bear as its name."""
+    """Whether the value is one line of text that can be printed and can be a file name."""
     if not isinstance(value, str) or value.splitlines() != [value] or "\0" in value:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character
+    except UnicodeEncodeError:  # JSON can contain half a character
         return False
     return True
 
 
 def _show(value: object) -> str:
-    """The value as JSON's reader gave it, cut where it is long."""
+    """The value as the JSON reader returned it, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -88,7 +88,7 @@ def _missing_keys(entries: list, name: str, keys: tuple[str, ...]) -> list[Probl
 
 
 def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[Problem]:
-    """Ids of another type than `kinds`, and ids that occur more than once."""
+    """Ids whose type is not in `kinds`, and ids that occur more than once."""
 
     def is_id(value: object) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool)
@@ -100,22 +100,22 @@ def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[
 
 
 def _category_problems(categories: list[dict]) -> list[Problem]:
-    """Names that cannot be shown, and names that two classes share: figures are reported by name."""
+    """Names that cannot be printed, and names that two classes share: results are reported by name."""
     names = [str(category["name"]) for category in categories]
-    wrong = [f"category {c['id']} has name {_show(c['name'])}" for c in categories if not _is_text(str(c["name"]))]
+    wrong = [f"category {c['id']}: wrong name {_show(c['name'])}" for c in categories if not _is_text(str(c["name"]))]
     wrong += [f"categories name {name!r} occurs {count} times" for name, count in Counter(names).items() if count > 1]
     return [Problem("class names", text) for text in wrong]
 
 
 def image_problems(image: dict) -> list[Problem]:
-    """What is wrong with the size and the file name of an entry that has both."""
+    """The problems with the size and the file name of an entry that has both."""
     problems = []
     size, name = (image["width"], image["height"]), image["file_name"]
     if not all(_is_finite(edge) and edge >= 1 and edge == int(edge) for edge in size):
-        problems.append(Problem("image sizes", f"image {image['id']!r} has width and height {_show(size)}"))
+        problems.append(Problem("image sizes", f"image {image['id']!r} has wrong width and height {_show(size)}"))
     if not _is_text(name):
-        problems.append(Problem("file names", f"image {image['id']!r} has file_name {_show(name)}"))
-    # On any system the same names are good; a Windows path may lead out where backslashes separate folders.
+        problems.append(Problem("file names", f"image {image['id']!r} has wrong file_name {_show(name)}"))
+    # The same names are valid on every system. On Windows, backslashes could lead out of the folder.
     elif any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
         text = f"image {image['id']!r} has file_name {_show(name)}, which leads out of the image folder"
         problems.append(Problem("file names", text))
@@ -128,12 +128,12 @@ def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) ->
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
         problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers"))
     elif box[2] < 0 or box[3] < 0:
-        problems.append(Problem("boxes", f"{name} has bbox {box} of negative width or height: are corners swapped?"))
+        problems.append(Problem("boxes", f"{name} has bbox {box} with negative width or height: are corners swapped?"))
     area = annotation.get("area", 0)
     if not isinstance(area, (int, float)) or not math.isfinite(area):
-        problems.append(Problem("boxes", f"{name} has area {_show(area)}"))
+        problems.append(Problem("boxes", f"{name} has wrong area {_show(area)}"))
     for key in ("iscrowd", "ignore"):
-        if annotation.get(key, 0) not in (0, 1):  # a text is true, even "0"
+        if annotation.get(key, 0) not in (0, 1):  # a string counts as true, even "0"
             problems.append(Problem("flags", f"{name} has {key} {_show(annotation[key])}, not 0 or 1"))
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
         value = annotation[key]

@@ -12,24 +12,24 @@ Batch = list[tuple[int, int]]
 
 
 class TrainBatchSampler(Sampler[Batch]):
-    """Shuffled batches of images, landscape apart from portrait, sharded over processes.
+    """Shuffled batches of images, with landscape and portrait in separate batches, sharded over processes.
 
-    Batches are cut for all processes together, `world * batch_size` images at a time, and then shared out: step k of N
-    processes with batch size B sees the images of step k of one process with batch size N * B. Every image occurs once
-    per epoch and every process gets the same number of batches, of equal size within a step; for that, the last batch
-    is filled up to a multiple of `world` with up to `world - 1` images from the epoch's beginning.
+    A global batch has `world * batch_size` images and is divided between the processes: step k of N processes with
+    batch size B has the same images as step k of one process with batch size N * B. Every image occurs once per epoch.
+    All processes get the same number of batches, with equal sizes in each step. For this, the last batch is filled up
+    to a multiple of `world` with up to `world - 1` images from the start of the epoch.
 
     Args:
         sizes: (h, w) of each image.
         batch_size: images per process and step; the last step of an epoch may have fewer.
-        seed: of the permutation, together with the epoch.
-        group_by_aspect: keep landscape (w >= h) and portrait images in batches apart; what is left over at the end of
-            an epoch is put together.
-        rank, world: this process and the number of processes.
+        seed: seed of the permutation, together with the epoch.
+        group_by_aspect: put landscape (w >= h) and portrait images into separate batches; at the end of an epoch, the
+            remaining images are mixed.
+        rank, world: the index of this process and the number of processes.
 
-    Attributes, to be set before iterating:
-        epoch: number that the permutation and the keys are made of.
-        start: first batch to yield, to go on in the middle of an epoch; it applies once and is 0 afterwards.
+    Attributes to set before iterating:
+        epoch: number of the epoch, for the permutation and the keys.
+        start: first batch to yield, to continue in the middle of an epoch; it applies once and is 0 afterwards.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class TrainBatchSampler(Sampler[Batch]):
         self.start = 0
 
     def __len__(self) -> int:
-        """Batches of this process in a whole epoch, whatever `start` is."""
+        """Number of batches of this process in a whole epoch, for any `start`."""
         return math.ceil(len(self.sizes) / (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        # This is a generator because DataLoader asks for an iterator that it never advances before the one it uses:
-        # only the latter may use `start` up.
+        # This is a generator because DataLoader first creates an iterator that it never advances, and then the one that
+        # it uses. Only the second may reset `start`.
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in self._global_batches()[start:]:
             yield [(epoch, index) for index in batch[self.rank :: self.world]]
 
     def _global_batches(self) -> list[list[int]]:
-        """The epoch's batches of all processes together."""
+        """The global batches of the epoch."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes)).tolist()
         global_size = self.batch_size * self.world
         batches: list[list[int]] = []
@@ -75,21 +75,21 @@ class TrainBatchSampler(Sampler[Batch]):
                 batches.append(group.copy())
                 group.clear()
         leftovers = groups[True] + groups[False]
-        # np.resize repeats the order where there are fewer images than processes
+        # np.resize repeats the order if there are fewer images than processes
         leftovers += np.resize(order, -len(leftovers) % self.world).tolist()
         return batches + [leftovers[i : i + global_size] for i in range(0, len(leftovers), global_size)]
 
 
 class EvalBatchSampler(Sampler[Batch]):
-    """Every image once, in batches of one padded size, sharded over processes.
+    """Every image once, in batches with one padded size, sharded over processes.
 
-    No image is padded further than it would be alone, so that the detections depend neither on the batch size nor on
-    the number of processes. Processes may get different numbers of batches.
+    No image gets more padding than it would get alone, so the detections do not depend on the batch size or on the
+    number of processes. Processes may get different numbers of batches.
 
     Args:
-        sizes: (h, w) of each image as the detector gets it, after the resize.
+        sizes: (h, w) of each image after the resize, as the detector gets it.
         batch_size: images per batch, at most.
-        rank, world: this process and the number of processes.
+        rank, world: the index of this process and the number of processes.
     """
 
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world: int = 1):

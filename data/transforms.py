@@ -16,11 +16,11 @@ from data.errors import UnreadableImage
 def read_image(path: Path, upright: bool = True) -> Tensor:
     """Decode a JPEG, PNG, WebP or still GIF as OpenCV's IMREAD_COLOR does for mmdet, but to RGB.
 
-    That is: turned upright by the EXIF orientation of a JPEG or PNG, so that width, height and boxes are those of the
-    upright image (`upright=False` gives the pixels as they are stored); alpha dropped, not blended; grey and CMYK
-    converted; of 16 bits the upper eight kept.
+    The EXIF orientation of a JPEG or PNG turns the image upright, so width, height and boxes refer to the upright image
+    (`upright=False` returns the pixels as they are stored). Alpha is dropped, not blended. Grey and CMYK are converted.
+    From 16 bits, the upper eight are kept.
 
-    Raises UnreadableImage if the file is missing, damaged or of another format.
+    Raises UnreadableImage if the file is missing, damaged or in another format.
     """
     try:
         content = np.fromfile(path, dtype=np.uint8)
@@ -33,25 +33,25 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
     except OSError as error:
         raise UnreadableImage(f"image {path} cannot be read ({error.strerror}): make it a readable file") from error
     except RuntimeError as error:
-        # torchvision's message starts with the place in its own source, and a C++ backtrace may follow
+        # torchvision's message starts with a position in its source code, and a C++ backtrace may follow
         reason = re.sub(r".*\.cpp:\d+, ", "", str(error).splitlines()[0])
         raise UnreadableImage(f"image {path} cannot be read ({reason}): replace the file") from error
     if image.ndim != 3:
-        raise UnreadableImage(f"image {path} cannot be read (it is animated): replace the file by a still image")
+        raise UnreadableImage(f"image {path} cannot be read (it is animated): replace the file with a still image")
     if image.dtype == torch.uint16:  # a PNG of 16 bits per channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
 
 
 def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
-    """The size (h, w) at which an image of `size` (h, w) just fits `scale`, its proportions kept.
+    """The largest size (h, w) for an image of `size` (h, w) that fits `scale` and keeps the proportions.
 
     `scale` bounds the long and the short edge, in either order: (1333, 800) means a long edge of at most 1333 pixels
     and a short one of at most 800.
     """
     h, w = size
     factor = min(max(scale) / max(h, w), min(scale) / min(h, w))
-    # At least one pixel is left of a very thin image.
+    # A very thin image keeps at least one pixel.
     return max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
 
 
@@ -67,7 +67,7 @@ def resize_image(image: Tensor, size: tuple[int, int], antialias: bool = False) 
 
 
 def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Scale boxes (n, 4) from an image of `old_size` (h, w) to one of `new_size`, and clip them to the latter."""
+    """Scale boxes (n, 4) from an image of `old_size` (h, w) to one of `new_size`, and clip them to the new image."""
     (old_h, old_w), (new_h, new_w) = old_size, new_size
     ratios = boxes.new_tensor([new_w / old_w, new_h / old_h, new_w / old_w, new_h / old_h])
     return (boxes * ratios).clamp(min=boxes.new_zeros(4), max=boxes.new_tensor([new_w, new_h, new_w, new_h]))

@@ -1,11 +1,11 @@
-"""Run a detector that scripts/export.py wrote, with onnxruntime, numpy and Pillow; densekd itself is not needed.
+"""Run a detector that scripts/export.py wrote, with onnxruntime, numpy and Pillow. densekd itself is not needed.
 
     pip install onnxruntime numpy pillow
     python run_onnx.py student.onnx photo.jpg ... --score-thr 0.3 --out found
 
 The file takes `images`, uint8 (N, 3, H, W), RGB, padded at right and bottom to multiples of 32, and `image_sizes`,
 int64 (N, 2), their heights and widths before padding. It gives `boxes` (N, K, 4), x1 y1 x2 y2 in pixels of the resized
-image, `scores` (N, K), 0 where there is no detection, and `labels` (N, K). Normalisation is inside.
+image, `scores` (N, K), 0 where there is no detection, and `labels` (N, K). The model normalises the images.
 """
 import argparse
 import json
@@ -22,13 +22,13 @@ def read(path):
 
 
 def resize(image, about):
-    """The image as large as fits the scale; bilinear, smoothed when shrinking only if the detector was trained so."""
+    """The image at the largest size that fits the scale; bilinear, smoothed only if the training images were."""
     (h, w), scale = image.shape[:2], about["scale"]
     factor = min(max(scale) / max(h, w), min(scale) / min(h, w))
     height, width = max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
     if about["antialias"]:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.BILINEAR))
-    for axis, (old, new) in ((1, (w, width)), (0, (h, height))):  # as torchvision: rounded after each direction
+    for axis, (old, new) in ((1, (w, width)), (0, (h, height))):  # like torchvision: rounded after each axis
         place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
         low = place.astype(int)
         share = (place - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1)).astype(np.float32)
@@ -38,7 +38,7 @@ def resize(image, about):
 
 
 def pad(image, about):
-    """(1, 3, H, W), with zeros at right and bottom."""
+    """The image as (1, 3, H, W), padded with zeros at right and bottom."""
     height, width = (max(-(-n // about["divisor"]) * about["divisor"], about["least_size"]) for n in image.shape[:2])
     out = np.zeros((1, 3, height, width), np.uint8)
     out[0, :, :image.shape[0], :image.shape[1]] = image.transpose(2, 0, 1)
@@ -46,7 +46,7 @@ def pad(image, about):
 
 
 def suppress(boxes, scores, labels, iou_threshold):
-    """Indices of the boxes that non-maximum suppression within each class leaves, best first."""
+    """Indices of the boxes that non-maximum suppression within each class keeps, best first."""
     left, keep = np.argsort(-scores, kind="stable"), []
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     while len(left):

@@ -22,7 +22,7 @@ from .iou import CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, 
 from .reduce import at_least_float32, channel_statistics, mean_over_processes, reduce_loss, total_loss
 from .regression import DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss, smooth_l1_loss
 
-# What a configuration may name.
+# The losses that a configuration may name.
 LOSSES = {loss.__name__: loss for loss in (
     FocalLoss, QualityFocalLoss, CrossEntropyLoss, DistributionFocalLoss, L1Loss, SmoothL1Loss, IoULoss, GIoULoss,
     DIoULoss, CIoULoss, KDQualityFocalLoss, KnowledgeDistillationKLDivLoss)}

@@ -1,4 +1,4 @@
-"""Losses of dense classification scores."""
+"""Losses for dense classification scores."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from .sliced import sliced_loss
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Boolean one-hot (..., C) of labels (...); one outside [0, C), background, gives zeros."""
+    """Boolean one-hot (..., C) of labels (...). A label outside [0, C) is background and gives zeros."""
     return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
 
 
@@ -25,7 +25,7 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
     def entries(pred: Tensor, labels: Tensor) -> Tensor:
         pred, positive = at_least_float32(pred), one_hot(labels, pred.shape[-1])
         right = torch.where(positive, pred, -pred)  # the logit of p_t
-        balance = torch.where(positive, pred.new_full((), -alpha), alpha - 1)  # of two bare numbers it would be float32
+        balance = torch.where(positive, pred.new_full((), -alpha), alpha - 1)  # two bare numbers would give float32
         return F.logsigmoid(right) * modulate((-right).sigmoid(), gamma) * balance
 
     return sliced_loss(entries, pred, (labels,), weight, reduction, avg_factor)
@@ -33,7 +33,7 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
 
 def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None, beta: float = 2.0,
                        reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
-    """Quality focal loss (GFL, arXiv:2006.04388, eq. 4): the positive class is taught the box's IoU, the others zero.
+    """Quality focal loss (GFL, arXiv:2006.04388, eq. 4): the positive class learns its box's IoU, the others zero.
 
     Args:
         pred: (..., C) logits.
@@ -53,7 +53,7 @@ def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tens
 
 def binary_cross_entropy(pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
                          avg_factor: float | Tensor | None = None) -> Tensor:
-    """Cross-entropy of (...) logits against (...) targets in [0, 1]: FCOS's centerness loss (arXiv:1904.01355, 3.3)."""
+    """Binary cross-entropy: logits (...), targets (...) in [0, 1]. FCOS's centerness loss (arXiv:1904.01355, 3.3)."""
     pred = at_least_float32(pred)
     loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")
     return reduce_loss(loss, weight, reduction, avg_factor)
@@ -65,7 +65,7 @@ class FocalLoss(nn.Module):
     def __init__(self, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
-            raise ValueError("FocalLoss: only use_sigmoid: true is supported, as in every reference configuration")
+            raise ValueError("FocalLoss: use_sigmoid must be true, as in every reference configuration")
         self.gamma, self.alpha, self.loss_weight = gamma, alpha, loss_weight
 
     def forward(self, pred: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean",
@@ -80,7 +80,7 @@ class QualityFocalLoss(nn.Module):
     def __init__(self, use_sigmoid: bool = True, beta: float = 2.0, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
-            raise ValueError("QualityFocalLoss: only use_sigmoid: true is supported, as in every reference")
+            raise ValueError("QualityFocalLoss: use_sigmoid must be true, as in every reference configuration")
         self.beta, self.loss_weight = beta, loss_weight
 
     def forward(self, pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None,
@@ -94,7 +94,7 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, use_sigmoid: bool = True, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
-            raise ValueError("CrossEntropyLoss: only use_sigmoid: true is supported, as centerness needs")
+            raise ValueError("CrossEntropyLoss: use_sigmoid must be true, as the centerness loss needs it")
         self.loss_weight = loss_weight
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",

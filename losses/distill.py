@@ -9,7 +9,7 @@ from .sliced import sliced_loss
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
                           reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
-    """Quality focal loss to a teacher's scores (CrossKD, arXiv:2306.11369, section 3.3).
+    """Quality focal loss towards the teacher's scores (CrossKD, arXiv:2306.11369, section 3.3).
 
     Args:
         pred, target: (..., C) logits of student and teacher.
@@ -26,7 +26,7 @@ def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = 
 def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 10.0,
                    class_reduction: str = "mean", reduction: str = "mean",
                    avg_factor: float | Tensor | None = None) -> Tensor:
-    """KL divergence of softened distributions times T^2 (Hinton et al., arXiv:1503.02531, section 2).
+    """KL divergence between softened distributions, times T^2 (Hinton et al., arXiv:1503.02531, section 2).
 
     Args:
         pred, target: (..., C) logits of student and teacher.
@@ -44,11 +44,11 @@ def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
 
 
 def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:
-    """Half the squared difference of features normalised per channel over the batch (PKD, arXiv:2207.02039, eq. 5).
+    """Half the mean squared error of features normalised per channel over the batch (PKD, arXiv:2207.02039, eq. 5).
 
     Args:
         pred, target: maps (N, C, H, W) of student and teacher.
-        sync_stats: over the batches of all processes.
+        sync_stats: normalise over the batches of all processes, not only this process's batch.
     """
 
     def normalised(x: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6, sync_stats: bool =
 
 
 def channel_wise_divergence(pred: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
-    """KL divergence of each channel's distribution over places, times tau^2 (CWD, arXiv:2011.13256, eq. 3, 4).
+    """KL divergence of each channel's distribution over positions, times tau^2 (CWD, arXiv:2011.13256, eq. 3, 4).
 
-    Averaged over channels and images.
+    The result is the mean over channels and images.
 
     Args:
         pred, target: maps (N, C, H, W) of student and teacher.
@@ -74,7 +74,7 @@ def channel_wise_divergence(pred: Tensor, target: Tensor, tau: float = 1.0) -> T
 
 def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 1.0,
                    reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
-    """KL divergence of softened sigmoids times T^2: Hinton's distillation (arXiv:1503.02531) of two outcomes a class.
+    """KL divergence of softened sigmoids, times T^2: Hinton's distillation (arXiv:1503.02531), two outcomes per class.
 
     Args:
         pred, target: (..., C) logits of student and teacher.
@@ -92,21 +92,21 @@ def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
 def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 1.0,
              beta: float = 8.0, T: float = 4.0, reduction: str = "mean",
              avg_factor: float | Tensor | None = None) -> Tensor:
-    """Decoupled distillation of softened class probabilities times T^2 (DKD, arXiv:2203.08679, eq. 5, 7).
+    """Decoupled distillation of softened class probabilities, times T^2 (DKD, arXiv:2203.08679, eq. 5, 7).
 
     Args:
         pred, target: (..., C) logits of student and teacher, C at least 2.
         labels: (...) int64, the true classes.
         weight: (...).
         alpha: weight of the divergence between the true class and all others together.
-        beta: weight of the divergence among the others.
+        beta: weight of the divergence among the other classes.
         T: temperature.
     """
     pred, target = at_least_float32(pred) / T, at_least_float32(target).detach() / T
     true = F.one_hot(labels, pred.shape[-1]).bool()
 
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of true and not true (..., 2), and of the classes given that it is not true (..., C)."""
+        """Log-probabilities (..., 2) of true class and others together, and (..., C) among the others alone."""
         others = logits.masked_fill(true, float("-inf"))
         both = torch.stack([logits.masked_fill(~true, float("-inf")).logsumexp(-1), others.logsumexp(-1)], -1)
         return both.log_softmax(-1), others.log_softmax(-1).masked_fill(true, 0)
@@ -135,7 +135,7 @@ class KDQualityFocalLoss(nn.Module):
     def __init__(self, use_sigmoid: bool = True, beta: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
-            raise ValueError("KDQualityFocalLoss: only use_sigmoid: true is supported, as in every reference")
+            raise ValueError("KDQualityFocalLoss: use_sigmoid must be true, as in every reference configuration")
         self.beta, self.loss_weight = beta, loss_weight
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",

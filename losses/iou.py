@@ -1,4 +1,4 @@
-"""IoU of aligned boxes and the losses made of it. All boxes are (..., 4) xyxy, any unit."""
+"""IoU of aligned boxes, and losses that use it. All boxes are (..., 4) xyxy, in any unit."""
 import math
 from collections.abc import Callable
 
@@ -20,14 +20,14 @@ def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def aligned_iou(pred: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
-    """IoU (...) of each box with its partner."""
+    """IoU (...) of each box in `pred` with the box at the same index in `target`."""
     inter, union, _ = _overlap(pred, target)
     return inter / union.clamp(min=eps)
 
 
 def iou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, mode: str = "log", eps: float = 1e-6,
              reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
-    """IoU loss (UnitBox, arXiv:1608.01471): -log IoU, or with mode "linear" 1 - IoU, "square" 1 - IoU^2."""
+    """IoU loss (UnitBox, arXiv:1608.01471): -log IoU; 1 - IoU with mode "linear", 1 - IoU^2 with mode "square"."""
     iou = aligned_iou(pred, target).clamp(min=eps)
     if mode == "log":
         loss = -iou.log()
@@ -51,7 +51,7 @@ def giou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 
 
 def _distance_terms(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """IoU, and the squared distance of the centres over the squared diagonal of the enclosing box."""
+    """IoU, and the squared distance between the centres, divided by the squared diagonal of the enclosing box."""
     inter, union, enclose = _overlap(pred, target)
     pred, target = at_least_float32(pred), at_least_float32(target)
     diagonal = (enclose ** 2).sum(-1) + eps
@@ -68,7 +68,7 @@ def diou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 
 def ciou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: float = 1e-6,
               reduction: str = "mean", avg_factor: float | Tensor | None = None) -> Tensor:
-    """1 - CIoU (arXiv:1911.08287, eq. 10); its aspect term counts above IoU 0.5 only and its factor has no gradient."""
+    """1 - CIoU (arXiv:1911.08287, eq. 10); the aspect term counts only above IoU 0.5; its factor has no gradient."""
     pred, target = at_least_float32(pred), at_least_float32(target)
     iou, distance = _distance_terms(pred, target, eps)
 
@@ -77,14 +77,14 @@ def ciou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 
     aspect = 4 / math.pi ** 2 * (angle(target) - angle(pred)) ** 2
     with torch.no_grad():
-        # Without the clamp a perfect box is 0/0 where eps is lost in its area.
+        # Without the clamp, a perfect box gives 0/0 if eps is lost in the rounding of its area.
         alpha = (iou > 0.5) * aspect / (1 - iou + aspect).clamp(min=torch.finfo(iou.dtype).tiny)
     ciou = iou - distance - alpha * aspect
     return reduce_loss(1 - ciou.clamp(-1, 1), weight, reduction, avg_factor)
 
 
 class _BoxLoss(nn.Module):
-    """A box loss of this file times `loss_weight`."""
+    """A box loss from this file, times `loss_weight`."""
 
     function: Callable[..., Tensor]
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# mmdet divides by avg_factor plus this, whatever the dtype; it shows at the seventh digit.
+# mmdet adds this to avg_factor for every dtype; it changes the seventh digit.
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -20,21 +20,21 @@ def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 def modulate(error: Tensor, exponent: float) -> Tensor:
-    """Focal losses' factor: errors in [0, 1] to a power, with a finite gradient at 0 for exponents below 1 as well."""
+    """Factor of focal losses: errors in [0, 1] to a power. The gradient at 0 is finite, also for powers below 1."""
     return (error.clamp(min=torch.finfo(error.dtype).tiny) if 0 < exponent < 1 else error).pow(exponent)
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_processes(value: Tensor, least: float | None = None) -> Tensor:
-    """Average of `value` over all processes; itself when there is only one. Never carries a gradient.
+    """Average of `value` over all processes, or `value` itself if there is one process. The result has no gradient.
 
     Args:
-        least: what the sum over all processes is raised to. A normaliser of N processes is so an N-th of one process's
-            with N times the batch, and their losses average to its loss, however few positives there are.
+        least: lower bound for the sum over all processes (not for the average). With it, the losses of N processes
+            average to the loss of one process with N times the batch, even if there are few positives.
     """
     count, value = processes(), value.detach()
     if count > 1:
@@ -46,7 +46,7 @@ def mean_over_processes(value: Tensor, least: float | None = None) -> Tensor:
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; the gradient of every process's result comes back to each."""
+    """The sum of a tensor over all processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -60,20 +60,20 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 def channel_statistics(x: Tensor, sync: bool = False) -> tuple[Tensor, Tensor]:
-    """Deviation and mean of each channel of a map (N, C, H, W) over images and places, (1, C, 1, 1) each.
+    """Standard deviation and mean of each channel of a map (N, C, H, W) over images and positions, (1, C, 1, 1) each.
 
     Args:
-        sync: over the maps of all processes together, each entry counting alike, instead of this one's alone.
+        sync: use the maps of all processes, with the same weight for every entry, and not only this process's map.
     """
-    # In two passes by hand: torch.std_mean takes four times as long on a map's strided channels.
+    # Two passes: torch.std_mean takes four times as long, because the channels of a map are strided.
     total = SumOverProcesses.apply if sync and processes() > 1 else lambda value: value
     dims = (0, 2, 3)
     sums = torch.cat([x.sum(dims), x.new_full((1,), x.numel() / x.shape[1])])
     *sums, count = total(sums).split([x.shape[1], 1])
     mean = (sums[0] / count).view(1, -1, 1, 1)
-    # A lone value, of one image's coarsest level say, deviates by nothing.
+    # A single value has variance zero, for example on the coarsest level of one image.
     variance = total((x - mean).square().sum(dims, keepdim=True)) / (count - 1).clamp(min=1)
-    # A constant channel's deviation has no gradient, as torch.std_mean has it.
+    # The deviation of a constant channel has no gradient, as in torch.std_mean.
     return variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), mean
 
 
@@ -83,11 +83,11 @@ def reduce_loss(loss: Tensor, weight: Tensor | None = None, reduction: str = "me
 
     Args:
         loss: any shape (..., C) or (...).
-        weight: of the loss's shape, or of its shape less the last dimension.
+        weight: the loss's shape, or its shape without the last dimension.
         reduction: "none", "mean" or "sum".
-        avg_factor: with "mean", the sum is divided by this in place of the number of elements.
+        avg_factor: with "mean", the sum is divided by this instead of the number of elements.
     Raises:
-        ValueError: an avg_factor together with "sum", or an unknown reduction.
+        ValueError: there is an avg_factor together with "sum", or the reduction is unknown.
     """
     if weight is not None:
         if weight.dim() == loss.dim() - 1:

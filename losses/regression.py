@@ -1,4 +1,4 @@
-"""Losses of box offsets and box-side distributions."""
+"""Losses for box offsets and for the distributions of box sides."""
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, b
 
 def distribution_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
                             avg_factor: float | Tensor | None = None) -> Tensor:
-    """Distribution focal loss (GFL, arXiv:2006.04388, eq. 6): cross-entropy to the two bins beside the target.
+    """Distribution focal loss (GFL, arXiv:2006.04388, eq. 6): cross-entropy with the two bins next to the target.
 
     Args:
         pred: (..., n + 1) logits over the distances 0..n.

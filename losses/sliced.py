@@ -1,7 +1,7 @@
-"""Losses of very many scores, a slice of them at a time and each slice with its gradient.
+"""Losses over very many scores, computed slice by slice, each slice together with its gradient.
 
-Written out for all scores at once, a focal loss reads and writes a dozen tensors of the scores' size and keeps half of
-them for backward: 16 MB each for RetinaNet on a small image. Slices stay in the cache, and only the gradient is kept.
+On all scores at once, a focal loss reads and writes a dozen tensors of the scores' size and keeps half of them for
+backward: 16 MB each for RetinaNet on a small image. A slice stays in the cache, and only its gradient is kept.
 """
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .reduce import EPS, reduce_loss
 
-# Scores at a time: what fits into a core's cache with what is made of it; on a GPU it only bounds the memory.
+# Scores per slice: on a CPU, a slice and its intermediate tensors fit into a core's cache; on a GPU, it limits memory.
 SLICE = {"cpu": 2 ** 17}
 LARGE_SLICE = 2 ** 25
 
@@ -22,9 +22,9 @@ def sliced_loss(entries: Callable[..., Tensor], pred: Tensor, others: tuple[Tens
     """`reduce_loss(entries(pred, *others), weight, reduction, avg_factor)`.
 
     Args:
-        entries: a loss of every row of (R, C) predictions by itself: (R, C) or (R,).
+        entries: computes a loss (R, C) or (R,) from predictions (R, C), for each row independently.
         pred: (..., C).
-        others: what it takes beside them, (...) or (..., C) each; they get no gradient.
+        others: the other arguments of `entries`, (...) or (..., C) each; they get no gradient.
         weight: (...) or (..., C).
     """
     rows = (*others, *([] if weight is None else [weight]))
@@ -35,7 +35,7 @@ def sliced_loss(entries: Callable[..., Tensor], pred: Tensor, others: tuple[Tens
 
 
 class SlicedSum(torch.autograd.Function):
-    """The weighted sum of a loss's entries, whose gradient is made with it."""
+    """The weighted sum of a loss's entries. Its forward pass also computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, entries: Callable[..., Tensor], pred: Tensor, weight: Tensor | None,
@@ -44,7 +44,7 @@ class SlicedSum(torch.autograd.Function):
         ctx.like = pred.shape, pred.dtype
         pred, weight, *others = (None if x is None else x.detach().flatten(0, pred.dim() - 2)
                                  for x in (pred, weight, *others))
-        # Not below float32: what is small here is made larger by fp16's loss scale only on the way back.
+        # At least float32: fp16's loss scale enlarges small gradients only later, in backward.
         dtype = torch.promote_types(pred.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=pred.device)
         grad = torch.empty_like(pred, dtype=dtype) if wanted else None

@@ -1,4 +1,4 @@
-"""What predictions are made from: anchor boxes on every cell of every level."""
+"""Anchor boxes on every cell of every level. Predictions are relative to them."""
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -9,15 +9,15 @@ from .build import ConfigError
 
 
 class Priors(NamedTuple):
-    """Anchors of all levels in one row, in the order of flattened head outputs: level, then y, x, anchor."""
+    """Anchors of all levels in one sequence, in the order of flattened head outputs: level, then y, x, anchor."""
 
     boxes: Tensor        # (P, 4) xyxy in input pixels
-    cells: Tensor        # (P, 2) x, y of the cell's corner that image sizes are compared with, in pixels
+    cells: Tensor        # (P, 2) x, y of the cell's top left corner in pixels, to compare with image sizes
     strides: Tensor      # (P,) in pixels
-    level_sizes: tuple[int, ...]  # anchors per level, P in all
+    level_sizes: tuple[int, ...]  # anchors per level, P in total
 
     def take(self, index: Tensor) -> "Priors":
-        """The anchors at `index`, without their levels."""
+        """The anchors at `index`, with empty `level_sizes`."""
         return Priors(self.boxes[index], self.cells[index], self.strides[index], ())
 
     @property
@@ -27,18 +27,18 @@ class Priors(NamedTuple):
 
 
 class AnchorGenerator:
-    """Anchors of some scales and ratios on every cell, as in RetinaNet (arXiv:1708.02002, section 4).
+    """Anchors with the given scales and ratios on every cell, as in RetinaNet (arXiv:1708.02002, section 4).
 
     Args:
         strides: pixels per cell, for each level.
-        ratios: height over width of the anchors.
-        octave_base_scale, scales_per_octave: scales are octave_base_scale * 2^(i / scales_per_octave).
-        scales: scales said outright, in place of the two.
-        base_sizes: the size in pixels that a scale multiplies, for each level; the stride when not given.
-        center_offset: where in its cell an anchor is centred, in strides.
-        style: whose anchors to match. mmdet orders a cell's anchors by ratio, then scale; detectron2 by scale, then
-            ratio; torchvision as mmdet, but with sizes cut and corners rounded to whole pixels, and with each level's
-            stride measured as the padded image's size over the map's, which can be less than the nominal one.
+        ratios: height divided by width of the anchors.
+        octave_base_scale, scales_per_octave: the scales are octave_base_scale * 2^(i / scales_per_octave).
+        scales: the scales themselves, instead of octave_base_scale and scales_per_octave.
+        base_sizes: for each level, the size in pixels that the scales multiply; by default its stride.
+        center_offset: distance from a cell's top left corner to its anchors' centre, in x and in y, in strides.
+        style: the project whose anchors to reproduce. mmdet orders a cell's anchors by ratio, then scale; detectron2
+            by scale, then ratio. torchvision orders as mmdet, but it rounds sizes down and corners to whole pixels. Its
+            stride is the padded image's size divided by the map's, which can be less than the nominal stride.
     """
 
     def __init__(self, strides: list[int], ratios: list[float], octave_base_scale: float | None = None,
@@ -46,9 +46,9 @@ class AnchorGenerator:
                  base_sizes: list[float] | None = None, center_offset: float = 0.0,
                  style: Literal["mmdet", "detectron2", "torchvision"] = "mmdet"):
         if (scales is None) == (octave_base_scale is None or scales_per_octave is None):
-            raise ConfigError("", "needs either scales, or octave_base_scale with scales_per_octave")
+            raise ConfigError("", "must have either scales, or both octave_base_scale and scales_per_octave")
         if base_sizes is not None and len(base_sizes) != len(strides):
-            raise ConfigError("base_sizes", f"needs one per stride, {len(strides)}")
+            raise ConfigError("base_sizes", f"must have one entry per stride, {len(strides)} in total")
         if scales is None:
             scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
         self.strides, self.center_offset, self.style = list(strides), center_offset, style
@@ -59,7 +59,7 @@ class AnchorGenerator:
         self._cache: dict[tuple, Priors] = {}
 
     def _base_anchors(self, size: float, ratios: Tensor, scales: Tensor) -> Tensor:
-        """(A, 4) xyxy of one cell's anchors around its centre."""
+        """The anchors of one cell (A, 4), xyxy relative to their centre."""
         whole = self.style == "torchvision"
         sides = (size * scales).floor() if whole else size * scales
         sides, heights = torch.broadcast_tensors(sides[None, :], ratios.sqrt()[:, None])  # (ratios, scales)
@@ -70,13 +70,13 @@ class AnchorGenerator:
         return boxes.round() if whole else boxes
 
     def __call__(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
-        """Anchors for feature maps of the given (height, width), kept for the next batch of the same shape."""
+        """Anchors for feature maps of the given (height, width), cached for later batches of the same shape."""
         if len(sizes) != len(self.strides):
-            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels and the features "
-                                                               f"have {len(sizes)}")
+            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels, but the "
+                                                               f"features have {len(sizes)}")
         key = (tuple(map(tuple, sizes)), dtype, device)
         if key not in self._cache:
-            if len(self._cache) >= 64:  # multi-scale training meets many shapes
+            if len(self._cache) >= 64:  # multi-scale training has many shapes
                 self._cache.clear()
             image = [side * self.strides[0] for side in sizes[0]]  # height, width with padding
             levels = [self.level(i, size, image, dtype, device) for i, size in enumerate(sizes)]
@@ -86,7 +86,7 @@ class AnchorGenerator:
 
     def level(self, level: int, size: tuple[int, int], image: Sequence[int], dtype: torch.dtype,
               device: torch.device) -> Priors:
-        """Anchors of one level for a map of (height, width), computed anew.
+        """Anchors of one level for a map of (height, width), without the cache.
 
         Args:
             image: height and width of the padded image in pixels.

@@ -1,11 +1,11 @@
-"""Which anchor learns which box. Whole batches at once, on padded boxes.
+"""Assigners choose which anchor learns which box. They process whole batches at once, with padded boxes.
 
 Every assigner takes
     priors: `Priors` with P anchors
-    valid: (N, P) bool, anchors that take part
-    boxes: (N, G, 4) xyxy in pixels, padded, G at least 1; real: (N, G) bool, which of them are boxes
-    ignored: (N, M, 4) and ignored_real (N, M), regions that are neither object nor background
-and returns (N, P) int64: the index of the anchor's box, or NEGATIVE, or IGNORED.
+    valid: (N, P) bool, true for anchors that take part
+    boxes: (N, G, 4) xyxy in pixels, padded, G at least 1; real: (N, G) bool, false for padding
+    ignored: (N, M, 4) and ignored_real (N, M), padded regions that are neither object nor background
+and returns (N, P) int64: the index of the box that the anchor learns, or NEGATIVE, or IGNORED.
 """
 from collections.abc import Iterator
 
@@ -17,12 +17,12 @@ from .build import ConfigError
 from .layers import from_host
 
 NEGATIVE, IGNORED = -1, -2
-MAX_PAIRS = 2 ** 25  # pairs of box and anchor held at once: some 2 GB at most, whatever the number of boxes
-FAR = 1e8  # the references' distance of an ignored anchor: chosen only where nothing else is left
+MAX_PAIRS = 2 ** 25  # pairs of box and anchor in memory at once: at most about 2 GB, for any number of boxes
+FAR = 1e8  # the references' distance for an ignored anchor: it is chosen only if no other anchor is left
 
 
 def pairwise_overlap(boxes: Tensor, others: Tensor, mode: str = "iou", eps: float = 1e-6) -> Tensor:
-    """IoU (..., G, P) of boxes (..., G, 4) and others (..., P, 4); with mode "iof" over the area of `boxes` alone."""
+    """IoU (..., G, P) of boxes (..., G, 4) and others (..., P, 4); mode "iof" divides by the area of `boxes`."""
     a, b = boxes.unsqueeze(-2), others.unsqueeze(-3)
     width = (torch.min(a[..., 2], b[..., 2]) - torch.max(a[..., 0], b[..., 0])).clamp(min=0)
     height = (torch.min(a[..., 3], b[..., 3]) - torch.max(a[..., 1], b[..., 1])).clamp(min=0)
@@ -36,7 +36,7 @@ def pairwise_overlap(boxes: Tensor, others: Tensor, mode: str = "iou", eps: floa
 
 def in_ignored_region(priors: Tensor, ignored: Tensor, ignored_real: Tensor, threshold: float,
                       wrt_priors: bool = True) -> Tensor:
-    """(N, P) bool: anchors whose share (or the region's, with `wrt_priors=False`) in a region exceeds the threshold."""
+    """(N, P) bool: intersection with a region / area of anchor (not `wrt_priors`: of region) exceeds `threshold`."""
     if wrt_priors:
         share = pairwise_overlap(priors, ignored, "iof").transpose(-1, -2)
     else:
@@ -45,24 +45,24 @@ def in_ignored_region(priors: Tensor, ignored: Tensor, ignored_real: Tensor, thr
 
 
 def box_chunks(boxes: Tensor, num_priors: int) -> Iterator[slice]:
-    """Runs of the boxes (N, G, 4) that make at most MAX_PAIRS pairs with anchors; mostly it is one run of all."""
+    """Slices of boxes (N, G, 4) with at most MAX_PAIRS pairs of box and anchor each; usually there is only one."""
     size = max(1, MAX_PAIRS // (len(boxes) * num_priors))
     return (slice(start, start + size) for start in range(0, boxes.shape[1], size))
 
 
 class MaxIoUAssigner:
-    """By IoU thresholds (Faster R-CNN, arXiv:1506.01497, section 3.1.2; RetinaNet's values).
+    """Assigns by IoU thresholds (Faster R-CNN, arXiv:1506.01497, section 3.1.2). The defaults are RetinaNet's.
 
     Args:
-        pos_iou_thr: from this IoU an anchor is positive.
-        neg_iou_thr: below this it is negative, between the two ignored; a pair gives negatives a lower bound too.
-        min_pos_iou: with `match_low_quality`, a box whose best anchor reaches this takes that anchor all the same.
-        match_low_quality: see above.
-        gt_max_assign_all: all anchors that tie for best are taken, not the first alone.
-        low_quality_to_best: such an anchor turns positive for the box that it overlaps most, as in detectron2 and
-            torchvision, and not for the box that took it, as in mmdet.
-        ignore_iof_thr: anchors whose share in an ignored region exceeds this are ignored; -1 turns it off.
-        ignore_wrt_candidates: the share is of the anchor, otherwise of the region.
+        pos_iou_thr: an anchor with at least this IoU is positive.
+        neg_iou_thr: an anchor below this IoU is negative; a pair also sets a lower bound. The rest is ignored.
+        min_pos_iou: a box takes its best anchor by `match_low_quality` only if their IoU is at least this.
+        match_low_quality: a box takes its best anchor even if their IoU is below `pos_iou_thr`.
+        gt_max_assign_all: if several anchors are equally good, the box takes all of them and not only the first.
+        low_quality_to_best: an anchor that is taken by `match_low_quality` learns the box that it overlaps most, as in
+            detectron2 and torchvision. Otherwise it learns the box that took it, as in mmdet.
+        ignore_iof_thr: an anchor is ignored if more than this share of it is in an ignored region; -1 turns this off.
+        ignore_wrt_candidates: the share is a share of the anchor's area; otherwise of the region's area.
     """
 
     def __init__(self, pos_iou_thr: float = 0.5, neg_iou_thr: float | tuple[float, float] = 0.4,
@@ -71,7 +71,7 @@ class MaxIoUAssigner:
         self.pos_iou_thr, self.min_pos_iou = pos_iou_thr, min_pos_iou
         self.neg_iou_thr = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, (int, float)) else tuple(neg_iou_thr)
         if self.neg_iou_thr[1] > pos_iou_thr:
-            raise ConfigError("neg_iou_thr", f"{neg_iou_thr} is above pos_iou_thr {pos_iou_thr}")
+            raise ConfigError("neg_iou_thr", f"{neg_iou_thr} must not be above pos_iou_thr {pos_iou_thr}")
         self.match_low_quality, self.gt_max_assign_all = match_low_quality, gt_max_assign_all
         self.low_quality_to_best = low_quality_to_best
         self.ignore_iof_thr, self.ignore_wrt_candidates = ignore_iof_thr, ignore_wrt_candidates
@@ -98,21 +98,21 @@ class MaxIoUAssigner:
         assigned.masked_fill_((best >= self.neg_iou_thr[0]) & (best < self.neg_iou_thr[1]), NEGATIVE)
         assigned = torch.where(best >= self.pos_iou_thr, best_box, assigned)
         assigned = torch.where(taken >= 0, best_box if self.low_quality_to_best else taken, assigned)
-        # An image without boxes is all background, its ignored regions too.
+        # In an image without boxes, all anchors are background, also those in ignored regions.
         return assigned.masked_fill(~real.any(1, keepdim=True), NEGATIVE)
 
     def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
-        """The IoU (N, G) from which an anchor may learn each box."""
+        """The lowest IoU (N, G) with which an anchor may learn each box."""
         return boxes.new_full(boxes.shape[:2], self.pos_iou_thr)
 
     def _taker(self, overlaps: Tensor) -> Tensor:
-        """(N, P): the box of (N, G, P) overlaps that an anchor is the best of; the last of several, -1 without one."""
+        """(N, P): the box that takes the anchor as its best, from overlaps (N, G, P); the last of several, or -1."""
         best, best_anchor = overlaps.max(dim=2, keepdim=True)
         if self.gt_max_assign_all:
             taken = overlaps == best
         else:
             taken = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(2, best_anchor, True)
-        taken &= best >= max(self.min_pos_iou, 0)  # -1 marks what takes no part
+        taken &= best >= max(self.min_pos_iou, 0)  # -1 marks pairs that take no part
         order = torch.arange(1, taken.shape[1] + 1, device=taken.device).view(1, -1, 1)
         return (taken * order).amax(dim=1) - 1
 
@@ -122,7 +122,7 @@ class ATSSAssigner:
 
     Args:
         topk: candidates per box and level.
-        ignore_iof_thr: anchors whose share in an ignored region exceeds this are ignored; -1 turns it off.
+        ignore_iof_thr: an anchor is ignored if more than this share of it is in an ignored region; -1 turns this off.
     """
 
     def __init__(self, topk: int = 9, ignore_iof_thr: float = -1):
@@ -142,13 +142,13 @@ class ATSSAssigner:
         best = torch.full_like(valid, -1, dtype=boxes.dtype)
         for part in box_chunks(boxes, len(priors.boxes)):
             overlap, box = self._positives(priors, valid, boxes[:, part], real[:, part], region).max(dim=1)
-            # An anchor wanted by several boxes goes to the one that it overlaps most.
+            # If several boxes want an anchor, it goes to the box that it overlaps most.
             assigned = torch.where(overlap > best, box + part.start, assigned)
             best = torch.maximum(best, overlap)
         return assigned
 
     def _positives(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, region: Tensor | None) -> Tensor:
-        """(N, G, P): the overlap of a box with each anchor that may learn it, -1 with the others."""
+        """(N, G, P): the overlap of a box with each anchor that may learn it, -1 for other anchors."""
         candidates, chosen, overlaps = self._candidates(priors, valid, boxes, region)
         positive = chosen & (overlaps >= self._threshold(overlaps, chosen).unsqueeze(-1))
         points = priors.centers[candidates]
@@ -166,7 +166,7 @@ class ATSSAssigner:
                     far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Each box's nearest anchors: their indices, whether they are valid, and their IoU with it, (N, G, C) each.
 
-        Anchors of `far` (N, P) are taken only where nothing else is left.
+        Anchors in `far` (N, P) are taken only if no others are left.
         """
         box_centers = (boxes[..., :2] + boxes[..., 2:]) / 2
         distances = (priors.centers - box_centers.unsqueeze(2)).pow(2).sum(-1).sqrt()  # (N, G, P)
@@ -178,11 +178,11 @@ class ATSSAssigner:
         return candidates, chosen, pairwise_overlap(boxes.unsqueeze(2), priors.boxes[candidates]).squeeze(2)
 
     def _per_image(self, priors: Priors, valid: Tensor, *truth: Tensor) -> Tensor:
-        """The same, image by image, on each image's valid anchors alone.
+        """The same assignment, image by image, with only the valid anchors of each image.
 
-        Anchors at equal distance are common (coordinates are often whole), and which of them `topk` takes depends on
-        what else it is given. The references give it the valid anchors only, so on the CPU, where their values can be
-        compared with ours, we do too.
+        Anchors at equal distances are common, because coordinates are often whole numbers. Which of them `topk` takes
+        depends on its other inputs. The references pass only the valid anchors. On the CPU we do the same, so that our
+        values can be compared with theirs.
         """
         assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long)
         for i, keep in enumerate(valid):
@@ -202,7 +202,7 @@ class ATSSAssigner:
 
     @staticmethod
     def _threshold(overlaps: Tensor, chosen: Tensor) -> Tensor:
-        """Mean plus unbiased deviation (N, G) of each box's candidates (N, G, C), over those chosen."""
+        """Mean plus unbiased standard deviation (N, G) of each box's IoUs (N, G, C), over its chosen candidates."""
         count = chosen.sum(-1)
         mean = (overlaps * chosen).sum(-1) / count
         square = ((overlaps - mean.unsqueeze(-1)) * chosen).pow(2).sum(-1)
@@ -210,11 +210,11 @@ class ATSSAssigner:
 
 
 class FCOSAssigner:
-    """By place and size (FCOS, arXiv:1904.01355, section 3.1 and 3.2): the smallest box that a point may learn.
+    """Assigns to each point the smallest box that it may learn (FCOS, arXiv:1904.01355, section 3.1 and 3.2).
 
     Args:
-        regress_ranges: for each level, the bounds of the largest of a point's four distances, in pixels.
-        center_sampling: a point must lie within `center_sample_radius` strides of the box's centre, and in the box.
+        regress_ranges: for each level, lower and upper bound of a point's largest distance to a side, in pixels.
+        center_sampling: a point must lie in the box and within `center_sample_radius` strides of its centre.
     """
 
     def __init__(self, regress_ranges: list[tuple[float, float]], center_sampling: bool, center_sample_radius: float):
@@ -237,7 +237,7 @@ class FCOSAssigner:
         return assigned
 
     def _allowed(self, priors: Priors, boxes: Tensor, bounds: Tensor) -> Tensor:
-        """(N, G, P): points that lie where they may learn a box, and at a distance that their level is for."""
+        """(N, G, P) bool: the point is in the allowed part of the box, and its largest distance suits its level."""
         points = priors.centers
         low, high = boxes[:, :, None, :2], boxes[:, :, None, 2:]  # (N, G, 1, 2)
         farthest = torch.cat([points - low, high - points], dim=-1).amax(-1)  # (N, G, P)

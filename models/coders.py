@@ -1,4 +1,4 @@
-"""Boxes to regression targets and back. All boxes are (..., 4) xyxy."""
+"""Conversion of boxes to regression targets and back. All boxes are (..., 4) xyxy."""
 import math
 
 import torch
@@ -8,11 +8,11 @@ from .layers import from_host
 
 
 class DeltaXYWHBBoxCoder:
-    """Shifts and log sizes relative to an anchor (R-CNN, arXiv:1311.2524, appendix C).
+    """Shifts of the centre and logarithms of the size, relative to an anchor (R-CNN, arXiv:1311.2524, appendix C).
 
     Args:
-        target_means, target_stds: normalisation of the four deltas.
-        wh_ratio_clip: decoded sizes stay within this factor of the anchor's, and its inverse.
+        target_means, target_stds: mean and standard deviation that normalise the four deltas.
+        wh_ratio_clip: the ratio of decoded size to anchor size is clipped to this value and its inverse.
     """
 
     def __init__(self, target_means: list[float] = (0.0, 0.0, 0.0, 0.0),
@@ -21,7 +21,7 @@ class DeltaXYWHBBoxCoder:
         self.max_log_ratio = abs(math.log(wh_ratio_clip))
 
     def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """Deltas (..., 4) that lead from anchors to boxes of positive size."""
+        """Deltas (..., 4) from anchors to boxes. The boxes must have positive size."""
         size, target_size = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
         shift = ((boxes[..., :2] + boxes[..., 2:]) / 2 - (anchors[..., :2] + anchors[..., 2:]) / 2) / size
         deltas = torch.cat([shift, (target_size / size).log()], dim=-1)
@@ -40,7 +40,7 @@ class DistancePointBBoxCoder:
     """Distances from a point to the four sides (FCOS, arXiv:1904.01355, eq. 1)."""
 
     def encode(self, points: Tensor, boxes: Tensor, max_dis: float | None = None, eps: float = 0.1) -> Tensor:
-        """Distances (..., 4) left, top, right, bottom from points (..., 2); clamped to [0, max_dis - eps] if given."""
+        """Distances (..., 4) left, top, right, bottom from points (..., 2); `max_dis` clamps to [0, max_dis - eps]."""
         distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
         return distances if max_dis is None else distances.clamp(min=0, max=max_dis - eps)
 
@@ -53,7 +53,7 @@ CODERS = {"DeltaXYWHBBoxCoder": DeltaXYWHBBoxCoder, "DistancePointBBoxCoder": Di
 
 
 def clip_boxes(boxes: Tensor, size: tuple[float, float]) -> Tensor:
-    """Boxes (..., 4) cut to an image of (height, width)."""
+    """Boxes (..., 4) clipped to an image of (height, width)."""
     height, width = size
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)

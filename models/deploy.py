@@ -1,4 +1,4 @@
-"""A detector in one piece, from pixels to detections in tensors of fixed size, as exporters and runtimes want it."""
+"""A whole detector in one module, from pixels to detections in tensors of fixed size, as exporters need it."""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,14 +22,14 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, io
 
     Args:
         boxes: (N, K, 4) xyxy; scores: (N, K), 0 where there is no box; labels: (N, K) int64, below `num_classes`.
-        max_per_class: more need not be kept of a class.
+        max_per_class: the number of boxes per class that must be kept; more are allowed.
     Returns:
         scores (N, K), set to 0 where a box is suppressed.
     """
     low, span = boxes.min().double(), (boxes.max() - boxes.min() + 1).double()
     image = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1)
     apart = (labels + num_classes * image).unsqueeze(-1) * span  # see `class_nms`
-    # Two more boxes, away from all others: torch.export takes for granted that suppression leaves at least two.
+    # Two extra boxes, far from all others: torch.export assumes that suppression leaves at least two.
     corners = low - torch.arange(1, 3, device=boxes.device).unsqueeze(-1) * span
     others = torch.cat([corners, corners, corners + 1, corners + 1], dim=1)
     spread = torch.cat([(boxes.double() + apart).reshape(-1, 4), others])
@@ -40,21 +40,21 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, io
 
 
 class DeployedDetector(nn.Module):
-    """Pixels in, a fixed number of detections out.
+    """Takes pixels and returns a fixed number of detections.
 
     Args:
-        detector: its `test` section says what is detected; it is put into evaluation mode.
-        with_nms: suppress overlaps; otherwise all candidates come out, and are for the caller to suppress.
-        suppress: how overlaps are suppressed, for exporters that know of other means.
+        detector: its `test` section controls the detections. It is set to evaluation mode.
+        with_nms: suppress overlaps; otherwise all candidates are returned, and the caller must suppress overlaps.
+        suppress: the function that suppresses overlaps; an exporter may give its own.
     Raises:
-        ConfigError: nms_pre or max_per_img of the `test` section leave the number of detections open.
+        ConfigError: nms_pre or max_per_img of the `test` section is below 1: the output size is not fixed.
     """
 
     def __init__(self, detector: Detector, with_nms: bool = True, suppress: Suppress = suppress):
         super().__init__()
         for name in ("nms_pre", "max_per_img"):
             if getattr(detector.test, name) < 1:
-                raise ConfigError(f"model.test.{name}", "must be at least 1 in a detector of fixed output size")
+                raise ConfigError(f"model.test.{name}", "must be at least 1, so that the output size is fixed")
         self.detector, self.with_nms, self.suppress = detector, with_nms, suppress
         self.eval()
 
@@ -62,11 +62,11 @@ class DeployedDetector(nn.Module):
         """Detections of a batch.
 
         Args:
-            images: uint8 (N, 3, H, W), RGB, resized; padded by anything at right and bottom to multiples of 32.
+            images: uint8 (N, 3, H, W), RGB, resized; padded with any values at right and bottom to multiples of 32.
             image_sizes: int64 (N, 2), height and width before padding.
         Returns:
-            boxes (N, K, 4) xyxy in pixels of `images`, scores (N, K) and labels (N, K) int64. With suppression K is
-            `max_per_img`, best first; without it K is `nms_pre` for each level. Where less is found, scores are 0.
+            boxes (N, K, 4) xyxy in pixels of `images`, scores (N, K) and labels (N, K) int64. With suppression, K
+            is `max_per_img`, best first; without it, K is `nms_pre` per level. Unused entries have score 0.
         """
         features = self.detector.extract_features(self._normalise(images, image_sizes))
         levels = [self._candidates(feature, level, images.shape[2:]) for level, feature in enumerate(features)]
@@ -84,7 +84,7 @@ class DeployedDetector(nn.Module):
         return boxes, scores, labels
 
     def _normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """What the detector's backbone takes."""
+        """The normalised input of the detector's backbone, zero beyond each image."""
         height, width = image_sizes.unsqueeze(-1).unbind(1)
         rows = torch.arange(images.shape[2], device=images.device) < height
         columns = torch.arange(images.shape[3], device=images.device) < width
@@ -94,14 +94,14 @@ class DeployedDetector(nn.Module):
     def _candidates(self, feature: Tensor, level: int, padded: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, K, 4), scores (N, K) and labels (N, K): the best `nms_pre` of a level above the threshold.
 
-        Level by level, for the sizes of all levels in one row are a burden to exporters that know them by name only.
+        One level at a time: with symbolic sizes, one tensor of all levels is difficult for exporters.
         """
         head, test = self.detector.bbox_head, self.detector.test
         cls, box, centerness = head.run_level(feature, level)
         scores = at_least_float32(flatten([cls], head.num_classes)).sigmoid()
         priors = head.prior_generator.level(level, cls.shape[2:], padded, scores.dtype, scores.device)
         scores = torch.where(scores > test.score_thr, scores, 0).flatten(1)
-        score, index = F.pad(scores, (0, test.nms_pre)).topk(test.nms_pre)  # padded, for a level may have fewer
+        score, index = F.pad(scores, (0, test.nms_pre)).topk(test.nms_pre)  # padded: a level may have fewer
         place, label = (index // head.num_classes).clamp(max=priors.boxes.shape[0] - 1), index % head.num_classes
         if centerness is not None:
             score = score * at_least_float32(flatten([centerness], 1).squeeze(-1).gather(1, place)).sigmoid()
@@ -111,7 +111,7 @@ class DeployedDetector(nn.Module):
         return head.decode(box, taken), score, label
 
     def _clip(self, boxes: Tensor, scores: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes cut to their images, and scores of 0 for those that are too small then."""
+        """Clips boxes to their images; boxes that are too small afterwards get score 0."""
         height, width = image_sizes.to(boxes.dtype).unsqueeze(-1).unbind(1)
         x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
         boxes = torch.stack([x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)], dim=-1)

@@ -14,15 +14,15 @@ class FPN(nn.Module):
     Args:
         in_channels: channels of every backbone level (derived from the backbone when not given).
         out_channels: channels of every output.
-        num_outs: number of outputs; beyond the backbone's levels they come from strided convolutions or max-pooling.
-        start_level, end_level: first and last backbone level used; -1 is the last there is.
-        add_extra_convs: what the extra convolutions start from: the last backbone level, its lateral, or the last
-            output; off takes max-pooling in their place. True is on_input.
-        relu_before_extra_convs: ReLU before each extra convolution but the first.
+        num_outs: number of outputs; strided convolutions or max-pooling give those beyond the backbone's levels.
+        start_level, end_level: first and last backbone level used; -1 is the last level of the backbone.
+        add_extra_convs: the input of the first extra convolution: the last backbone level, its lateral, or the last
+            output. off uses max-pooling instead of convolutions. True means on_input.
+        relu_before_extra_convs: ReLU before each extra convolution except the first.
         no_norm_on_lateral: the lateral convolutions have no norm.
         norm_cfg, act_cfg: norm and activation of every convolution; none by default.
-        upsample_cfg: arguments of `interpolate`; with `scale_factor` the upsampling is by factor, otherwise to the
-            size of the level below.
+        upsample_cfg: arguments of `interpolate`; with `scale_factor` a map is upsampled by that factor, otherwise to
+            the size of the next finer level.
     """
 
     def __init__(self, in_channels: list[int], out_channels: int, num_outs: int, start_level: int = 0,
@@ -37,7 +37,7 @@ class FPN(nn.Module):
         if not 0 <= start_level <= end_level <= last:
             raise ConfigError("end_level", f"levels {start_level}..{end_level} are not among the backbone's 0..{last}")
         if num_outs < levels or (end_level < last and num_outs != levels):
-            raise ConfigError("num_outs", f"{num_outs} outputs cannot be made of backbone levels "
+            raise ConfigError("num_outs", f"{num_outs} outputs cannot be made from backbone levels "
                                                f"{start_level}..{end_level} of 0..{last}")
         self.start_level, self.end_level, self.num_outs = start_level, end_level, num_outs
         self.in_channels = list(in_channels)
@@ -62,7 +62,7 @@ class FPN(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def out_strides(self, in_strides: list[int]) -> list[int]:
-        """Pixels per cell of each output, from those of the backbone's levels."""
+        """Stride of each output in pixels, from the strides of the backbone's levels."""
         strides = in_strides[self.start_level:self.end_level + 1]
         while len(strides) < self.num_outs:
             strides = strides + [strides[-1] * 2]
@@ -71,7 +71,7 @@ class FPN(nn.Module):
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """`num_outs` maps of (N, out_channels, H_l, W_l) from the backbone's levels, finest first."""
         if len(inputs) != len(self.in_channels):
-            raise ValueError(f"FPN was built for {len(self.in_channels)} backbone levels and got {len(inputs)}")
+            raise ValueError(f"FPN was built for {len(self.in_channels)} backbone levels but got {len(inputs)}")
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[self.start_level:])]
         for i in range(len(laterals) - 1, 0, -1):
             size = None if "scale_factor" in self.upsample_cfg else laterals[i - 1].shape[-2:]

@@ -13,13 +13,13 @@ ActCfg = str | dict | None
 
 
 def from_host(values: Sequence, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers on the device of `like`, of its dtype unless said; nobody waits for a GPU, as
-    `like.new_tensor(values)` does."""
+    """The values as a tensor on the device of `like`, by default with its dtype. Unlike `like.new_tensor(values)`, it
+    does not wait for the GPU."""
     return torch.tensor(values, dtype=dtype or like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that never learns: running statistics, weight and bias stay as loaded, in training too."""
+    """Batch norm that never learns: running statistics, weight and bias stay as loaded, also in training."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__(channels, eps=eps)
@@ -37,8 +37,8 @@ def build_norm(cfg: str | dict, channels: int) -> tuple[str, nn.Module]:
     """A normalisation layer and the name that the references give it, `gn` or `bn`.
 
     Args:
-        cfg: "BN", "SyncBN", "FrozenBN", "GN" or a mapping with such a `type` and `num_groups`, `eps`, `momentum`,
-            `requires_grad`.
+        cfg: "BN", "SyncBN", "FrozenBN", "GN", or a mapping with one of these as `type` and with `num_groups`, `eps`,
+            `momentum`, `requires_grad`.
     """
     args = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
     kind = args.pop("type", None)
@@ -79,12 +79,12 @@ def build_activation(cfg: ActCfg) -> nn.Module:
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(conv(x))`; by one convolution where the norm is a batch norm in evaluation mode.
+    """`norm(conv(x))`, as one convolution if the norm is a batch norm in evaluation mode.
 
-    Such a norm multiplies each channel and adds to it, so it goes into the convolution's weight and bias, with their
-    gradients: what the convolution gave need not be read, written and kept once more.
+    This norm only scales and shifts each channel, so it is folded into the convolution's weight and bias, and gradients
+    still reach both layers. The convolution's output need not be read, written and stored a second time.
     """
-    hooked = conv._forward_hooks or norm._forward_hooks  # somebody wants to see what lies between
+    hooked = conv._forward_hooks or norm._forward_hooks  # a hook needs the tensor between the two
     if norm.training or hooked or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -96,9 +96,9 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ConvModule(nn.Module):
-    """Convolution, norm, activation; with parameters named as mmcv's: `conv.*`, and `gn.*` or `bn.*`.
+    """Convolution, norm and activation, with mmcv's parameter names: `conv.*`, and `gn.*` or `bn.*`.
 
-    `bias=None` gives the convolution a bias where no norm follows.
+    `bias=None` gives the convolution a bias if no norm follows.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -116,7 +116,7 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x) if self.norm_name is None else conv_norm(self.conv, getattr(self, self.norm_name), x)
-        return F.relu_(x) if isinstance(self.activate, nn.ReLU) else self.activate(x)  # nobody needs what was before
+        return F.relu_(x) if isinstance(self.activate, nn.ReLU) else self.activate(x)  # in place: nothing else needs x
 
 
 class Scale(nn.Module):
@@ -131,19 +131,19 @@ class Scale(nn.Module):
 
 
 def kaiming_init(conv: nn.Conv2d, mode: str = "fan_out") -> None:
-    """He initialisation (arXiv:1502.01852) for ReLU; bias at zero."""
+    """He initialisation (arXiv:1502.01852) for ReLU; the bias is zero."""
     nn.init.kaiming_normal_(conv.weight, mode=mode, nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 
 
 def normal_init(conv: nn.Conv2d, std: float = 0.01, bias: float = 0.0) -> None:
-    """Weights from a normal distribution, bias at a constant."""
+    """Weights from a normal distribution; the bias is a constant."""
     nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.constant_(conv.bias, bias)
 
 
 def prior_bias(prob: float = 0.01) -> float:
-    """The bias with which a sigmoid starts at `prob` (RetinaNet, arXiv:1708.02002, section 3.3)."""
+    """The bias with which a sigmoid starts at the score `prob` (RetinaNet, arXiv:1708.02002, section 3.3)."""
     return -math.log((1 - prob) / prob)

@@ -1,4 +1,4 @@
-"""From dense predictions to detections."""
+"""Makes detections from dense predictions."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,11 @@ from .heads import DenseHead, HeadOutputs
 class TestConfig:
     """How detections are chosen."""
 
-    score_thr: float = 0.05                   # a class score must exceed this
-    nms_pre: int = 1000                       # best scores kept per level; -1 keeps all
-    nms_iou_threshold: float | None = None    # null: the head's own, 0.5 of RetinaNet, 0.6 of the others
-    max_per_img: int = 100                    # detections kept per image; -1 keeps all
-    min_bbox_size: float = 0                  # sides must exceed this, in output pixels; negative keeps all boxes
+    score_thr: float = 0.05                   # the class score must exceed this
+    nms_pre: int = 1000                       # number of best scores kept per level; -1 keeps all
+    nms_iou_threshold: float | None = None    # null: the head's own, 0.5 for RetinaNet, 0.6 for the others
+    max_per_img: int = 100                    # number of detections kept per image; -1 keeps all
+    min_bbox_size: float = 0                  # both sides must exceed this, in output pixels; negative keeps all boxes
     clip: Literal["before", "after"] = "before"  # clip boxes before NMS (mmdet, torchvision) or after (detectron2)
 
 
@@ -31,10 +31,10 @@ def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test
 
     Args:
         targets: one dict per image with `image_size` and, to rescale, `original_size`.
-        rescale: give boxes in the original image's pixels, otherwise in the input's.
-        with_nms: suppress overlaps and cap the number; otherwise all candidates are returned, level by level.
+        rescale: return boxes in the original image's pixels, otherwise in the input's.
+        with_nms: suppress overlaps and limit the number; otherwise all candidates are returned, level by level.
     Returns:
-        A dict per image: boxes (n, 4) xyxy, scores (n,), labels (n,) int64, best score first.
+        A dict per image: boxes (n, 4) xyxy, scores (n,), labels (n,) int64; with NMS, best score first.
     """
     priors = head.priors(outputs)
     scores = at_least_float32(outputs.cls).sigmoid()
@@ -50,7 +50,7 @@ def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test
 
 
 def _candidates(scores: Tensor, priors: Priors, test: TestConfig) -> tuple[Tensor, Tensor]:
-    """Anchor and class of the best scores (P, C) above the threshold: at most `nms_pre` a level, best first."""
+    """Anchor and class of the best scores (P, C) above the threshold: at most `nms_pre` per level, best first."""
     indices, labels, start = [], [], 0
     for size in priors.level_sizes:
         level = scores[start:start + size]
@@ -66,7 +66,7 @@ def _candidates(scores: Tensor, priors: Priors, test: TestConfig) -> tuple[Tenso
 
 def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: TestConfig, rescale: bool,
             with_nms: bool) -> dict:
-    """Clip, rescale, drop what is too small, suppress, cap; in the order that `test.clip` says."""
+    """Clips, rescales, drops small boxes, suppresses and limits the number, in the order that `test.clip` sets."""
 
     def to_output(boxes: Tensor) -> Tensor:
         boxes = clip_boxes(boxes, target["image_size"])
@@ -96,11 +96,11 @@ def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: T
 
 
 def class_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes (n, 4) that non-maximum suppression within each class leaves, best score first.
+    """Indices of the boxes (n, 4) that non-maximum suppression within each class keeps, best score first.
 
-    As torchvision's `batched_nms`, it moves the classes apart and suppresses once. That one does so from coordinate 0
-    and in the boxes' precision, so that with boxes beyond the left border or with many classes it is not quite the
-    suppression of each class by itself; this is.
+    Like torchvision's `batched_nms`, it moves the classes apart and suppresses once. `batched_nms` starts at coordinate
+    0 and uses the boxes' precision, so its result can differ from suppression class by class if boxes lie beyond the
+    left border or if there are many classes. The result of this function does not differ.
     """
     if not len(boxes):
         return labels.new_zeros(0)

@@ -1,4 +1,4 @@
-"""Pixel statistics of a detector."""
+"""Normalisation of a detector's input with its pixel statistics."""
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,11 +9,11 @@ from .build import ConfigError
 
 
 class Preprocess(nn.Module):
-    """From uint8 RGB batches to what the detector was trained on.
+    """Turns uint8 RGB batches into the input that the detector was trained on.
 
     Args:
         mean, std: per channel, in 0..255, in the order of `channel_order`.
-        channel_order: what the detector takes; data is read as RGB.
+        channel_order: the order that the detector takes; images are read as RGB.
     """
 
     def __init__(self, mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
@@ -27,26 +27,26 @@ class Preprocess(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocess":
-        # The statistics follow to another device but keep their float64: they are cast where they are used.
+        # The statistics move to another device but stay float64. They are cast where they are used.
         mean, std = self.mean, self.std
         super()._apply(fn, recurse)
         self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
         return self
 
     def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalise a uint8 RGB batch (N, 3, H, W); what lies beyond each `image_size` becomes zero."""
+        """Normalise a uint8 RGB batch (N, 3, H, W); pixels beyond each `image_size` become zero."""
         return zero_padding(self.normalise(images, dtype), targets)
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """A uint8 RGB batch (N, 3, H, W) with the detector's statistics and channel order."""
         if self.channel_order == "bgr":
             images = images.flip(1)
-        # A batch may come in channels-last memory, which would put the whole detector into that.
+        # A batch may be in channels-last memory format, and then the whole detector would use that format.
         images = images.to(dtype, memory_format=torch.contiguous_format)
         return (images - self.mean.to(dtype)) / self.std.to(dtype)
 
     def convert(self, images: Tensor, targets: list[dict], source: "Preprocess") -> Tensor:
-        """What `source` normalised, as this detector takes it."""
+        """Convert images that `source` has normalised to this detector's statistics and channel order."""
         same_order = self.channel_order == source.channel_order
         if same_order and self.statistics == source.statistics:
             return images

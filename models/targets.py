@@ -1,4 +1,4 @@
-"""Ground truth of a batch as padded tensors, and what an assignment makes of it."""
+"""Ground truth of a batch as padded tensors, and the result of its assignment."""
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,11 @@ STRIDE_MULTIPLE = 32
 
 @dataclass
 class Truth:
-    """Boxes of N images, padded to one count."""
+    """Boxes of N images, padded to the same number."""
 
     boxes: Tensor         # (N, G, 4) xyxy in input pixels, G at least 1
     labels: Tensor        # (N, G) int64
-    real: Tensor          # (N, G) bool: a box, not padding
+    real: Tensor          # (N, G) bool: true for a box, false for padding
     ignored: Tensor       # (N, M, 4), M may be 0
     ignored_real: Tensor  # (N, M) bool
     image_sizes: Tensor   # (N, 2) height, width before padding
@@ -29,12 +29,12 @@ class Assignment:
     """What every anchor of every image learns."""
 
     priors: Priors
-    matched: Tensor        # (N, P) int64, index of the box, negative where there is none
+    matched: Tensor        # (N, P) int64, index of the box, negative if there is none
     labels: Tensor         # (N, P) int64 in [0, C]; C is background
-    label_weights: Tensor  # (N, P), zero where ignored or invalid
-    box_targets: Tensor    # (N, P, 4) xyxy in input pixels; the anchor itself where not positive
-    positive: Tensor       # (N, P) in the weights' dtype, one where a box is learnt
-    avg_factor: Tensor     # scalar: positives of the batch, averaged over processes
+    label_weights: Tensor  # (N, P), zero if ignored or invalid
+    box_targets: Tensor    # (N, P, 4) xyxy in input pixels; the anchor itself if not positive
+    positive: Tensor       # (N, P) in the weights' dtype: 1 if the anchor learns a box, else 0
+    avg_factor: Tensor     # scalar: number of positives in the batch, averaged over processes
 
 
 def pad_size(target: dict) -> tuple[int, int]:

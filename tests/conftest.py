@@ -1,4 +1,4 @@
-"""Makes the helpers beside this file importable: pytest's importlib mode leaves sys.path alone."""
+"""Makes the helpers next to this file importable: pytest's importlib mode does not change sys.path."""
 import logging
 import sys
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # last, for the folders here bear the names of the packages that they test
-torch.set_num_threads(1)  # the models are tiny, and on a busy machine threads wait far longer than they work
+sys.path.append(str(Path(__file__).parent))  # last, because folders here have the names of packages
+torch.set_num_threads(1)  # the models are tiny, and on a busy machine threads mostly wait
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Reference values of the original code: reading them, their configurations in our form, and measuring agreement."""
+"""Reference values of the original code: reads them, converts their configurations to ours, and measures deviations."""
 import json
 from dataclasses import fields, replace
 from functools import cache
@@ -24,12 +24,12 @@ def load(name: str) -> tuple[dict, dict]:
 
 
 def cases(prefix: str) -> list[str]:
-    """Names of the golden files that start so."""
+    """Names of the golden files that start with `prefix`."""
     return sorted(path.stem for path in GOLDEN.glob(f"{prefix}*.npz"))
 
 
 def under(arrays: dict, prefix: str) -> dict:
-    """The arrays whose key starts with `prefix/`, without it."""
+    """The arrays whose key starts with `prefix/`; the new keys are without it."""
     return {k[len(prefix) + 1:]: v for k, v in arrays.items() if k.startswith(prefix + "/")}
 
 
@@ -75,7 +75,7 @@ def model_config(reference: dict) -> dict:
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights; all of the module's and all of the file's, but for counters that older files lack."""
+    """Load weights. The keys must be the same, except for counters that older files do not have."""
     wrong = module.load_state_dict(state, strict=False)
     assert not [key for key in wrong.missing_keys + wrong.unexpected_keys if "num_batches_tracked" not in key]
 
@@ -88,7 +88,7 @@ def detector(reference: dict, state: str, dtype: torch.dtype) -> Detector:
 
 
 def relative(value: Tensor | float, reference: np.ndarray | float, scale: float | None = None) -> float:
-    """Largest deviation over the reference's largest magnitude, or over `scale`."""
+    """Largest deviation, divided by the reference's largest magnitude or by `scale`."""
     value = value.detach().double().numpy() if isinstance(value, Tensor) else value
     assert np.shape(value) == np.shape(reference)
     scale = np.abs(reference).max() if scale is None else scale
@@ -96,9 +96,9 @@ def relative(value: Tensor | float, reference: np.ndarray | float, scale: float 
 
 
 def gradient_deviation(module: nn.Module, norms: dict) -> float:
-    """Largest deviation of a parameter's gradient norm, over the norm of the whole gradient.
+    """Largest deviation of a parameter's gradient norm, divided by the norm of the whole gradient.
 
-    Parameters beyond `norms` must have no gradient, and those in it must have one.
+    Exactly the parameters in `norms` must have a gradient.
     """
     own = {name: p.grad.double().norm().item() for name, p in module.named_parameters() if p.grad is not None}
     assert own.keys() == norms.keys()
@@ -107,11 +107,11 @@ def gradient_deviation(module: nn.Module, norms: dict) -> float:
 
 
 def assign_in_float64(head: DenseHead, monkeypatch) -> None:
-    """Let a head assign as it does in float64, whatever its own precision.
+    """Let a head assign in float64, independent of its own precision.
 
-    Anchors that tie for a box's best overlap are taken as low-quality matches, and in RetinaNet's grid of regular
-    anchors there are many near-ties: the last bit of the overlap says which. So float32 gives other anchors, as it does
-    in the original, and losses could not be compared.
+    All anchors with a box's best overlap become low-quality matches. RetinaNet's regular anchors often have nearly the
+    same overlap, and then its last bit decides. So float32 gives other anchors than float64, also in the original, and
+    losses could not be compared.
     """
     assign = head.assign
 

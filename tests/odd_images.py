@@ -1,4 +1,4 @@
-"""Makers of image files that data sets should not hold, but do."""
+"""Functions that write unusual image files, as they occur in real data sets."""
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +16,7 @@ def pixels(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
 
 
 def write_png16(path: Path, values: np.ndarray) -> None:
-    """A PNG of 16 bits per channel: (h, w) grey or (h, w, 3) RGB, uint16, which Pillow cannot write."""
+    """Write a PNG with 16 bits per channel, which Pillow cannot write: (h, w) grey or (h, w, 3) RGB, uint16."""
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -28,13 +28,13 @@ def write_png16(path: Path, values: np.ndarray) -> None:
 
 
 def write_rotated(path: Path, stored: np.ndarray, orientation: int) -> None:
-    """`stored` pixels with an EXIF orientation that says how to turn them."""
+    """Write the `stored` pixels with an EXIF orientation, which tells how to turn them."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(stored).save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
 
 
-# What each EXIF orientation asks for, on (h, w, 3) arrays.
+# How to turn (h, w, 3) arrays for each EXIF orientation.
 UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
            5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
            8: lambda a: np.rot90(a)}

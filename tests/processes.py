@@ -1,4 +1,4 @@
-"""Processes that work together, for tests. They are forked from a server that has imported torch already."""
+"""Processes that work together, for tests. They are forked from a server that has already imported torch."""
 import multiprocessing
 import time
 import traceback
@@ -16,10 +16,10 @@ def together(function: Callable, world: int, folder: Path, *arguments, timeout: 
     """Call `function(*arguments)` in `world` processes of one gloo group.
 
     Args:
-        function: at the top level of a module; it returns what torch.load reads with `weights_only`.
-        folder: an empty one, or one that is to be made.
+        function: at the top level of a module; torch.load must be able to read its result with `weights_only`.
+        folder: an empty folder, or a folder that does not exist yet.
     Returns:
-        What each process returned, by rank.
+        The result of each process, by rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=_work, args=(function, rank, world, folder, arguments))
@@ -29,7 +29,7 @@ def together(function: Callable, world: int, folder: Path, *arguments, timeout: 
     end = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         late = time.monotonic() > end
-        if late or any(process.exitcode for process in processes):  # the others would wait for it
+        if late or any(process.exitcode for process in processes):  # the others would wait for this process
             for process in processes:
                 process.join(timeout=1)
                 process.kill()

@@ -1,4 +1,4 @@
-"""What property tests share: how many examples, the same ones in every run, and boxes to draw."""
+"""What property tests share: the number of examples, the same examples in every run, and strategies for boxes."""
 import numpy as np
 import torch
 from hypothesis import settings
@@ -7,12 +7,12 @@ from hypothesis.extra.numpy import arrays
 
 
 def examples(count: int) -> settings:
-    """That many examples, the same in every run and on every machine, however slow."""
+    """This number of examples, the same in every run and on every machine, without a time limit."""
     return settings(max_examples=count, derandomize=True, deadline=None, database=None)
 
 
 def floats(low: float, high: float) -> st.SearchStrategy[float]:
-    """Numbers that float32 holds, ends and zero among them, but none so small that float32 rounds it to zero."""
+    """Numbers that float32 can represent, with the ends and zero, but without subnormal numbers."""
     return st.floats(float(np.float32(low)), float(np.float32(high)), width=32, allow_subnormal=False)
 
 
@@ -24,7 +24,7 @@ def tensors(shape: tuple[int, ...], low: float, high: float) -> st.SearchStrateg
 
 @st.composite
 def boxes(draw, count: int, reach: float = 2000, least: float = 1, most: float = 1000) -> torch.Tensor:
-    """(count, 4) float64 xyxy, with corners to `reach` and sides from `least` to `most` pixels."""
+    """(count, 4) float64 xyxy, with corners up to `reach` and sides from `least` to `most` pixels."""
     corner = draw(tensors((count, 2), -reach, reach))
     return torch.cat([corner, corner + draw(tensors((count, 2), least, most))], dim=1)
 

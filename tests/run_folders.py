@@ -1,4 +1,4 @@
-"""Folders such as runs leave, written by hand."""
+"""Writes folders like those that runs leave."""
 import copy
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ TEACHER = b"a teacher's checkpoint"
 
 def run_config(seed: int = 0, epochs: int = 2, methods: tuple[str, ...] = (), teacher: Path | None = None,
                **train) -> dict:
-    """A run's configuration as run.json holds it."""
+    """A run's configuration as it is in run.json."""
     cfg = copy.deepcopy(config(Path("scenes"), epochs))
     cfg["model"]["head"]["num_classes"] = 6
     cfg["train"] |= {"seed": seed, **train}
@@ -22,7 +22,7 @@ def run_config(seed: int = 0, epochs: int = 2, methods: tuple[str, ...] = (), te
 
 def write_run(folder: Path, aps: list[float | None], cfg: dict | None, teachers: dict[str, str] | None = None,
               checkpoint: bytes | None = None) -> Path:
-    """A run of three steps an epoch, with an AP after each of its epochs so far."""
+    """Write a run with three steps per epoch and with an AP after each of its epochs."""
     folder.mkdir(parents=True)
     lines = []
     for epoch, ap in enumerate(aps):

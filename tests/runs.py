@@ -1,4 +1,4 @@
-"""Small runs on generated scenes, for tests of the engine and the scripts."""
+"""Small runs on generated scenes, for tests of the engine and of the scripts."""
 import os
 import runpy
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def model(channels: int = 8, head: str = "GFLHead") -> dict:
-    """A detector that takes a step in milliseconds."""
+    """A `model` section for a detector whose training step takes milliseconds."""
     norm = {"type": "GN", "num_groups": 4}
     return {"backbone": {"type": "ResNet", "depth": 18, "base_channels": channels, "norm_eval": False},
             "neck": {"type": "FPN", "out_channels": 16, "start_level": 1, "num_outs": 5,
@@ -25,7 +25,7 @@ def model(channels: int = 8, head: str = "GFLHead") -> dict:
 
 
 def config(scenes: Path, epochs: int = 2, distill: dict | None = None, head: str = "GFLHead") -> dict:
-    """A whole configuration over a folder that `generate_scenes` wrote."""
+    """A whole configuration for a folder that `generate_scenes` wrote."""
     def split(name: str) -> dict:
         return {"images": str(scenes / name), "annotations": str(scenes / "annotations" / f"{name}.json")}
     cfg = {"model": model(head=head), "optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 2, "milestones": [1]},
@@ -40,12 +40,12 @@ def write_config(path: Path, cfg: dict) -> Path:
 
 
 def config_with(cfg: dict, **sections) -> dict:
-    """A configuration with more in some of its sections."""
+    """A copy of the configuration with more keys in some sections."""
     return cfg | {name: cfg.get(name, {}) | section for name, section in sections.items()}
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    """Run a script in this process; its exit code."""
+    """Run a script in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
@@ -53,7 +53,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -
 
 
 def write_checkpoint(path: Path, cfg: dict, classes: list[str] = CLASSES) -> Path:
-    """A checkpoint of the configuration's detector, untrained, but detecting something everywhere."""
+    """Write a checkpoint of the configuration's detector, untrained, but it detects something everywhere."""
     torch.manual_seed(0)
     section = cfg["model"] | {"head": cfg["model"]["head"] | {"num_classes": len(classes)}}
     detector = enliven(build_detector(section))
@@ -62,7 +62,7 @@ def write_checkpoint(path: Path, cfg: dict, classes: list[str] = CLASSES) -> Pat
 
 
 def script(log: Path, name: str, *arguments: object) -> None:
-    """Run a script in a process of its own: the target of `processes.context.Process`. It writes into `log`."""
+    """Run a script in its own process, as the target of `processes.context.Process`. Its output goes to `log`."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -12,7 +12,7 @@ HEADS = {"GFLHead": GROUPS | {"reg_max": 8}, "RetinaHead": {}, "ATSSHead": GROUP
 
 
 def small_config(kind="GFLHead", depth=18, width=16, **sections) -> dict:
-    """A `model` section; `backbone`, `neck`, `head`, `test` and `preprocess` add to it, `neck=None` takes it out."""
+    """A `model` section; `backbone`, `neck`, `head`, `test` and `preprocess` add to it; `neck=None` removes it."""
     cfg = {
         "backbone": {"type": "ResNet", "depth": depth, "base_channels": 8},
         "neck": {"type": "FPN", "out_channels": width, "start_level": 1, "num_outs": 5,
@@ -34,7 +34,7 @@ def small_detector(kind="GFLHead", seed=0, dtype=torch.float64, **sections):
 
 
 def enliven(model, seed=0):
-    """Larger random weights and no fixed bias, so that an untrained head detects something everywhere."""
+    """Give a head larger random weights and biases, so that it detects something everywhere without training."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.bbox_head.named_parameters():
@@ -46,7 +46,7 @@ def enliven(model, seed=0):
 
 
 def make_batch(sizes=((64, 96), (50, 70)), counts=(4, 2), dtype=torch.float64, seed=0, ignored=0):
-    """Images (N, 3, H, W), zero beyond each size, and their targets; originals are twice as high and thrice as wide."""
+    """Images (N, 3, H, W), zero beyond each size, and targets. Originals have twice the height, 3 times the width."""
     g = torch.Generator().manual_seed(seed)
     height, width = (-(-max(side) // 32) * 32 for side in zip(*sizes))
     images, targets = torch.zeros(len(sizes), 3, height, width, dtype=dtype), []
@@ -69,7 +69,7 @@ def same_losses(a: dict, b: dict) -> bool:
 
 
 def gradients(model, losses: dict) -> dict:
-    """Gradient of the losses' sum by parameter; None where there is none."""
+    """The gradient of the sum of the losses for each parameter, or None."""
     model.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -84,7 +84,7 @@ def teacher_entry(head: str = "GFLHead", name: str | None = None, head_: dict | 
 
 def small_distiller(*methods: dict, head: str = "GFLHead", teacher: dict | list | None = None, seed: int = 0,
                     dtype: torch.dtype = torch.float64, student: dict | None = None, **distill) -> Distiller:
-    """A distiller in training, all its detectors with lively heads."""
+    """A distiller in training mode; all its detectors have heads that detect something (see `enliven`)."""
     torch.manual_seed(seed)
     teacher = teacher_entry(head) if teacher is None else teacher
     model = build_distiller({"model": small_config(head, **(student or {})),
@@ -95,9 +95,9 @@ def small_distiller(*methods: dict, head: str = "GFLHead", teacher: dict | list 
 
 
 def falls(model: Distiller, share: float = 0.96) -> dict:
-    """Twenty steps on the methods' losses alone (an untrained teacher contradicts the boxes) lower their sum.
+    """Twenty steps on only the methods' losses (an untrained teacher contradicts the boxes) lower their sum.
 
-    How far they get depends on the method, CWD and boxes of an untrained teacher by a few per cent only.
+    The decrease depends on the method; for CWD and for boxes of an untrained teacher it is only a few per cent.
     """
     batch = make_batch(dtype=torch.float32)
     before = [copy.deepcopy(teacher.state_dict()) for teacher in model.teachers]
@@ -105,7 +105,7 @@ def falls(model: Distiller, share: float = 0.96) -> dict:
     history = []
     for step in range(20):
         model.advance(step, 10, 2)
-        torch.manual_seed(0)  # one mask of MGD throughout
+        torch.manual_seed(0)  # the same mask of MGD in every step
         losses = model(*batch)
         total = sum(sum(values) for values in model.by_method(losses).values())
         history.append(total.item())

@@ -1,4 +1,4 @@
-"""Every configuration builds, takes a step, and distils what it says."""
+"""Every configuration builds a model, has finite gradients, and has the losses of its head and methods."""
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_
 
 
 def shrunk(model: dict) -> dict:
-    """The same model, narrow and without weights to download."""
+    """The same model, but narrow and without weights to download."""
     model = without_weights(model)
     width = {"ResNet": {"base_channels": 4}, "ResNeXt": {"base_channels": 4, "groups": 2}}
     width = width.get(model["backbone"]["type"], {})

@@ -1,4 +1,4 @@
-"""RESULTS.md says what the records in results/ say."""
+"""The tables in RESULTS.md agree with the records in results/."""
 import json
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ RECORD = re.compile(r"\[[^]]+\]\((results/[^)]+)\)")
 
 
 def tables() -> Iterator[list[list[str]]]:
-    """The cells of every table, its header first."""
+    """The cells of every table, with its header first."""
     for block in re.findall(r"(?:^\|.*\|\n)+", RESULTS, re.M):
         header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
         yield [header, *rows]
 
 
 def with_records() -> list:
-    """(record, figures by column, the AP in the row named teacher) of every row that links to its record."""
+    """(record, figures by column, AP in the row named teacher) for every row that links to its record."""
     found = []
     for header, *rows in tables():
         teacher = next((row for row in rows if row[0].strip("[").startswith("teacher")), None)
@@ -39,7 +39,7 @@ def with_records() -> list:
 
 @cache
 def rows_of(folder: Path, teacher: float | None) -> list[Row]:
-    """The table that compare.py makes of a folder."""
+    """The table that compare.py makes for a folder."""
     paths = sorted({metrics.parent for metrics in folder.rglob("metrics.jsonl")} | set(folder.glob("*.jsonl")))
     return compare(read_runs(paths)[0], None if teacher is None else teacher / 100)
 
@@ -77,7 +77,7 @@ def test_every_record_is_linked_to():
 
 
 def record_of(metrics: Path) -> Path:
-    """What a row links to: the folder of a run or of its seeds, or a lone file, of several seeds the first."""
+    """The target of a row's link: the folder of a run or of its seeds, or one file, for several seeds the first."""
     if metrics.name != "metrics.jsonl":
         return metrics.with_name(re.sub(r"_seed\d+$", "", metrics.stem) + ".jsonl")
     return metrics.parent.parent if re.fullmatch(r"seed\d+", metrics.parent.name) else metrics.parent

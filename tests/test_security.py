@@ -1,7 +1,7 @@
-"""Attacks that fail: through configurations, checkpoints, data sets and downloads; and code that opens no way to them.
+"""Attacks through configurations, checkpoints, data sets and downloads fail; the code contains no dangerous calls.
 
-Pickles of every other kind are in tests/models/test_weights_safety.py; checksums and redirections of downloads in
-tests/models/test_weights_sources.py.
+Other pickles are in tests/models/checkpoints/test_unpickler.py; checksums and redirections of downloads are
+in tests/models/checkpoints/test_sources.py.
 """
 import ast
 import json
@@ -110,7 +110,7 @@ def test_a_checkpoint_runs_no_command(sound, tmp_path, monkeypatch, capsys, zipp
         assert_refused(run_script(monkeypatch, "train.py", *arguments), capsys, str(path.parent))
         assert not (tmp_path / "new").exists()
     assert not marker.exists()
-    torch.load(path, weights_only=False)  # the attack is one: whoever reads the file so runs the command
+    torch.load(path, weights_only=False)  # the attack is real: to read the file like this runs the command
     assert marker.exists()
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_asked_for_over_plain_http(tmp_path, monkeypatch):
 
 @pytest.fixture
 def secret(scenes):
-    """A data set with a picture beside its image folder, which is none of its images."""
+    """A data set with a picture next to its image folder that is not one of its images."""
     source = sorted((scenes / "train").iterdir())[0]
     (scenes / "train" / "deep").mkdir()
     return shutil.copy(source, scenes / "secret.jpg")
@@ -153,7 +153,7 @@ def test_annotations_name_no_file_outside_the_image_folder(scenes, secret, tmp_p
 
 
 def test_links_that_the_owner_of_the_folder_has_made_are_followed(scenes, secret, tmp_path):
-    # Not an attack: annotations cannot make links, and data folders often consist of them.
+    # Not an attack: annotations cannot create links, and data folders often contain links.
     (scenes / "train" / "link.jpg").symlink_to(secret)
     (tmp_path / "linked").symlink_to(scenes / "train")
     _, file = name_first_image(scenes, "link.jpg")
@@ -172,7 +172,7 @@ FORBIDDEN_CALLS = {
 
 
 def dangers(source: str) -> list[str]:
-    """Calls and imports that let data run as code."""
+    """Calls and imports that can run data as code."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

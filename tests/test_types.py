@@ -1,4 +1,4 @@
-"""Public functions say what they take and return, and whoever installs the packages sees it."""
+"""Public functions have types for arguments and results, and the installed packages are marked as typed."""
 import ast
 import runpy
 
@@ -10,7 +10,7 @@ PACKAGES = ("kd", "models", "losses", "data", "scripts")
 
 
 def functions(node: ast.AST):
-    """Public functions of a module and of its public classes, `__init__` and its kin included."""
+    """Public functions of a module and of its public classes, with `__init__` and other special methods."""
     for child in ast.iter_child_nodes(node):
         special = getattr(child, "name", "").startswith("__")
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
@@ -20,7 +20,7 @@ def functions(node: ast.AST):
 
 
 def untyped(function: ast.FunctionDef) -> list[str]:
-    """Names of a function's arguments without a type, and "return"."""
+    """Names of a function's arguments without a type, and "return" if the result has no type."""
     spec = function.args
     arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
     missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
@@ -44,7 +44,7 @@ def test_public_functions_are_typed(package):
 
 
 def test_what_is_installed(monkeypatch):
-    """Every folder with code, and the markers that say it is typed."""
+    """Every folder with code is installed, with the markers for typed packages."""
     said = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: said.update(arguments))
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,4 @@
-"""Images without annotations: files, folders, globs and the frames of videos, as a detector takes them."""
+"""Images without annotations: files, folders, globs and frames of videos, prepared for a detector."""
 
 import glob
 import os
@@ -12,16 +12,16 @@ from torch.utils.data import Dataset
 from data.errors import DataError, UnreadableImage
 from data.transforms import padded_size, read_image, resize_image, resized_size
 
-# What a folder is searched for. Not all of the images can be read, but none is passed over in silence.
+# The file types that are searched for in a folder. An image that cannot be read is reported, not skipped silently.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
 class Source(NamedTuple):
-    """A file that was given."""
+    """An input file."""
 
     path: Path
-    name: str  # relative to the folder that was given, with / between folders
+    name: str  # relative to the given folder, with / between folders
 
     @property
     def is_video(self) -> bool:
@@ -29,17 +29,17 @@ class Source(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image as a detector takes it, at one or more scales."""
+    """An image prepared for a detector, at one or more scales."""
 
-    image: Tensor  # uint8 (3, h, w), as it is in the file
+    image: Tensor  # uint8 (3, h, w), as in the file
     views: list[Tensor]  # uint8 (3, h, w), resized to fit each scale
-    targets: list[dict]  # of each view: image_size, pad_size, original_size and image_id
+    targets: list[dict]  # for each view: image_size, pad_size, original_size and image_id
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Source]:
-    """The images and videos that files, folders (with all below them) and globs name; of each sorted by name.
+    """The images and videos of files, folders (with all subfolders) and globs, sorted by name within each input.
 
-    Raises DataError for an input that names none, or two of which bear one name.
+    Raises DataError if an input has no image or video, or if two files have the same name.
     """
     found: list[Source] = []
     for given in inputs:
@@ -58,13 +58,13 @@ def find_files(inputs: Sequence[str | Path]) -> list[Source]:
     by_name: dict[str, Path] = {}
     for path, name in found:
         if name in by_name:
-            raise DataError(f"inputs {by_name[name]} and {path} are both called {name}: give them one after the other")
+            raise DataError(f"inputs {by_name[name]} and {path} are both called {name}: give them in separate runs")
         by_name[name] = path
     return found
 
 
 def make_sample(image: Tensor, image_id: int, scales: Sequence[tuple[int, int]], antialias: bool = False) -> Sample:
-    """What evaluation makes of an image, uint8 (3, h, w), at each scale (long edge, short edge)."""
+    """The sample that evaluation makes from an image, uint8 (3, h, w), at each scale (long edge, short edge)."""
     original_size = tuple(image.shape[1:])
     sizes = [resized_size(original_size, scale) for scale in scales]
     targets = [
@@ -75,11 +75,11 @@ def make_sample(image: Tensor, image_id: int, scales: Sequence[tuple[int, int]],
 
 
 class ImageFiles(Dataset):
-    """Samples by position, see `make_sample`; what is wrong with an image in its place where it cannot be read.
+    """Samples by index, see `make_sample`. For an image that cannot be read, the item is its error message.
 
     Args:
-        paths: of the images.
-        image_ids: one for each.
+        paths: paths of the images.
+        image_ids: one id per image.
         scales, antialias: see `make_sample`.
     """
 
@@ -104,9 +104,9 @@ class ImageFiles(Dataset):
 
 
 def batches_of_one_size(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Put samples together whose views are padded to the same sizes: a batch as soon as it is full, the others last.
+    """Group samples whose views have the same padded sizes. Full batches are yielded at once, the others at the end.
 
-    So no image is padded further than it would be alone, and what is detected does not depend on the batch.
+    No image gets more padding than it would get alone, so the detections do not depend on the batch.
     """
     waiting: dict[tuple, list[Sample]] = {}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Frames of videos, read and written with PyAV, which the extra `video` brings."""
+"""Reads and writes frames of videos with PyAV, which the extra `video` installs."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,16 +14,16 @@ from data.extras import need
 
 
 def load_av() -> ModuleType:
-    """PyAV. Raises MissingExtra where it is not installed."""
+    """Import PyAV. Raises MissingExtra if it is not installed."""
     return need("av", "video", "reading videos")
 
 
 class Video:
     """A video to read.
 
-    Attributes: `rate`, frames per second; `num_frames`, as the file states it, None where it does not.
+    Attributes: `rate`, frames per second; `num_frames`, from the file, or None if the file does not state it.
 
-    Raises DataError if it cannot be opened, and while it is read, if it is damaged.
+    Raises DataError if the video cannot be opened, or during reading, if it is damaged.
     """
 
     def __init__(self, path: Path):
@@ -53,7 +53,7 @@ class Video:
 
 
 class VideoWriter:
-    """A video to write, H.264 in MP4, of frames of one size; a context.
+    """A video to write, H.264 in MP4, with frames of one size; a context manager.
 
     Args:
         rate: frames per second.
@@ -75,7 +75,7 @@ class VideoWriter:
         self._container.close()
 
     def write(self, image: Tensor) -> None:
-        """Add a frame, uint8 (3, h, w); an odd last row or column, which the format does not have, is left out."""
+        """Add a frame, uint8 (3, h, w). The format needs even sizes: an odd last row or column is left out."""
         pixels = image.permute(1, 2, 0).numpy()[: image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
         if self._size is None:
             self._stream.height, self._stream.width = self._size = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""Annotated images in the formats that people have: Pascal VOC's XML, YOLO's text files, and CSV tables."""
+"""Reads annotated images in common formats: Pascal VOC's XML, YOLO's text files, and CSV tables."""
 
 import csv
 import math
@@ -19,14 +19,14 @@ CSV_COLUMNS = ("file", "x1", "y1", "x2", "y2", "class")
 
 
 class Box(NamedTuple):
-    """An object. Corners in pixels, or in shares of the image's width and height where the format has them so."""
+    """An object. Its corners are in pixels or, if the format does so, in fractions of the image's width and height."""
 
     name: str
     x1: float
     y1: float
     x2: float
     y2: float
-    crowd: bool = False  # neither to be learned nor to count
+    crowd: bool = False  # not learned, and not counted in evaluation
 
 
 @dataclass
@@ -35,7 +35,7 @@ class LabelledImage:
 
     file_name: str  # relative to the image folder, with / between folders
     boxes: list[Box]
-    split: str | None = None  # that the format itself puts it in
+    split: str | None = None  # the split that the format itself gives
 
 
 @dataclass
@@ -45,14 +45,14 @@ class LabelledFolder:
     image_folder: Path
     images: list[LabelledImage]
     classes: list[str]  # in the order of their labels
-    relative: bool = False  # corners are shares of the image's edges
-    notes: list[str] = field(default_factory=list)  # what was taken for granted
+    relative: bool = False  # corners are fractions of the image's width and height
+    notes: list[str] = field(default_factory=list)  # assumptions that were made
 
 
 def read_labelled(kind: str, source: Path, names: Path | None = None) -> LabelledFolder:
-    """Read `source` as "voc", "yolo" or "csv"; `names` is YOLO's list of classes where it does not lie beside.
+    """Read `source` as "voc", "yolo" or "csv"; `names` is the file with YOLO's class names if `source` has none.
 
-    Raises DataError: there is nothing of this format, or it is wrong; in one line, with the first ten problems.
+    Raises DataError, in one line, if `source` has another format or wrong content; it lists the first ten problems.
     """
     if not source.exists():
         raise DataError(f"input {source} does not exist")
@@ -60,7 +60,7 @@ def read_labelled(kind: str, source: Path, names: Path | None = None) -> Labelle
 
 
 def raise_problems(what: str, problems: Sequence[str]) -> None:
-    """Raise DataError if there are any."""
+    """Raise DataError if there are problems."""
     if problems:
         raise DataError(f"{what}: {listed(problems)}")
 
@@ -73,11 +73,11 @@ def sorted_classes(images: Iterable[LabelledImage]) -> list[str]:
 
 
 def read_voc(source: Path) -> LabelledFolder:
-    """`Annotations/*.xml` with images in `JPEGImages/`, or XML files beside their images.
+    """Read `Annotations/*.xml` with images in `JPEGImages/`, or XML files next to their images.
 
-    `ImageSets/Main/{train,val,test}.txt` are its splits. Corners are 1-based and inclusive there: the first pixel's
-    box is (1, 1, 1, 1), here (0, 0, 1, 1); a set in which a box starts below 1 is taken to count from 0. Objects marked
-    difficult become crowds, as they do not count in VOC's evaluation.
+    `ImageSets/Main/{train,val,test}.txt` are the splits. VOC's corners are 1-based and inclusive: the first pixel's box
+    is (1, 1, 1, 1) there and (0, 0, 1, 1) here. If any box starts below 1, all corners are assumed to count from 0.
+    Objects that are marked difficult become crowds, because VOC's evaluation does not count them.
     """
     annotations = source / "Annotations" if (source / "Annotations").is_dir() else source
     image_folder = source / "JPEGImages" if (source / "JPEGImages").is_dir() else source
@@ -91,14 +91,14 @@ def read_voc(source: Path) -> LabelledFolder:
             stated, boxes = _read_voc_file(file)
             name = by_stem.get(file.stem) or by_stem.get(PurePosixPath(stated).stem)
             if name is None:
-                raise ValueError(f"there is no image of this name in {image_folder}")
+                raise ValueError(f"there is no image with this name in {image_folder}")
             images.append(LabelledImage(name, boxes))
         except (ValueError, ElementTree.ParseError) as error:
             problems.append(f"{file.name}: {error}")
     raise_problems(f"annotations in {annotations} cannot be used", problems)
     notes = []
     if any(min(box.x1, box.y1) < 1 for image in images for box in image.boxes):
-        notes.append("some boxes start below 1: corners are taken to count from 0")
+        notes.append("some boxes start below 1: all corners are assumed to count from 0")
     else:
         for image in images:
             image.boxes = [box._replace(x1=box.x1 - 1, y1=box.y1 - 1) for box in image.boxes]
@@ -111,7 +111,7 @@ def read_voc(source: Path) -> LabelledFolder:
 def _read_voc_file(file: Path) -> tuple[str, list[Box]]:
     """The image's name and objects. Raises ValueError or ParseError."""
     content = file.read_bytes()
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities could make a few bytes a few gigabytes
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities could expand a few bytes to gigabytes
         raise ValueError("it declares a document type, which annotations do not need")
     root = ElementTree.fromstring(content)
     boxes = []
@@ -139,11 +139,11 @@ def _assign_voc_splits(images: list[LabelledImage], folder: Path) -> None:
 
 
 def read_yolo(source: Path, names: Path | None = None) -> LabelledFolder:
-    """Images in `images/` and text files in `labels/`, with folders such as `train` below or above these, or beside.
+    """Read images in `images/` and text files in `labels/` (split folders above or below), or next to the images.
 
-    A line is `class x y width height`, centre and size in shares of the image; a polygon, `class x1 y1 x2 y2 x3 y3
-    ...`, becomes the box around it. An image without a file has no objects. Folders named train, val (or valid) and
-    test are its splits. The classes' names are in a YAML file with `names`, or one a line in classes.txt or *.names.
+    A line is `class x y width height`, centre and size in fractions of the image. A polygon, `class x1 y1 x2 y2 x3 y3
+    ...`, becomes its bounding box. An image without a text file has no objects. Folders named train, val (or valid) and
+    test are splits. The class names are in a YAML file with `names`, or one per line in classes.txt or *.names.
     """
     paths = sorted(p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if any("images" in path.parts for path in paths):
@@ -169,20 +169,20 @@ def read_yolo(source: Path, names: Path | None = None) -> LabelledFolder:
     if not labelled:
         raise DataError(f"input {source} is not in YOLO format: no image has a text file in labels/ or beside it")
     raise_problems(f"labels in {source} cannot be used", problems)
-    notes = [f"{len(images) - labelled} images have no label file: they hold no objects"] * (labelled < len(images))
+    notes = [f"{len(images) - labelled} images have no label file: they have no objects"] * (labelled < len(images))
     return LabelledFolder(source, images, classes, relative=True, notes=notes)
 
 
 def _read_yolo_line(line: str, classes: list[str]) -> Box:
-    """Raises ValueError, with what is wrong."""
+    """The box of one line. Raises ValueError, which names the problem."""
     values = [float(word) for word in line.split()]
     if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)):
-        raise ValueError(f"{line.strip()[:60]!r} is neither class, x, y, width, height nor class and a polygon")
+        raise ValueError(f"{line.strip()[:60]!r} is neither class, x, y, width, height nor a class and a polygon")
     label, *rest = values
     if label != int(label) or not 0 <= label < len(classes):
-        raise ValueError(f"class {line.split()[0]} is none of 0 to {len(classes) - 1}")
+        raise ValueError(f"class {line.split()[0]} is not in 0 to {len(classes) - 1}")
     if not all(-0.01 <= value <= 1.01 for value in rest):
-        raise ValueError(f"{line.strip()[:60]!r} has values beyond 0 to 1: are they in pixels?")
+        raise ValueError(f"{line.strip()[:60]!r} has values outside 0 to 1: are they in pixels?")
     if len(rest) == 4:
         x, y, w, h = rest
         return Box(classes[int(label)], x - w / 2, y - h / 2, x + w / 2, y + h / 2)
@@ -208,7 +208,7 @@ def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
         if isinstance(listed, list) and listed:
             return [str(name) for name in listed]
     raise DataError(
-        f"the names of the classes are not known: {names or source} holds no YAML file with names, no classes.txt and "
+        f"the class names are not known: {names or source} has no YAML file with names, no classes.txt and "
         "no *.names; give --names FILE"
     )
 
@@ -217,10 +217,10 @@ def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
 
 
 def read_csv(source: Path) -> LabelledFolder:
-    """A CSV file, or a folder of them, with the columns file, x1, y1, x2, y2 and class, in pixels from 0.
+    """Read a CSV file, or a folder of CSV files, with columns file, x1, y1, x2, y2 and class, in pixels from 0.
 
-    Each row is a box; one with a file alone is an image without objects. Files are relative to the folder of the CSV
-    file, or to `images` in it. CSV files named train, val (or valid) and test are splits.
+    Each row is a box; a row with only a file is an image without objects. File names are relative to the folder of the
+    CSV file, or to the folder `images` in it. CSV files named train, val (or valid) and test are splits.
     """
     files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
     if not files:
@@ -242,7 +242,7 @@ def read_csv(source: Path) -> LabelledFolder:
                     name, box = _read_csv_row(row)
                     image = images.setdefault(name, LabelledImage(name, [], split))
                     if image.split != split:
-                        raise ValueError(f"{name} is in a table of another split, too")
+                        raise ValueError(f"{name} is also in a table of another split")
                     image.boxes += [box] if box else []
                 except ValueError as error:
                     problems.append(f"{file.name} line {reader.line_num}: {error}")
@@ -254,14 +254,14 @@ def read_csv(source: Path) -> LabelledFolder:
 
 
 def _read_csv_row(row: dict[str, str | None]) -> tuple[str, Box | None]:
-    """The file and its box, None without one. Raises ValueError, with what is wrong."""
+    """The file and its box, or None without a box. Raises ValueError, which names the problem."""
     name, *corners, label = ((row[column] or "").strip() for column in CSV_COLUMNS)
     if not name:
-        raise ValueError("it names no file")
+        raise ValueError("it has no file")
     if not label and not any(corners):
         return name, None
     if not label or not all(corners):
-        raise ValueError("it has neither a class and four corners nor a file alone")
+        raise ValueError("it must have a class and four corners, or only a file")
     try:
         return name, Box(label, *map(float, corners))
     except ValueError:

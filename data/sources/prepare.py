@@ -1,4 +1,4 @@
-"""Turns annotated images of other formats into COCO-format files with splits, checked as every data set is."""
+"""Converts annotated images in other formats to COCO-format files with splits, and checks them like any data set."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from data.sources.formats import LabelledFolder, LabelledImage, raise_problems
 from data.transforms import read_image
 
 HEADER = "# The data that prepare_data.py has written; a configuration inherits it with _base_."
-DEFAULT_SHARES = {"train": 0.8, "val": 0.2}  # where neither the format nor the caller says which image goes where
+DEFAULT_SHARES = {"train": 0.8, "val": 0.2}  # if neither the format nor the caller assigns the images
 
 
 class _Sizes(Dataset):
-    """By index: an image's (h, w), upright, or what is wrong with it."""
+    """For each index: the (h, w) of the upright image, or the problem with it."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -51,16 +51,16 @@ def prepare(
     """Write `out/NAME.json` for every split, and `out/data.yaml`, the `data` section to inherit; images stay in place.
 
     Args:
-        folder: what was read, see `data.sources.formats`.
-        shares: of the images, by split; they sum up to 1. Without them the format's own splits, or `DEFAULT_SHARES`.
-        seed: of the draw.
+        folder: the annotated images, see `data.sources.formats`.
+        shares: fraction of the images per split; they sum up to 1. Default: the format's splits, or `DEFAULT_SHARES`.
+        seed: seed of the random split.
         skip_unreadable: leave out images that cannot be read.
-        workers: processes that decode the images, all of them, for the sizes.
+        workers: number of processes that decode all images to get their sizes.
 
-    Returns: what each split holds; see `format_check`.
+    Returns: the check of each split; see `format_check`.
 
-    Raises DataError, in one line and before anything is written: images that cannot be read or bear names that lead out
-    of their folder, boxes that are none, a split without images.
+    Raises DataError, in one line and before anything is written, if images cannot be read or have names that lead out
+    of their folder, if boxes are wrong, or if a split has no images.
     """
     section = out / "data.yaml"
     if section.exists() and not section.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
@@ -91,18 +91,18 @@ def prepare(
 def split_images(
     images: Sequence[LabelledImage], shares: dict[str, float] | None, seed: int
 ) -> tuple[dict[str, list[LabelledImage]], list[str]]:
-    """Sort images into splits by name; and what is to be told of it.
+    """Images by split, in the order of their names, and notes for the user.
 
-    A draw depends on the seed and the images' names alone.
+    A random split depends only on the seed and the images' names.
 
-    Raises DataError for shares that do not sum up to 1.
+    Raises DataError if the shares are not above 0 or do not sum up to 1.
     """
     images = sorted(images, key=lambda image: image.file_name)
     own = {name: [i for i in images if i.split == name] for name in ("train", "val", "test")}
     own = {name: listed for name, listed in own.items() if listed}
     if shares is None and own:
         left = len(images) - sum(map(len, own.values()))
-        return own, [f"{left} images are in none of the splits {', '.join(own)}, and left out"] * (left > 0)
+        return own, [f"{left} images are in none of the splits {', '.join(own)} and are left out"] * (left > 0)
     shares = shares or DEFAULT_SHARES
     if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())
@@ -115,7 +115,7 @@ def split_images(
 
 
 def read_sizes(paths: list[Path], workers: int) -> tuple[list[tuple[int, int] | None], list[str]]:
-    """The (h, w) of each image, None where it cannot be read, and what is wrong with those."""
+    """The (h, w) of each image, or None if it cannot be read, and the problems of the unreadable images."""
     sizes, unreadable = [], []
     loader = DataLoader(_Sizes(paths), batch_size=None, num_workers=workers, collate_fn=as_it_is)
     for found in tqdm(loader, "images", leave=False, disable=None):
@@ -154,7 +154,7 @@ def split_of(image_folder: Path, out: Path, name: str) -> Split:
 
 
 def data_section(image_folder: Path, out: Path, names: Sequence[str]) -> str:
-    """A configuration file with the `data` section: of the first split to train on, and of val to evaluate on."""
+    """A configuration file with the `data` section: train on the split train (or the first split), evaluate on val."""
     known = [name for name in ("train", "val") if name in names] or names[:1]
     section = {key: vars(split_of(image_folder, out, name)) for key, name in zip(("train", "val"), known)}
     section = {key: {"images": split["images"], "annotations": split["annotations"]} for key, split in section.items()}

@@ -9,7 +9,7 @@ from ..weights import load_backbone_weights
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     expansion = 1
 
@@ -31,9 +31,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride is on the 3x3 (pytorch) or the first 1x1 (caffe).
+    """1x1, 3x3 and 1x1 convolutions with a shortcut; the 3x3 (pytorch) or the first 1x1 (caffe) has the stride.
 
-    The 3x3 has `groups` groups of `group_width` channels each; by default one of `channels`.
+    The 3x3 has `groups` groups with `group_width` channels each, by default one group with `channels`.
     """
 
     expansion = 4
@@ -69,7 +69,7 @@ class Shortcut(nn.Sequential):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg) -> nn.Module | None:
-    """The projection that a residual needs where its shape changes."""
+    """The projection that a shortcut needs if the shape changes, otherwise None."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -81,23 +81,23 @@ DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (B
 
 
 class ResNet(nn.Module):
-    """ResNet features; with `groups` those of a ResNeXt (32x4d: `groups` 32, `base_width` 4).
+    """A ResNet that returns features; with `groups` it is a ResNeXt (32x4d: `groups` 32, `base_width` 4).
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        base_channels: width of the first stage; doubled at each further one.
-        stem_channels: width of the stem; `base_channels` when not given.
-        num_stages: how many of the four stages there are.
+        base_channels: width of the first stage; each later stage doubles it.
+        stem_channels: width of the stem, by default `base_channels`.
+        num_stages: number of stages, at most four.
         out_indices: stages whose outputs are returned, at strides 4, 8, 16, 32.
-        frozen_stages: -1 trains everything, 0 freezes the stem, k also the first k stages.
-        norm_eval: batch norm uses its running statistics in training too.
+        frozen_stages: -1 trains everything, 0 freezes the stem, k freezes the stem and the first k stages.
+        norm_eval: batch norm uses its running statistics also in training.
         norm_cfg: BN, SyncBN, FrozenBN or GN, see `build_norm`.
-        style: where a bottleneck has its stride, see `Bottleneck`.
+        style: which convolution of a bottleneck has the stride, see `Bottleneck`.
         zero_init_residual: the last norm of each block starts at zero.
         groups: groups of a bottleneck's 3x3 convolutions.
-        base_width: channels of each group in the first stage, doubled at each further one; when not given 4, and
-            without groups `base_channels`.
-        weights: backbone weights to start from: a file, an https address, or a name such as
+        base_width: channels of each group in the first stage; each later stage doubles them. The default is 4, or
+            `base_channels` without groups.
+        weights: backbone weights to start from: a file, an https address, or a name like
             `torchvision://resnet50`, see `models.weights.load_backbone_weights`.
     """
 
@@ -115,9 +115,9 @@ class ResNet(nn.Module):
             raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
         block, counts = DEPTHS[depth]
         if block is BasicBlock and (groups != 1 or base_width is not None):
-            raise ConfigError("groups", f"and base_width are for the bottlenecks of depth 50 and up, not for {depth}")
+            raise ConfigError("groups", f"and base_width need the bottlenecks of depth 50 and more, not depth {depth}")
         if groups < 1 or (base_width is not None and base_width < 1):
-            raise ConfigError("groups", f"and base_width must be 1 or more, not {groups} and {base_width}")
+            raise ConfigError("groups", f"and base_width must be at least 1, not {groups} and {base_width}")
         base_width = base_width or (base_channels if groups == 1 else 4)
         self.num_stages, self.out_indices = num_stages, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
@@ -158,7 +158,7 @@ class ResNet(nn.Module):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ResNet":
-        """Training mode, but for what is frozen and, with `norm_eval`, the batch norms."""
+        """Sets training mode, except for frozen modules and, with `norm_eval`, for the batch norms."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()

@@ -1,4 +1,4 @@
-"""Any torchvision classification model as a backbone, by the names of its nodes that give the features."""
+"""Any torchvision classification model as a backbone. The names of its nodes select the features."""
 import difflib
 from collections.abc import Callable, Collection, Sequence
 
@@ -11,27 +11,27 @@ from ..build import ConfigError, nearest
 from ..checkpoints.unpickler import one_line
 from ..weights import load_backbone_weights
 
-# Sides whose quotient is no power of two, so that height, width and channels of a map cannot be taken for each other.
+# The quotient of the sides is not a power of two, so height, width and channels of a map cannot be confused.
 PROBE = (64, 96)
 
 
 class TorchvisionBackbone(nn.Module):
-    """Features of a torchvision classification model, with its parameter names; what they do not need is left out.
+    """Features of a torchvision classification model, with its parameter names and without the modules not needed.
 
     Args:
-        name: the model, as torchvision calls it: swin_t, convnext_tiny, mobilenet_v3_large, ...
-        nodes: modules or operations whose outputs are returned, finest first, by the names that torchvision's
-            `get_graph_node_names` gives; a module's name stands for the last operation in it. Take stages or blocks:
-            a convolution's or norm's output is overwritten where an in-place activation follows.
-        weights: backbone weights to start from, see `models.weights.load_backbone_weights`; DEFAULT are the ones that
-            torchvision recommends for this model.
-        out_norm: a LayerNorm over the channels of each output, `norm0` and so on in their order, as mmdet's Swin has.
-            An output that nothing uses has a norm that is never trained: name only nodes that the neck takes.
-        frozen: names of modules whose parameters stay as they are, in eval mode; with everything in them.
-        norm_eval: batch norm uses its running statistics in training too.
+        name: torchvision's name of the model: swin_t, convnext_tiny, mobilenet_v3_large, ...
+        nodes: names of modules or operations whose outputs are returned, finest first. torchvision's
+            `get_graph_node_names` lists the names; a module's name means its last operation. Choose stages or blocks:
+            an in-place activation overwrites the output of the convolution or norm before it.
+        weights: backbone weights to start from, see `models.weights.load_backbone_weights`; DEFAULT means the weights
+            that torchvision recommends for this model.
+        out_norm: add a LayerNorm over the channels of each output, `norm0`, `norm1`, ..., as in mmdet's Swin. The norm
+            of an output that the neck does not use is never trained: name only nodes that the neck uses.
+        frozen: names of modules whose parameters are not trained; they stay in eval mode, with all their submodules.
+        norm_eval: batch norm uses its running statistics also in training.
 
-    `out_channels` and `out_strides` have an entry per output; they are measured. Models that take images of one size
-    only (ViT, MaxViT) cannot be backbones.
+    `out_channels` and `out_strides` have one entry per output; they are measured. Models that accept only one image
+    size (ViT, MaxViT) cannot be backbones.
     """
 
     def __init__(self, name: str, nodes: list[str], weights: str | None = None, out_norm: bool = False,
@@ -41,7 +41,7 @@ class TorchvisionBackbone(nn.Module):
         if name not in models:
             raise ConfigError("name", f'torchvision has no classification model "{name}"; {nearest(name, models)}')
         if not nodes:
-            raise ConfigError("nodes", "must name at least one")
+            raise ConfigError("nodes", "must name at least one node")
         self.nodes, self.out_norm, self.norm_eval, self.frozen = list(nodes), out_norm, norm_eval, ()
         children, self.graphs = extract(torchvision.models.get_model(name, weights=None), self.nodes)
         for child, module in children.items():
@@ -60,34 +60,34 @@ class TorchvisionBackbone(nn.Module):
         modules = {name: module for name, module in self.named_modules() if name}
         for name in names:
             if name not in modules:
-                raise ConfigError("frozen", f'the nodes need no module "{name}"; {suggest(name, modules)}')
+                raise ConfigError("frozen", f'the nodes use no module "{name}"; {suggest(name, modules)}')
             modules[name].requires_grad_(False)
         self.frozen = tuple(names)
 
     @torch.no_grad()
     def _measure(self, name: str) -> tuple[list[int], list[int], list[bool]]:
-        """Channels, strides and whether channels come last, of each node's output for one black image."""
+        """Channels, stride, and whether channels come last, for each node's output on one black image."""
         self.eval()
         try:
             outs = self.graphs[False](self, torch.zeros(1, 3, *PROBE))
         except (AssertionError, RuntimeError) as error:
-            raise ConfigError("name", f"{name} cannot run on an image of {PROBE[0]}x{PROBE[1]}, and a backbone must on "
+            raise ConfigError("name", f"{name} cannot run on an image of {PROBE[0]}x{PROBE[1]}; a backbone must accept "
                                       f"any multiple of 32 ({one_line(error, 120)})") from error
         if len(outs) < len(self.nodes):
-            raise ConfigError("nodes", f"name one output more than once: {', '.join(self.nodes)}")
+            raise ConfigError("nodes", f"name the same output more than once: {', '.join(self.nodes)}")
         found = [layout(outs[node]) for node in self.nodes]
         for node, measured in zip(self.nodes, found):
             if measured is None:
                 shape = list(outs[node].shape) if isinstance(outs[node], Tensor) else type(outs[node]).__name__
-                raise ConfigError("nodes", f'"{node}" gives {shape} for an image of {PROBE[0]}x{PROBE[1]}: no map with '
-                                           "a stride of 1, 2, 4, 8, 16 or 32")
+                raise ConfigError("nodes", f'"{node}" gives {shape} for an image of {PROBE[0]}x{PROBE[1]}, not a map '
+                                           "with stride 1, 2, 4, 8, 16 or 32")
         channels, strides, last = (list(values) for values in zip(*found))
         if strides != sorted(set(strides)):
-            raise ConfigError("nodes", f"must go from fine to coarse, and have strides {strides}")
+            raise ConfigError("nodes", f"must go from fine to coarse, but have strides {strides}")
         return channels, strides, last
 
     def train(self, mode: bool = True) -> "TorchvisionBackbone":
-        """Training mode, but for what is frozen and, with `norm_eval`, the batch norms."""
+        """Sets training mode, except for frozen modules and, with `norm_eval`, for the batch norms."""
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
@@ -101,7 +101,7 @@ class TorchvisionBackbone(nn.Module):
         """Maps (N, C, H / stride, W / stride), one per node.
 
         Args:
-            x: images (N, 3, H, W), whose sides are multiples of the last stride.
+            x: images (N, 3, H, W); H and W are multiples of the last stride.
         """
         found = self.graphs[self.training](self, x)
         outs = []
@@ -116,10 +116,10 @@ class TorchvisionBackbone(nn.Module):
 
 
 def extract(model: nn.Module, nodes: list[str]) -> tuple[dict[str, nn.Module], dict[bool, Callable]]:
-    """The modules that `nodes` need, by name, and the computation by mode (True is training).
+    """The modules that `nodes` need, by name, and the computation for each mode (True is training).
 
-    A computation takes a module with these children and images (N, 3, H, W), and gives a dict of outputs. So they can
-    be children of a backbone under torchvision's own names, whatever its mode.
+    A computation takes a module with these children and images (N, 3, H, W), and returns a dict of outputs. Thus the
+    children of a backbone can keep torchvision's names, in both modes.
     """
     names = {prefix for name in get_graph_node_names(model, suppress_diff_warning=True)[1] for prefix in prefixes(name)}
     for node in nodes:
@@ -128,7 +128,7 @@ def extract(model: nn.Module, nodes: list[str]) -> tuple[dict[str, nn.Module], d
     extractor = create_feature_extractor(model, nodes, suppress_diff_warning=True)
     graphs = {}
     for mode in (False, True):
-        extractor.train(mode)  # this puts the mode's forward into the extractor's own class
+        extractor.train(mode)  # this replaces the forward of the extractor's own class
         graphs[mode] = type(extractor).forward
     return dict(extractor.named_children()), graphs
 
@@ -140,13 +140,13 @@ def prefixes(name: str) -> list[str]:
 
 
 def suggest(name: str, valid: Collection[str]) -> str:
-    """Advice on a wrong node or module: the nearest one as deep, or the stages: children of the model or `features`."""
+    """Advice on a wrong node or module: the nearest at its depth, or the children of the model and of `features`."""
     close = difflib.get_close_matches(name, [word for word in valid if word.count(".") == name.count(".")], 1)
     return nearest(name, close or [word for word in valid if "." not in word.removeprefix("features.")])
 
 
 def layout(out: Tensor) -> tuple[int, int, bool] | None:
-    """Channels, stride and whether channels come last, of what an image of `PROBE` gave; None if that is no map."""
+    """Channels, stride, and whether channels come last, of the output for a `PROBE` image; None if not a map."""
     if not isinstance(out, Tensor) or out.dim() != 4:
         return None
     for last, (height, width, channels) in ((False, (*out.shape[2:], out.shape[1])), (True, tuple(out.shape[1:]))):

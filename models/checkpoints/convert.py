@@ -1,5 +1,5 @@
-"""Writing weights for other projects: as an mmdet checkpoint, under torchvision's RetinaNet names, or one part of an
-FGD file."""
+"""Writes weights for other projects: as an mmdet checkpoint, with torchvision's RetinaNet names, or one part of an FGD
+file."""
 
 import os
 import re
@@ -16,12 +16,12 @@ CONVERSIONS = ("mmdet", "torchvision", "student")
 
 
 def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLike, part: str | None = None) -> str:
-    """Converts a checkpoint of any format that `load_weights` reads, writes it to `out`, and returns a line that says
-    so.
+    """Converts a checkpoint of any format that `load_weights` reads, writes it to `out`, and returns a line that
+    reports this.
 
-    `to` is `mmdet`, `torchvision` (a RetinaNet only), or `student`: the student of an FGD checkpoint as an mmdet
-    checkpoint, or its teacher if `part` says so. Raises `CheckpointError` if the file cannot be read or has no such
-    form, and `OSError` if `out` cannot be written; `out` is complete or not there.
+    `to` is `mmdet`, `torchvision` (only for RetinaNet), or `student`: the student of an FGD checkpoint as an mmdet
+    checkpoint, or its teacher with `part="teacher"`. Raises `CheckpointError` if the file cannot be read or converted,
+    and `OSError` if `out` cannot be written. `out` is written completely or not at all.
     """
     if to == "student":
         part = part or "student"
@@ -31,7 +31,7 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
     elif to in CONVERSIONS:
         content = to_mmdet(checkpoint.weights, checkpoint.meta)
     else:
-        raise CheckpointError(f"cannot convert to {one_line(to, 40)}: known are {', '.join(CONVERSIONS)}")
+        raise CheckpointError(f"cannot convert to {one_line(to, 40)}: choose {', '.join(CONVERSIONS)}")
     out = os.path.abspath(os.fspath(out))
     os.makedirs(os.path.dirname(out), exist_ok=True)
     partial = f"{out}.partial"
@@ -42,13 +42,13 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
 
 
 def to_mmdet(weights: Weights, meta: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An mmdet checkpoint (version 2 and 3 read it) of weights under our names, which are mmdet's.
+    """An mmdet checkpoint from weights with our names, which are mmdet's. Versions 2 and 3 read it.
 
-    Class names in `meta` (under `classes`, or already as mmdet puts them) are written where either version looks for
+    Class names in `meta` (under `classes`, or already under mmdet's keys) are written where each version looks for
     them.
     """
     state = {name: value for name, value in weights.items() if not name.endswith("loss_normalizer")}
-    # GFL's bin positions are a stored buffer there, and a strict load asks for it.
+    # mmdet stores GFL's bin positions in a buffer, and a strict load needs it.
     if "bbox_head.gfl_reg.weight" in state and "bbox_head.integral.project" not in state:
         bins = state["bbox_head.gfl_reg.weight"].shape[0] // 4
         state["bbox_head.integral.project"] = torch.linspace(0, bins - 1, bins)
@@ -64,7 +64,7 @@ def to_mmdet(weights: Weights, meta: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _is_plain(value: object) -> bool:
-    """Whether `torch.load(weights_only=True)` accepts it, so that what is written here can be read anywhere."""
+    """Whether `torch.load(weights_only=True)` accepts the value, so that the written file can be read anywhere."""
     if isinstance(value, dict):
         return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -86,14 +86,14 @@ _TORCHVISION_PREFIXES = (
 
 
 def to_torchvision(weights: Weights) -> dict[str, Tensor]:
-    """The state dict of torchvision's `RetinaNet` (names of its current release) from weights under our names.
+    """The state dict of torchvision's `RetinaNet` (names of its current release) from weights with our names.
 
-    Names only: build the model there with the same anchors, pixel statistics and class count; its class 0 is ours.
-    Raises `CheckpointError` if the head is not a RetinaHead, or if the model has parts that torchvision's has not.
+    Only names change: build torchvision's model with the same anchors, pixel statistics and class count. Its class 0 is
+    our class 0. Raises `CheckpointError` if the head is not a RetinaHead, or if torchvision's model lacks a part.
     """
     if "bbox_head.retina_cls.weight" not in weights:
         raise CheckpointError(
-            "torchvision has these names for RetinaNet only, and this model's head is not a RetinaHead"
+            "only a RetinaNet can be converted to torchvision, and this model's head is not a RetinaHead"
         )
     levels = len({match[1] for name in weights if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))})
     extra = {f"backbone.fpn.layer_blocks.{levels + i}.0.": f"backbone.fpn.extra_blocks.p{6 + i}." for i in range(2)}
@@ -106,7 +106,7 @@ def to_torchvision(weights: Weights) -> dict[str, Tensor]:
             if count:
                 break
         else:
-            raise CheckpointError(f"torchvision's RetinaNet has nothing like {one_line(name, 80)}")
+            raise CheckpointError(f"torchvision's RetinaNet has no counterpart of {one_line(name, 80)}")
         for layer_block, extra_block in extra.items():
             target = target.replace(layer_block, extra_block)
         renamed[target] = value

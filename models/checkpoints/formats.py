@@ -1,8 +1,8 @@
-"""The names that other projects give to a detector's weights, and how they become ours (which are mmdet's).
+"""The names that other projects give to a detector's weights, and their translation to our names, which are mmdet's.
 
-`parse_checkpoint` recognises a format by the names in it and by what surrounds them. Each translation is a function
-from a dict of tensors to a dict of tensors under our names; names that it does not know pass unchanged and end up in
-the load report as unexpected.
+`parse_checkpoint` recognises a format by the names of its weights and by the other entries of the file. A translation
+is a function from a dict of tensors to a dict of tensors with our names. It does not change names that it does not
+know, and the load report lists them as unexpected.
 """
 
 import re
@@ -27,7 +27,7 @@ _NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+
 
 @dataclass
 class Checkpoint:
-    """Weights under our names, the format that they came in, and what the file says beside them (`classes` in ours)."""
+    """Weights with our names, the file's format, and the other information in the file (`classes` in our format)."""
 
     format: str
     weights: Weights
@@ -35,13 +35,13 @@ class Checkpoint:
 
 
 def parse_checkpoint(content: Any, part: str | None = None) -> Checkpoint:
-    """Finds the weights in what `read_checkpoint` gave and renames them to our names.
+    """Finds the weights in the result of `read_checkpoint` and gives them our names.
 
-    `part` chooses `student` or `teacher` of an FGD checkpoint. Raises `CheckpointError` if there are no weights, if a
-    part must be chosen and is not, or if the chosen part is not there.
+    `part` chooses `student` or `teacher` of an FGD checkpoint. Raises `CheckpointError` if there are no weights, if the
+    file has two parts and none is chosen, or if the chosen part is missing.
     """
     if not isinstance(content, dict):
-        raise CheckpointError(f"holds a {type(content).__name__}, no weights")
+        raise CheckpointError(f"holds a {type(content).__name__} instead of weights")
     weights = _find_weights(content)
     weights, has_parts = _choose_part(weights, part)
     format_name, translate = _recognise(weights, content)
@@ -76,11 +76,11 @@ def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
 
 
 def _choose_part(weights: Weights, part: str | None) -> tuple[Weights, bool]:
-    """The weights of one part, without its prefix, and whether the file has parts at all."""
+    """The weights of one part, without its prefix, and whether the file has parts."""
     present = [name for name in _PARTS if any(key.startswith(f"{name}.") for key in weights)]
     if part is None and len(present) > 1:
         raise CheckpointError(
-            f"holds {' and '.join(present)}: say which part to load, part='{present[0]}' or part='{present[1]}'"
+            f"holds {' and '.join(present)}: choose the part to load, part='{present[0]}' or part='{present[1]}'"
         )
     if part is not None and part not in present:
         raise CheckpointError(
@@ -89,7 +89,7 @@ def _choose_part(weights: Weights, part: str | None) -> tuple[Weights, bool]:
     if not present:
         return weights, False
     prefix = f"{part or present[0]}."
-    # The other part and the distillation losses are left out knowingly, so they are not unexpected.
+    # The other part and the distillation losses are left out here, so the report does not list them as unexpected.
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, True
 
 
@@ -114,7 +114,7 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
     if has(r"features\.denseblock1\."):
         return "densenet-backbone", _from_densenet
     if has(r"conv1\.weight$") and has(r"layer1\."):
-        return "resnet-backbone", dict  # torchvision's, and caffe ones under the same names
+        return "resnet-backbone", dict  # torchvision's, or caffe weights with the same names
     return "state-dict", _from_mmdet
 
 
@@ -123,27 +123,27 @@ def _rename(weights: Weights, new_name: Callable[[str], str]) -> Weights:
     for name, value in weights.items():
         target = new_name(name)
         if target in renamed:
-            raise CheckpointError(f"two of its tensors are {one_line(target, 80)} in this project")
+            raise CheckpointError(f"two of its tensors have the same name {one_line(target, 80)} in this project")
         renamed[target] = value
     return renamed
 
 
 def _rpn_to_bbox_head(weights: Weights) -> Weights:
-    """A two-stage detector's proposal head is a single-stage head, as mmdet's single-stage detector reads it."""
+    """Renames a two-stage detector's proposal head to a single-stage head, as mmdet's single-stage detector does."""
     if any(name.startswith("bbox_head.") for name in weights):
         return weights
     return _rename(weights, lambda name: re.sub(r"^rpn_head\.", "bbox_head.", name))
 
 
 def _from_mmdet(weights: Weights) -> Weights:
-    # FCOS heads of mmdet 1.
+    # Names in the FCOS heads of mmdet 1.
     return _rename(
         _from_mmdet_swin(weights),
         lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name),
     )
 
 
-_SWIN_NAMES = (  # torchvision numbers patches, blocks of a stage and its merging in one sequence
+_SWIN_NAMES = (  # torchvision numbers patches, blocks and merging layers in one sequence
     (r"patch_embed\.projection\.", lambda match: "features.0.0."),
     (r"patch_embed\.norm\.", lambda match: "features.0.2."),
     (r"stages\.(\d+)\.blocks\.", lambda match: f"features.{2 * int(match[1]) + 1}."),
@@ -155,10 +155,10 @@ _SWIN_NAMES = (  # torchvision numbers patches, blocks of a stage and its mergin
 
 
 def _from_mmdet_swin(weights: Weights) -> Weights:
-    """mmdet's SwinTransformer under the names of torchvision's, and its output norms numbered from 0.
+    """mmdet's SwinTransformer with torchvision's names, and with output norms numbered from 0.
 
-    Both lay out windows, queries and tables of biases alike. What they compute differs where a map is no larger than a
-    window (7 cells: images up to 224 pixels at stride 32): mmdet shifts the window all the same, torchvision does not.
+    Both have the same layout of windows, queries and bias tables. Their results differ if a map is no larger than a
+    window (7 cells: images up to 224 pixels at stride 32): there mmdet shifts the window, torchvision does not.
     """
     prefix = next((p for p in ("backbone.", "") if f"{p}patch_embed.projection.weight" in weights), None)
     if prefix is None:
@@ -178,17 +178,17 @@ def _from_mmdet_swin(weights: Weights) -> Weights:
         {
             name: _unfolded_to_grids(value) if merging.match(name) else value
             for name, value in weights.items()
-            if not name.endswith(".relative_position_index")  # follows from the window's size, and has another shape
+            if not name.endswith(".relative_position_index")  # depends only on the window's size; its shape differs
         },
         new_name,
     )
 
 
 def _unfolded_to_grids(value: Tensor) -> Tensor:
-    """Swin's patch merging from mmdet's order of inputs to torchvision's; they are the last axis of `value`.
+    """Changes the inputs of Swin's patch merging, the last axis of `value`, from mmdet's order to torchvision's.
 
-    mmdet unfolds: channel by channel, the 2x2 neighbours row by row. torchvision concatenates the four grids of
-    neighbours, column by column, each with all of its channels.
+    mmdet unfolds: for each channel, the 2x2 neighbours row by row. torchvision concatenates four grids, one per
+    neighbour and column by column, each with all of its channels.
     """
     neighbours = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]]
     return neighbours.transpose(-1, -2).flatten(-2)
@@ -214,7 +214,7 @@ def _from_detectron2_backbone(weights: Weights) -> Weights:
 
 
 def _fill_statistics(weights: Weights) -> Weights:
-    """Zero mean and unit variance, as in detectron2, where an old caffe model folded them into scale and bias."""
+    """Adds zero mean and unit variance, as detectron2 does, if an old caffe model has them in its scale and bias."""
     filled = dict(weights)
     for name, value in weights.items():
         norm = re.fullmatch(r"(.*(?:bn\d|downsample\.1))\.weight", name)
@@ -233,7 +233,7 @@ _CAFFE2_NAME = re.compile(rf"(res_conv1|conv1|res\d_\d+_branch(?:1|2[abc]))_({'|
 
 
 def _caffe2_name(name: str) -> str:
-    """`res2_0_branch2a_bn_s` -> `res2.0.conv1.norm.weight`; `branch1` is the shortcut, `res_conv1_bn` the stem's."""
+    """`res2_0_branch2a_bn_s` -> `res2.0.conv1.norm.weight`; `branch1`: shortcut; `res_conv1_bn`: the stem's."""
     match = _CAFFE2_NAME.fullmatch(name)
     if not match:
         return name
@@ -277,7 +277,7 @@ def _from_detectron2(weights: Weights) -> Weights:
 
 
 def _from_torchvision(weights: Weights) -> Weights:
-    """torchvision's RetinaNet: of any version (newer ones nest each convolution once more), and v2 with group norm."""
+    """torchvision's RetinaNet of any version (new ones nest convolutions one level deeper), and v2 with group norm."""
     laterals = {match[1] for name in weights if (match := re.match(r"backbone\.fpn\.inner_blocks\.(\d+)\.", name))}
     prefixes = {
         "backbone.body.": "backbone.",
@@ -296,12 +296,12 @@ def _from_torchvision(weights: Weights) -> Weights:
 
 
 def _from_densenet(weights: Weights) -> Weights:
-    """torchvision's files of DenseNet weights are older than its names of the layers."""
+    """Renames layers: torchvision's files of DenseNet weights have older names than its model."""
     return _rename(weights, lambda name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name))
 
 
 def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
-    """The first prefix that fits is replaced, so longer ones are listed before shorter ones that they contain."""
+    """Replaces the first prefix that matches. A longer prefix must come before a shorter one that it contains."""
     for theirs, ours in prefixes.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -309,10 +309,10 @@ def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _tower(weights: Weights, prefix: str, target: str) -> dict[str, str]:
-    """Prefixes of a head's convolutions and norms, which others number by their place in a Sequential.
+    """Prefixes of a head's convolutions and norms. Other projects number them by their position in a Sequential.
 
-    Both `0, 3, 6` (one Sequential) and `0.0, 1.0, 2.0` (nested) are counted: kernels are convolutions, vectors their
-    norms.
+    Positions can be `0, 3, 6` (one Sequential) or `0.0, 1.0, 2.0` (nested). A weight with four dimensions is a
+    convolution, a vector is the norm after it.
     """
     units = {match[1] for name in weights if (match := re.match(rf"{re.escape(prefix)}(\d+(?:\.\d+)?)\.weight$", name))}
     names, convs = {}, 0
@@ -327,5 +327,5 @@ def _tower(weights: Weights, prefix: str, target: str) -> dict[str, str]:
 
 
 def _norm_name(weights: Weights, prefix: str) -> str:
-    """mmcv names a norm by its kind, and only batch norm keeps statistics."""
+    """mmcv names a norm by its type, and only batch norm has running statistics."""
     return "bn" if f"{prefix}running_mean" in weights else "gn"

@@ -1,8 +1,8 @@
-"""Reading checkpoint files (torch's zip and older formats, plain pickles) without running anything in them.
+"""Reads checkpoint files (torch's zip format, its older format, plain pickles) without running code from them.
 
-`torch.load` is not used: with `weights_only=True` it refuses real mmdet 3 files and every detectron2 `.pkl`, and
-without it some of its branches (TorchScript archives, tar files) never ask the unpickler that it was given. Both
-formats are simple enough to read here.
+`torch.load` is not used. With `weights_only=True` it refuses real mmdet 3 files and every detectron2 `.pkl`. Without
+it, some of its branches (TorchScript archives, tar files) never use the unpickler that was passed to it. Both formats
+are simple enough to read here.
 """
 
 import io
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from .unpickler import CheckpointError, CheckpointUnpickler, one_line
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that torch wrote before version 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in files from torch before version 1.6
 _LEGACY_PROTOCOL = 1001
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
     """The content of a checkpoint file, with every tensor on the CPU.
 
-    The file may be torch's (`.pth`, zip or older format) or a plain pickle (`.pkl`, Python 2's too); the content
-    decides, not the name. Tensors, numpy arrays, plain containers and numbers come back as they are, objects of
-    mmengine, mmcv and mmdet as empty placeholders.
+    The file may be torch's (`.pth`, zip or older format) or a plain pickle (`.pkl`, also Python 2's). Its content
+    decides, not its name. Tensors, numpy arrays, plain containers and numbers are returned as they are; objects of
+    mmengine, mmcv and mmdet become empty placeholders.
 
-    Raises `CheckpointError`, in one line, for a file that is missing, empty, damaged or not a checkpoint, and for one
-    that asks for anything that weights do not need; what it asks for is not even looked up.
+    Raises `CheckpointError`, in one line, if the file is missing, empty, damaged or not a checkpoint, or if it asks for
+    an object that weights do not need. This object is not even looked up.
     """
     path = os.fspath(path)
     try:
@@ -40,9 +40,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or one_line(error)}") from error
-    except Exception as error:  # broken bytes can make a pickle fail in any way at all
+    except Exception as error:  # a pickle with damaged bytes can raise any exception
         detail = one_line(f"{type(error).__name__}: {error}", 120)
-        raise CheckpointError(f"cannot read checkpoint {path}: damaged, or not a checkpoint ({detail})") from error
+        raise CheckpointError(f"cannot read checkpoint {path}: it is damaged or not a checkpoint ({detail})") from error
 
 
 def _read(file: BinaryIO) -> Any:
@@ -59,20 +59,20 @@ def _read(file: BinaryIO) -> Any:
 
 
 def _read_zip(file: BinaryIO) -> Any:
-    """A zip archive: `NAME/data.pkl` refers to storages by key, and `NAME/data/KEY` holds their bytes, not
-    compressed."""
+    """Reads a zip archive: `NAME/data.pkl` refers to storages by key, and `NAME/data/KEY` holds a storage's bytes
+    without compression."""
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("data.pkl") and name.count("/") < 2]
         if len(roots) != 1:
-            raise CheckpointError("a zip archive, but not one of torch.save")
+            raise CheckpointError("it is a zip archive, but torch.save did not write it")
         root = roots[0]
         if f"{root}constants.pkl" in entries:
-            raise CheckpointError("a TorchScript archive, which is a program: save the model's state dict instead")
+            raise CheckpointError("a TorchScript archive is a program: save the model's state dict instead")
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-            raise CheckpointError("a compressed archive, which torch.save never writes")
+            raise CheckpointError("it is a compressed archive, which torch.save never writes")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-            raise CheckpointError("written on a big-endian machine")
+            raise CheckpointError("it was written on a big-endian machine")
         storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
         def storage(dtype: torch.dtype, key: str, count: int, view: object) -> Tensor:
@@ -86,19 +86,19 @@ def _read_zip(file: BinaryIO) -> Any:
 def _zip_storage(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
     size = count * dtype.itemsize
     if entry.file_size != size:
-        raise CheckpointError(f"damaged, a storage holds {entry.file_size} bytes instead of {size}")
+        raise CheckpointError(f"it is damaged: a storage has {entry.file_size} bytes instead of {size}")
     if size == 0:
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-    """The format before torch 1.6, after its magic number: protocol, machine, the object, keys of its storages, then
-    their bytes."""
+    """Reads the format before torch 1.6, after the magic number: protocol, machine, the object, the keys of its
+    storages, then their bytes."""
     if CheckpointUnpickler(file).load() != _LEGACY_PROTOCOL:
-        raise CheckpointError("an unknown version of torch's older format")
+        raise CheckpointError("it has an unknown version of torch's older format")
     if not CheckpointUnpickler(file).load().get("little_endian"):
-        raise CheckpointError("written on a big-endian machine")
+        raise CheckpointError("it was written on a big-endian machine")
     unclaimed = os.fstat(file.fileno()).st_size
     storages: dict[str, Tensor] = {}
 
@@ -107,7 +107,7 @@ def _read_legacy(file: BinaryIO) -> Any:
         if key not in storages:
             unclaimed -= count * dtype.itemsize
             if unclaimed < 0:
-                raise CheckpointError("damaged, its storages are larger than the file")
+                raise CheckpointError("it is damaged: its storages are larger than the file")
             storages[key] = torch.zeros(count, dtype=dtype)
         if view is None:
             return storages[key]
@@ -117,7 +117,7 @@ def _read_legacy(file: BinaryIO) -> Any:
     content = CheckpointUnpickler(file, storage).load()
     keys = [str(key) for key in CheckpointUnpickler(file).load()]
     if set(keys) != set(storages):
-        raise CheckpointError("damaged, the list of its storages is wrong")
+        raise CheckpointError("it is damaged: the list of its storages is wrong")
     for key in keys:
         _fill(file, storages[key])
     return content
@@ -127,4 +127,4 @@ def _fill(file: BinaryIO, storage: Tensor) -> None:
     (count,) = struct.unpack("<q", file.read(8))
     data = memoryview(storage.view(torch.uint8).numpy())
     if count != storage.numel() or file.readinto(data) != len(data):
-        raise CheckpointError("damaged, or cut short")
+        raise CheckpointError("it is damaged or cut short")

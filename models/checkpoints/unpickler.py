@@ -1,15 +1,15 @@
-"""An unpickler for other people's checkpoints: it builds tensors, arrays and plain containers, and nothing else.
+"""An unpickler for checkpoints from other people. It builds only tensors, arrays and plain containers.
 
-A pickle is a program. Its only way to reach code is to ask for a global by module and name (`find_class`) and to call
-what it gets. Here every global comes from the tables below, and what they hand out are this module's own builders: no
-class, function or module of the process is ever given to the pickle. So a pickle can do three things with a global:
-- call a builder of `_BUILDERS`, which makes plain data out of plain data;
+A pickle is a program. It reaches code in only one way: it asks for a global by module and name (`find_class`) and calls
+the result. Here every global comes from the tables below, which contain this module's own builders. The pickle never
+gets a class, function or module of the process. So a pickle can do three things with a global:
+- call a builder of `_BUILDERS`, which makes plain data from plain data;
 - name a storage type or a dtype, which are constants;
-- use a placeholder for a class of a training framework (a logging buffer, say), which stores and does nothing.
-Everything else raises `CheckpointError` with the name of the global.
+- use a placeholder for a class of a training framework (for example a logging buffer), which stores and does nothing.
+Any other global raises `CheckpointError` with its name.
 
-pickle also calls methods of what it has built. The builders and placeholders here refuse or ignore that, arrays check
-it, and a tensor's own `__setstate__` may give it another shape or gradient flags, within torch's bounds checks.
+pickle also calls methods of the objects that it has built. Builders and placeholders refuse or ignore these calls, and
+arrays check them. A tensor's own `__setstate__` may change its shape or gradient flags, within torch's bounds checks.
 """
 
 import math
@@ -29,13 +29,13 @@ class CheckpointError(ValueError):
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """`text` on one line and cut to `limit` characters, because names in files may hold anything."""
+    """`text` on one line and cut to `limit` characters, because names in files may contain any characters."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
 class _Builder:
-    """A function that a pickle may call but not alter: BUILD would set any attribute of a plain function."""
+    """A function that a pickle may call but not change: on a plain function, BUILD would set any attribute."""
 
     __slots__ = ("_function",)
 
@@ -50,7 +50,7 @@ class _Builder:
 
 
 class _Placeholder:
-    """Stands for an object of a framework. Takes whatever a pickle does to it and keeps nothing."""
+    """Stands for an object of a framework. It accepts all calls from a pickle and stores nothing."""
 
     __slots__ = ()
 
@@ -67,21 +67,21 @@ class _Placeholder:
 
 
 def _get_attribute(owner: object, name: str) -> _Placeholder:
-    # mmengine's HistoryBuffer pickles its methods as getattr(HistoryBuffer, "mean"). Elsewhere it would lead to code.
+    # mmengine's HistoryBuffer pickles its methods as getattr(HistoryBuffer, "mean"). Other uses could reach code.
     if not (isinstance(owner, type) and issubclass(owner, _Placeholder)):
         raise CheckpointError("it asks for builtins.getattr on an object that is not a placeholder")
     return _Placeholder()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    # Protocol 2 writes bytes as codecs.encode(text, "latin1"); no other codec is needed, and some of them decompress.
+    # Protocol 2 writes bytes as codecs.encode(text, "latin1"). Other codecs are not needed, and some decompress.
     if not isinstance(text, str) or encoding != "latin1":
         raise CheckpointError(f"it asks for codecs.encode with {one_line(encoding, 40)}")
     return text.encode("latin1")
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
-    """A view of the flat tensor `storage`; requires_grad and hooks, the arguments that follow, are not restored."""
+    """A view of the flat tensor `storage`. The other arguments, requires_grad and hooks, are not restored."""
     size, stride = tuple(size), tuple(stride)
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise CheckpointError("a tensor has an impossible shape")
@@ -96,19 +96,19 @@ def _rebuild_parameter(data: Tensor, *_: object) -> Tensor:
 
 
 def _rebuild_from_type(function: _Builder, tensor_type: object, args: tuple, state: object) -> Tensor:
-    # torch calls any `function`; here it is one of our builders. The tensor's subclass and attributes are dropped.
+    # torch calls any `function`; here it must be one of our builders. A tensor's subclass and attributes are dropped.
     if not isinstance(function, _Builder):
         raise CheckpointError("it asks for torch._tensor._rebuild_from_type_v2 with an unknown function")
     return function(*args)
 
 
 class _Dtype:
-    """A numpy dtype being unpickled; numpy's own would take any layout from the file, even into its shared dtypes."""
+    """A numpy dtype while it is unpickled. numpy's own would accept any layout, even in its shared dtypes."""
 
     __slots__ = ("value",)
 
     def __init__(self, name: str, *_: object) -> None:
-        # Numbers, booleans and strings. Object and structured arrays are not needed, and hold more than numbers.
+        # Numbers, booleans and strings. Object and structured arrays are not needed and contain more than numbers.
         if not re.fullmatch(r"[biufcSU]\d{1,4}", str(name)):
             raise CheckpointError(f"it asks for a numpy array of {one_line(name, 40)}")
         self.value = np.dtype(name)
@@ -121,15 +121,15 @@ class _Dtype:
 
 
 def _array(shape: tuple, dtype: _Dtype, data: bytes | bytearray | str, order: str) -> np.ndarray:
-    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # a str where Python 2 wrote the pickle
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # a str if Python 2 wrote the pickle
     if math.prod(shape) * dtype.value.itemsize != len(raw) or min(shape, default=0) < 0:
         raise CheckpointError("a numpy array's shape does not fit its data")
     values = np.frombuffer(raw, dtype.value).reshape(shape, order=order)
-    return values.astype(dtype.value.newbyteorder("="))  # a copy, in the machine's own byte order
+    return values.astype(dtype.value.newbyteorder("="))  # a copy in the machine's byte order
 
 
 class _Array(np.ndarray):
-    """An array being unpickled, first made empty, then given its state. numpy's own method only sees a checked one."""
+    """An array while it is unpickled: first empty, then with its state. numpy's own method gets only checked state."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran_order, data = state
@@ -169,7 +169,7 @@ _FUNCTIONS: dict[str, dict[str, Callable]] = {
     "numpy.core.numeric": {"_frombuffer": _array_from_buffer},
     "numpy._core.numeric": {"_frombuffer": _array_from_buffer},
 }
-_FUNCTIONS["__builtin__"] = _FUNCTIONS["builtins"]  # Python 2's name, which protocols up to 2 still write
+_FUNCTIONS["__builtin__"] = _FUNCTIONS["builtins"]  # Python 2's name; protocols up to 2 still write it
 _BUILDERS = {
     (module, name): _Builder(function) for module, table in _FUNCTIONS.items() for name, function in table.items()
 }
@@ -181,7 +181,7 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 
-# Only named as arguments of the builders above, which do not look at them.
+# Used only as arguments of the builders above, which ignore them.
 _TYPES = {("numpy", "ndarray"), ("torch", "Tensor"), ("torch._tensor", "Tensor"), ("torch.nn.parameter", "Parameter")}
 _FRAMEWORKS = {"mmengine", "mmcv", "mmdet"}
 
@@ -192,8 +192,8 @@ StorageReader = Callable[[torch.dtype, str, int, object], Tensor]
 class CheckpointUnpickler(pickle.Unpickler):
     """Unpickles `file` within the limits above.
 
-    `storage` gives the flat tensor behind a torch storage; without it the pickle may hold none. Strings that Python 2
-    wrote are read as latin1, which maps every byte to one character and back.
+    `storage` returns the flat tensor of a torch storage; without it, the pickle must not contain storages. Strings from
+    Python 2 are read as latin1, which maps every byte to one character and back.
     """
 
     def __init__(self, file: BinaryIO, storage: StorageReader | None = None) -> None:
@@ -209,7 +209,7 @@ class CheckpointUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if (module, name) in _TYPES or module.split(".")[0] in _FRAMEWORKS:
-            # One class per file and name: what a pickle writes onto a class (it can) is gone with the file.
+            # One class per file and name: a pickle can set attributes of a class, and these must not outlive the file.
             return self._placeholders.setdefault(
                 (module, name), type("Placeholder", (_Placeholder,), {"__slots__": ()})
             )

@@ -1,4 +1,4 @@
-"""What all dense heads share: two towers of convolutions, assignment, and what distillation asks of a head."""
+"""The base of all dense heads: two towers of convolutions, the assignment, and what distillation needs from a head."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,14 +21,14 @@ class HeadOutputs:
     """Predictions for N images, flattened in the order of `Priors`: level, y, x, anchor."""
 
     cls: Tensor                      # (N, P, C) logits
-    box: Tensor                      # (N, P, D), as the head parametrises boxes
-    centerness: Tensor | None        # (N, P) logits, of heads that have it
+    box: Tensor                      # (N, P, D), in the head's own box parameters
+    centerness: Tensor | None        # (N, P) logits, for heads that have it
     sizes: list[tuple[int, int]]     # height, width of each level's map
-    # Tower features at the cuts asked for: layer -> (classification, regression) maps of every level.
+    # Tower features at the requested cuts: layer -> (classification, regression) maps of every level.
     cuts: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     def cls_maps(self) -> list[Tensor]:
-        """Class logits as maps (N, A*C, H, W), a level each."""
+        """Class logits as maps (N, A*C, H, W), one per level."""
         n, _, classes = self.cls.shape
         anchors = self.cls.shape[1] // sum(h * w for h, w in self.sizes)
         levels = self.cls.split([h * w * anchors for h, w in self.sizes], dim=1)
@@ -37,26 +37,26 @@ class HeadOutputs:
 
 
 class DenseHead(nn.Module):
-    """Base of the heads. A head adds its last convolutions, its losses and its decoding.
+    """Base class of the heads. A head adds its last convolutions, its losses and its decoding.
 
     Args:
         num_classes: object classes, background not counted.
         in_channels, feat_channels: channels of the features and of the towers.
-        stacked_convs: convolutions per tower; 0 predicts from the features directly.
-        conv_bias: bias of the tower convolutions; None gives them one where no norm follows.
-        pos_weight: classification weight of positives; 1 when not positive.
-        allowed_border: anchors further than this outside their image do not take part; negative lets all.
+        stacked_convs: convolutions per tower; 0 predicts directly from the features.
+        conv_bias: bias of the tower convolutions; None adds it if no norm follows.
+        pos_weight: weight of positive anchors in the classification loss; 0 or less means 1.
+        allowed_border: anchors that reach further than this beyond their image take no part; negative: all take part.
         restrict_to_pad: anchors of cells beyond an image's own `pad_size` do not take part.
     """
 
-    # Name of the convolution that gives the class scores, and what a score is the probability of.
+    # The name of the convolution that gives the class scores, and what a score is the probability of.
     classifier: str
     score_meaning = "the class"
     has_centerness = False
-    box_form = "boxes in pixels"  # what `box_space` gives
-    # What of the `test` section is this head's own when not said.
+    box_form = "boxes in pixels"  # the form that `box_space` returns
+    # This head's defaults for keys of the `test` section.
     test_defaults: dict = {}
-    # The published losses of CrossKD and mimicking on this head.
+    # The published losses of CrossKD and of mimicking for this head.
     kd_defaults: dict = {}
 
     def __init__(self, num_classes: int, in_channels: int, feat_channels: int, stacked_convs: int, norm_cfg: NormCfg,
@@ -80,17 +80,17 @@ class DenseHead(nn.Module):
         self.tower_channels = feat_channels if stacked_convs else in_channels
 
     def init_weights(self, prior: float) -> None:
-        """Normal weights of deviation 0.01; the classifier starts at the score that `prior` is the bias of."""
+        """Normal weights with standard deviation 0.01, zero biases; the classifier's bias starts at `prior`."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 normal_init(module, bias=prior if module is getattr(self, self.classifier) else 0.0)
 
     @torch.no_grad()
     def select_classes(self, class_map: Sequence[int]) -> None:
-        """Keep some classes only: class k is from now on what class `class_map[k]` was.
+        """Keep only some classes: from now on, class k is the former class `class_map[k]`.
 
         Raises:
-            ConfigError: an entry that is no class of this head.
+            ConfigError: `class_map` is empty, or an entry is not a class of this head.
         """
         if not class_map or not all(0 <= k < self.num_classes for k in class_map):
             raise ConfigError("class_map", f"must name classes among 0..{self.num_classes - 1}, not {list(class_map)}")
@@ -102,20 +102,20 @@ class DenseHead(nn.Module):
     # --- forward ---
 
     def predict_maps(self, cls_feat: Tensor, reg_feat: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Last convolutions of one level: logits (N, A*C, H, W), boxes (N, A*D, H, W), centerness (N, A, H, W)."""
+        """Predictions for one level: logits (N, A*C, H, W), boxes (N, A*D, H, W), centerness (N, A, H, W)."""
         raise NotImplementedError
 
     def forward(self, features: Maps, cuts: Sequence[int] = ()) -> HeadOutputs:
-        """Predictions from the neck's features, a map (N, in_channels, H_l, W_l) per level."""
+        """Predictions from the neck's features, one map (N, in_channels, H_l, W_l) per level."""
         return self.run_from(0, features, features, cuts)
 
     def run_from(self, layer: int, cls_feats: Maps, reg_feats: Maps, cuts: Sequence[int] = ()) -> HeadOutputs:
-        """Predictions from features put in after `layer` convolutions of each tower.
+        """Predictions from features that replace the output of the first `layer` convolutions of each tower.
 
         Args:
-            layer: 0 takes the neck's features; k takes features in place of what the k-th convolution gave, and
-                activates them (once more, if they are activations: CrossKD shifts them to other means in between).
-            cuts: layers whose output is kept in the outputs; 0 is the neck's features.
+            layer: with 0, features are the neck's; with k, they replace the k-th convolution's output and are activated
+                (a second time, if they are activations: CrossKD changes their mean and deviation in between).
+            cuts: layers whose outputs are returned in `HeadOutputs.cuts`; 0 is the neck's features.
         """
         levels, held = [], []
         for level, (cls_feat, reg_feat) in enumerate(zip(cls_feats, reg_feats)):
@@ -136,7 +136,7 @@ class DenseHead(nn.Module):
 
     @staticmethod
     def _run_tower(convs: nn.ModuleList, x: Tensor, layer: int, cuts: Sequence[int]) -> tuple[Tensor, dict]:
-        """The tower's output, and by number those of the layers in `cuts`; others are not kept alive."""
+        """The tower's output, and the outputs of the layers in `cuts` by number; others are not kept in memory."""
         held = {layer: x}
         if layer:
             x = convs[layer - 1].activate(x)
@@ -168,7 +168,7 @@ class DenseHead(nn.Module):
 
     @torch.no_grad()
     def assign(self, outputs: HeadOutputs, targets: list[dict]) -> Assignment:
-        """Which anchor learns what.
+        """Decide what each anchor learns.
 
         Raises:
             ConfigError: `allowed_border` leaves an image without anchors.
@@ -190,11 +190,11 @@ class DenseHead(nn.Module):
 
     @staticmethod
     def average_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normaliser of the losses: positives, but at least one per image, averaged over processes."""
+        """Normaliser of the losses: number of positives, at least one per image, averaged over processes."""
         return mean_over_processes(positive.sum(1).clamp(min=1).sum().to(dtype))
 
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
-        """What the losses of mimicked predictions are divided by."""
+        """The divisor of the losses on mimicked predictions."""
         return assignment.avg_factor
 
     # --- what a head adds ---
@@ -212,7 +212,7 @@ class DenseHead(nn.Module):
         return self.decode(outputs.box, priors)
 
     def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
-        """Box predictions in the form in which two heads of this kind are compared: decoded boxes (N, P, 4)."""
+        """Box predictions in the form that is compared between two heads of this kind: decoded boxes (N, P, 4)."""
         return self.boxes(outputs, priors)
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
@@ -222,12 +222,12 @@ class DenseHead(nn.Module):
 
 
 def flatten(maps: Maps, channels: int) -> Tensor:
-    """Maps (N, A*channels, H_l, W_l) of all levels as one (N, P, channels), in the order of `Priors`."""
+    """Maps (N, A*channels, H_l, W_l) of all levels as one tensor (N, P, channels), in the order of `Priors`."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels) for x in maps], dim=1)
 
 
 def centerness_target(points: Tensor, boxes: Tensor) -> Tensor:
-    """How central points (..., 2) lie in boxes (..., 4), in [0, 1] (FCOS, arXiv:1904.01355, eq. 3)."""
+    """How close points (..., 2) are to the centre of boxes (..., 4), in [0, 1] (FCOS, arXiv:1904.01355, eq. 3)."""
     low, high = points - boxes[..., :2], boxes[..., 2:] - points
     tiny = torch.finfo(low.dtype).tiny
     ratio = torch.min(low, high).clamp(min=0) / torch.max(low, high).clamp(min=tiny)

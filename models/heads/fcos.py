@@ -16,15 +16,15 @@ from .dense import DenseHead, HeadOutputs, centerness_target
 
 
 class FCOSHead(DenseHead):
-    """Focal classification, distances to the four sides and centerness on one point per cell.
+    """Classification with focal loss, distances to the four sides, and centerness, for one point per cell.
 
     Args:
         strides: pixels per cell, for each level.
-        regress_ranges: largest distances in pixels that each level learns, lower and upper bound.
-        center_sampling: points learn a box only near its centre, within `center_sample_radius` strides.
-        norm_on_bbox: distances are in strides and cut at zero; otherwise they are pixels, as the logits' exponential.
-        centerness_on_reg: centerness is predicted by the regression tower.
-        dcn_on_last_conv: False only, as there are no deformable convolutions here.
+        regress_ranges: for each level, lower and upper bound of a point's largest distance to a side, in pixels.
+        center_sampling: a point learns a box only within `center_sample_radius` strides of its centre.
+        norm_on_bbox: distances are in strides, at least zero; otherwise in pixels, as the exponential of the output.
+        centerness_on_reg: the regression tower predicts centerness; otherwise the classification tower.
+        dcn_on_last_conv: must be False, because this project has no deformable convolutions.
         Others: see `DenseHead`.
     """
 
@@ -48,12 +48,12 @@ class FCOSHead(DenseHead):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, conv_bias,
                          restrict_to_pad=False)
         if dcn_on_last_conv:
-            raise ConfigError("dcn_on_last_conv", "deformable convolutions are not part of this project")
+            raise ConfigError("dcn_on_last_conv", "must be false: this project has no deformable convolutions")
         if len(regress_ranges) != len(strides):
-            raise ConfigError("regress_ranges", f"needs one per stride, {len(strides)}")
+            raise ConfigError("regress_ranges", f"must have one entry per stride, {len(strides)} in total")
         self.norm_on_bbox, self.centerness_on_reg = norm_on_bbox, centerness_on_reg
         self.box_form = f"distances in {'strides' if norm_on_bbox else 'pixels'}"
-        # Points are the centres of anchors, whose size nobody asks for.
+        # Points are the centres of anchors. The size of the anchors is not used.
         self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)
         self.bbox_coder = DistancePointBBoxCoder()
         self.assigner = FCOSAssigner(regress_ranges, center_sampling, center_sample_radius)
@@ -77,7 +77,7 @@ class FCOSHead(DenseHead):
 
     @staticmethod
     def centerness(assignment: Assignment) -> Tensor:
-        """Target (N, P), zero where no box is learnt."""
+        """Centerness target (N, P), zero for anchors that learn no box."""
         return centerness_target(assignment.priors.centers, assignment.box_targets) * assignment.positive
 
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
@@ -103,5 +103,5 @@ class FCOSHead(DenseHead):
         return self.bbox_coder.decode(priors.centers, distances)
 
     def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
-        # In training the original does not scale distances by the stride, and IoU does not mind.
+        # In training the original does not multiply distances by the stride. The IoU is the same.
         return self.bbox_coder.decode(priors.centers, outputs.box)

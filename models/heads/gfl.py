@@ -16,10 +16,10 @@ from .dense import DenseHead, HeadOutputs
 
 
 class GFLHead(DenseHead):
-    """Class scores that are taught the IoU, and a distribution over each side's distance. Defaults are mmdet's GFL.
+    """Class scores that learn the IoU, and a distribution over each side's distance. The defaults are mmdet's GFL.
 
     Args:
-        reg_max: the largest distance, in strides; each side has reg_max + 1 logits.
+        reg_max: the largest distance in strides; each side has reg_max + 1 logits.
         Others: see `DenseHead`.
     """
 
@@ -47,7 +47,7 @@ class GFLHead(DenseHead):
         self.box_form = f"distributions over {reg_max + 1} distances"
         self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
         if self.prior_generator.num_anchors != 1:
-            raise ConfigError("anchor_generator", "GFLHead predicts one box per cell: one scale and one ratio")
+            raise ConfigError("anchor_generator", "GFLHead predicts one box per cell: give one scale and one ratio")
         self.bbox_coder = DistancePointBBoxCoder()
         self.assigner = build(assigner, ASSIGNERS, "assigner")
         self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
@@ -62,7 +62,7 @@ class GFLHead(DenseHead):
         return self.gfl_cls(cls_feat), at_least_float32(self.scales[level](self.gfl_reg(reg_feat))), None
 
     def logits(self, box: Tensor) -> Tensor:
-        """(..., 4, reg_max + 1) from (..., 4 * (reg_max + 1))."""
+        """Logits (..., 4, reg_max + 1) from box predictions (..., 4 * (reg_max + 1))."""
         return box.unflatten(-1, (4, self.reg_max + 1))
 
     def distances(self, box: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class GFLHead(DenseHead):
         quality = aligned_iou(decoded.detach(), target) * assignment.positive
         loss_cls = self.loss_cls(outputs.cls, (assignment.labels, quality), assignment.label_weights,
                                  avg_factor=assignment.avg_factor)
-        # Boxes count as much as their anchor is already believed to be an object.
+        # A box is weighted with the highest class score of its anchor.
         weight = at_least_float32(outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
         normalizer = mean_over_processes(weight.sum(), least=1)
         loss_bbox = self.loss_bbox(decoded, target, weight, avg_factor=1.0) / normalizer
@@ -97,6 +97,6 @@ class GFLHead(DenseHead):
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
                 loss: nn.Module) -> Tensor:
-        # The reference does not clamp this; the least positive number only keeps an all-zero weight from 0/0.
+        # The reference does not clamp this; the smallest positive number only avoids 0/0 if all weights are zero.
         total = mean_over_processes(weight.sum()).clamp(min=torch.finfo(weight.dtype).tiny)
         return loss(box, reference, weight.unsqueeze(-1), avg_factor=4.0) / total

@@ -1,4 +1,4 @@
-"""Makers of small COCO-format data sets."""
+"""Functions that write small COCO-format data sets."""
 
 import json
 
@@ -8,7 +8,7 @@ from torchvision.io import write_png
 
 
 def make_image(path, size, seed=0):
-    """Write a PNG of random pixels, `size` (h, w)."""
+    """Write a PNG with random pixels and `size` (h, w)."""
     pixels = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     write_png(pixels, str(path))
 

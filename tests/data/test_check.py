@@ -1,4 +1,4 @@
-"""The check of a whole data set: what it counts, what it notes, and that it finds everything that is wrong."""
+"""The check of a whole data set: its counts, its notes, and that it finds all problems."""
 
 import json
 
@@ -22,12 +22,12 @@ def change(file, edit):
 
 @pytest.fixture
 def source(write_coco):
-    """Three images of 200 x 300, boxes of every size, a crowd, and boxes that are left out."""
+    """Three images of 200 x 300, with boxes of every size, a crowd, and boxes that are left out."""
     boxes = [
-        (10, 1, [0, 0, 32, 32], {"area": 32**2}),  # small up to and with 32^2
+        (10, 1, [0, 0, 32, 32], {"area": 32**2}),  # small: up to and including 32^2
         (10, 1, [0, 0, 32, 33], {"area": 32 * 33}),
         (10, 2, [0, 0, 300, 200], {"area": 96**2 + 1}),
-        (10, 2, [0, 0, 300, 200], {"area": 500}),  # it is the object's area that counts, and not the box's
+        (10, 2, [0, 0, 300, 200], {"area": 500}),  # the object's area counts, not the box's
         (11, 2, [250, 0, 60, 20], {}),
         (11, 2, [0, 0, 60, 20], {"iscrowd": 1}),
         (11, 1, [400, 0, 60, 20], {}),
@@ -61,12 +61,12 @@ def test_every_problem_is_found_and_none_hides_another(source):
     change(file, lambda c: [annotation.update(bbox=[1, 1, -2, 3]) for annotation in c["annotations"]])
     (check,) = check_data(section(source))
     assert [kind for kind, _ in check.problems] == (
-        ["boxes"] * 9 + ["images that cannot be read"] * 2 + ["images of another size than annotated"]
+        ["boxes"] * 9 + ["images that cannot be read"] * 2 + ["images whose size is not the annotated size"]
     )
     text = format_check(check)
     assert all(problem.text in text for problem in check.problems)
-    assert "boxes: 9 problems" in text and "images of another size than annotated: 1 problem\n" in text
-    assert "no problems" not in text and "boxes are counted when the annotations are correct" in text
+    assert "boxes: 9 problems" in text and "images whose size is not the annotated size: 1 problem\n" in text
+    assert "no problems" not in text and "boxes are counted only if the annotations are correct" in text
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_what_is_worth_knowing_is_noted(source):
     train, val = check_data(section(source, source))
     assert train.problems == val.problems == []
     assert train.notes[1:] == [
-        "1 images name a file that another image names, too",
-        "3 images are turned by their EXIF orientation: boxes are taken to be those of the upright image",
+        "1 images have the same file as another image",
+        "3 images are turned by their EXIF orientation: boxes must be those of the upright image",
     ]
-    assert val.notes[-1] == "3 images are in data.train, too: figures on them say little"
+    assert val.notes[-1] == "3 images are also in data.train: results on them say little"
 
 
 def test_other_classes_in_evaluation_are_a_problem(source, write_coco):

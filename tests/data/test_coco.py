@@ -51,7 +51,7 @@ def test_crowds_are_ignored_and_degenerate_boxes_dropped_and_counted(write_coco)
 
 
 def test_a_sliver_that_rounding_leaves_nothing_of_is_no_box(write_coco):
-    sliver = [-8, 5, 8 + 1e-7, 9]  # it reaches so little into the image that its edges are one in float32 when flipped
+    sliver = [-8, 5, 8 + 1e-7, 9]  # it is so thin in the image that both edges are equal in float32 after the flip
     source = write_coco([(40, 60)], [(10, 1, sliver, {}), (10, 2, [5, 5, 9, 9], {})])
     for flip in (0.0, 1.0):
         _, target = CocoDataset(*source, training=True, scale=(60, 40), flip=flip)[0]

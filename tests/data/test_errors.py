@@ -1,4 +1,4 @@
-"""Every kind of bad data: one clear line that names the file."""
+"""Every kind of bad data gives one clear line that names the file."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def assert_one_line(caught, *parts):
 
 @pytest.fixture
 def source(write_coco):
-    """A sound data set: two images, one box each."""
+    """A correct data set: two images with one box each."""
     return write_coco([(20, 30), (20, 30)], [(10, 1, [1, 1, 9, 9], {}), (11, 2, [1, 1, 9, 9], {})])
 
 
@@ -79,10 +79,10 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("annotations", "bbox", None, "not four finite numbers"),
         ("annotations", "bbox", [True, 1, 5, 5], "not four finite numbers"),
         ("annotations", "bbox", ["x" * 10_000], "xxx..., not four finite numbers"),
-        ("annotations", "bbox", [9, 9, -3, 5], "annotation 1 has bbox [9, 9, -3, 5] of negative width"),
+        ("annotations", "bbox", [9, 9, -3, 5], "annotation 1 has bbox [9, 9, -3, 5] with negative width"),
         ("annotations", "bbox", [9, 9, 5, -0.1], "are corners swapped?"),
-        ("annotations", "area", "big", "annotation 1 has area 'big'"),
-        ("annotations", "area", math.nan, "annotation 1 has area nan"),
+        ("annotations", "area", "big", "annotation 1 has wrong area 'big'"),
+        ("annotations", "area", math.nan, "annotation 1 has wrong area nan"),
         ("annotations", "iscrowd", "0", "annotation 1 has iscrowd '0', not 0 or 1"),
         ("annotations", "ignore", None, "annotation 1 has ignore None, not 0 or 1"),
         ("annotations", "category_id", 7, "annotation 1 has the unknown category_id 7"),
@@ -91,14 +91,14 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("annotations", "id", 0, "annotations id 0 occurs 2 times"),
         ("images", "id", 10, "images id 10 occurs 2 times"),
         ("images", "id", None, "images id None is not an id"),
-        ("images", "width", 0, "image 11 has width and height (0, 20)"),
-        ("images", "height", "20", "image 11 has width and height (30, '20')"),
-        ("images", "width", 30.5, "image 11 has width and height (30.5, 20)"),
-        ("images", "width", math.nan, "image 11 has width and height (nan, 20)"),
-        ("images", "file_name", 3, "image 11 has file_name 3"),
-        ("images", "file_name", "a\nb.png", "image 11 has file_name 'a\\nb.png'"),
-        ("images", "file_name", "a\0.png", "image 11 has file_name"),
-        ("images", "file_name", "\ud83d.png", "image 11 has file_name '\\ud83d.png'"),
+        ("images", "width", 0, "image 11 has wrong width and height (0, 20)"),
+        ("images", "height", "20", "image 11 has wrong width and height (30, '20')"),
+        ("images", "width", 30.5, "image 11 has wrong width and height (30.5, 20)"),
+        ("images", "width", math.nan, "image 11 has wrong width and height (nan, 20)"),
+        ("images", "file_name", 3, "image 11 has wrong file_name 3"),
+        ("images", "file_name", "a\nb.png", "image 11 has wrong file_name 'a\\nb.png'"),
+        ("images", "file_name", "a\0.png", "image 11 has wrong file_name"),
+        ("images", "file_name", "\ud83d.png", "image 11 has wrong file_name '\\ud83d.png'"),
         ("images", "file_name", "../secret.png", "leads out of the image folder"),
         ("images", "file_name", "deep/../../secret.png", "leads out of the image folder"),
         ("images", "file_name", "..\\secret.png", "leads out of the image folder"),
@@ -107,7 +107,7 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("categories", "id", 1, "categories id 1 occurs 2 times"),
         ("categories", "id", "2", "categories id '2' is not an id"),
         ("categories", "name", "cat", "categories name 'cat' occurs 2 times"),
-        ("categories", "name", "two\nlines", "category 2 has name 'two\\nlines'"),
+        ("categories", "name", "two\nlines", "category 2: wrong name 'two\\nlines'"),
     ],
 )
 def test_bad_entry(source, section, key, value, part):

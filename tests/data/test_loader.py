@@ -29,13 +29,13 @@ def test_collate_pads_with_zeros_to_a_multiple_of_32():
     images, targets = collate([(small, {"image_id": 1}), (large, {"image_id": 2})])
     assert images.shape == (2, 3, 64, 96) and images.dtype == torch.uint8
     assert torch.equal(images[0, :, :20, :70], small) and torch.equal(images[1, :, :33, :40], large)
-    assert images.sum() == small.sum() + large.sum()  # all else is zero
+    assert images.sum() == small.sum() + large.sum()  # the rest is zero
     assert [target["image_id"] for target in targets] == [1, 2]
 
 
 def test_batches_depend_neither_on_workers_nor_on_the_global_random_state(source):
     loaders = [training_loader(source, workers) for workers in (0, 1, 2)]
-    for epoch in (0, 1):  # workers persist from the first to the second
+    for epoch in (0, 1):  # the workers of the first epoch also work in the second
         epochs = []
         for loader in loaders:
             torch.manual_seed(len(epochs))
@@ -62,7 +62,7 @@ def test_a_resumed_epoch_yields_the_same_batches(source, workers):
 
 
 def test_resharding_shows_the_same_images(source):
-    """Two processes see what one does, up to the order within a step."""
+    """Two processes get the same images as one process, in any order within a step."""
 
     def images(rank, world):
         dataset = CocoDataset(*source, training=True, seed=3)

@@ -1,4 +1,4 @@
-"""Every kind of image that can be read gives the right pixels, and every kind that cannot one clear line."""
+"""Every readable kind of image gives the right pixels, and every unreadable kind gives one clear line."""
 
 import json
 
@@ -13,7 +13,7 @@ from data.transforms import read_image
 
 
 def read(path):
-    """(h, w, 3) int, to subtract."""
+    """The image as (h, w, 3) int, for subtraction."""
     image = read_image(path)
     assert image.dtype == torch.uint8
     return image.permute(1, 2, 0).numpy().astype(int)
@@ -28,14 +28,14 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     image = read(path)
     assert image.shape == expected.shape and abs(image - expected).max() <= (0 if suffix == ".png" else 6)
     assert read_image(path, upright=False).shape == (3, 20, 30)
-    if orientation in (2, 3, 4):  # of the same size either way: not turning it would show only in the pixels
+    if orientation in (2, 3, 4):  # turning keeps the size: only the pixels show whether it was done
         assert abs(image - stored).max() > 20
 
 
 @pytest.mark.parametrize(
     ("name", "make", "expected", "tolerance"),
     [
-        ("alpha.png", lambda i: i.putalpha(7) or i, lambda a: a, 0),  # all but transparent: not blended, dropped
+        ("alpha.png", lambda i: i.putalpha(7) or i, lambda a: a, 0),  # nearly transparent: alpha is dropped
         ("grey.png", lambda i: i.convert("L"), None, 0),
         ("grey.jpg", lambda i: i.convert("L"), None, 6),
         ("grey alpha.png", lambda i: i.convert("LA"), None, 0),
@@ -120,7 +120,7 @@ def test_the_next_image_stands_in_for_unreadable_ones(broken):
     for index, image_id, count in [(0, 10, 0), (1, 13, 2), (2, 13, 1), (3, 13, 0)]:
         image, target = dataset[4, index]
         assert target["image_id"] == image_id and len(target.get("skipped", ())) == count
-        if count:  # all is of the image that stands in: the augmentation, too
+        if count:  # everything belongs to the replacement image, also the augmentation
             stands_in, own = dataset[4, 3]
             assert torch.equal(image, stands_in) and torch.equal(target["boxes"], own["boxes"])
     assert "1.png cannot be read (it is empty)" in dataset[1][1]["skipped"][0]
@@ -145,7 +145,7 @@ def test_nothing_is_skipped_by_default_nor_ever_in_evaluation(broken, options, h
 def test_a_folder_without_any_of_the_images_stops_training_all_the_same(broken):
     for path in broken[0].iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="6 images in a row cannot be read, the last: .* does not exist"):
+    with pytest.raises(DataError, match="6 images in a row cannot be read; the last one: .* does not exist"):
         CocoDataset(*broken, training=True, skip_unreadable=True)[0]
 
 

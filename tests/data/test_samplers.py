@@ -19,7 +19,7 @@ def test_groups_keep_aspects_apart_and_lose_no_image():
     assert len(batches) == len(sampler) == 10
     assert [len(batch) for batch in batches] == [4] * 9 + [1]
     portrait = [{SIZES[index] == PORTRAIT for _, index in batch} for batch in batches]
-    # 26 landscape or square images fill 6 batches, 11 portrait ones 2; the rest is put together in the last two.
+    # 26 landscape or square images fill 6 batches, 11 portrait images fill 2; the last two batches are mixed.
     assert all(len(kinds) == 1 for kinds in portrait[:8])
     assert portrait[:8].count({True}) == 2
     mixed = [len({SIZES[i] == PORTRAIT for _, i in batch}) for batch in TrainBatchSampler(SIZES, 4, 0, False)]
@@ -79,4 +79,4 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_size(world, batch_si
     assert max(len(batch) for batch in batches) == batch_size
     assert len(batches) == (4 + 2 + 2 if batch_size == 4 else 28)
     alone = {tuple(batch) for batch in EvalBatchSampler(sizes, batch_size)}
-    assert {tuple(batch) for batch in batches} == alone  # the same batches however many processes
+    assert {tuple(batch) for batch in batches} == alone  # the same batches for any number of processes

@@ -9,10 +9,10 @@ from data.transforms import flip_boxes, padded_size, resize_boxes, resize_image,
     ("size", "scale", "expected"),
     [
         ((480, 640), (1333, 800), (800, 1067)),  # factor 800 / 480: 1066.67 is rounded up
-        ((640, 480), (1333, 800), (1067, 800)),  # the same lying on its side
+        ((640, 480), (1333, 800), (1067, 800)),  # the same, turned by 90 degrees
         ((480, 640), (800, 1333), (800, 1067)),  # the order of the scale does not matter
         ((427, 640), (1333, 800), (800, 1199)),  # factor 1.87354: 1199.06
-        ((300, 1000), (1333, 800), (400, 1333)),  # the long edge bounds: 399.9
+        ((300, 1000), (1333, 800), (400, 1333)),  # the long edge is the limit: 399.9
         ((1600, 2666), (1333, 800), (800, 1333)),  # shrinks as well
         ((480, 640), (320, 240), (240, 320)),
         ((20, 20000), (1333, 800), (1, 1333)),
@@ -47,7 +47,7 @@ def test_flip_boxes():
 def test_resize_image_is_bilinear_without_antialiasing_by_default():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     image[:, :, ::2] = 200
-    # Halving puts each sample between two columns; a quarter takes the two in the middle of four.
+    # At half size, each sample is between two columns; at a quarter, it uses the two middle columns of four.
     assert resize_image(image, (4, 4)).unique().tolist() == [100]
     image[:, :, :] = torch.tensor([0, 200, 200, 0, 0, 200, 200, 0], dtype=torch.uint8)
     assert resize_image(image, (2, 2)).unique().tolist() == [200]

@@ -1,4 +1,4 @@
-"""Losses against their formulas, at their edges, and in every precision."""
+"""Losses agree with their formulas, also at edge cases and in every precision."""
 import math
 
 import pytest
@@ -11,7 +11,7 @@ K = 5
 
 
 def case(name, n=12, dtype=torch.float32, scale=1.0):
-    """Prediction and target of a loss, with one entry per row."""
+    """The prediction and target of a loss, with one entry per row."""
     torch.manual_seed(0)
 
     def boxes():
@@ -54,7 +54,7 @@ def test_weight_is_per_row_and_scales_with_loss_weight(name):
     pred, target = case(name, dtype=torch.float64)
     weight = torch.arange(len(pred), dtype=torch.float64)
     if name in ("L1Loss", "SmoothL1Loss"):
-        weight = weight.unsqueeze(1).expand(-1, 4)  # may differ from side to side
+        weight = weight.unsqueeze(1).expand(-1, 4)  # may differ between sides
     rows = L.LOSSES[name](loss_weight=1.0)(pred, target, reduction="none")
     by_row = rows.flatten(1).sum(1) if rows.dim() > 1 else rows
     expected = 3 * (by_row * torch.arange(len(pred))).sum()
@@ -102,7 +102,7 @@ def test_identical_prediction_and_degenerate_boxes_stay_finite(name):
     if pred.shape[-1] == 4:
         pred = target.clone()
         pred[0, 2:] = pred[0, :2]  # no area
-        pred[1, :2], pred[1, 2:] = target[1, 2:], target[1, :2]  # inside out
+        pred[1, :2], pred[1, 2:] = target[1, 2:], target[1, :2]  # corners swapped
     elif isinstance(target, torch.Tensor) and target.shape == pred.shape:
         pred = target.clone()
     pred.requires_grad_()
@@ -124,7 +124,7 @@ def test_precision(name, dtype):
     def wide(x):
         return x.detach().to(value.dtype) if x.is_floating_point() else x
 
-    # Not computed in half precision at all: the same as on promoted inputs.
+    # Nothing is computed in half precision: the result is the same as for promoted inputs.
     target = tuple(map(wide, target)) if isinstance(target, tuple) else wide(target)
     torch.testing.assert_close(value, loss(wide(pred), target), rtol=1e-6, atol=0)
 
@@ -137,7 +137,7 @@ def test_a_teacher_gets_no_gradient(name):
     assert target.grad is None and pred.grad.any()
 
 
-@pytest.mark.parametrize("alpha", [0.25, 0.3])  # the latter is no binary fraction
+@pytest.mark.parametrize("alpha", [0.25, 0.3])  # 0.3 is not a binary fraction
 def test_sigmoid_focal_loss_by_its_equation(alpha):
     pred, labels = case("FocalLoss", dtype=torch.float64)
     expected = torch.zeros_like(pred)
@@ -208,7 +208,7 @@ def test_dfl_at_whole_distances_is_cross_entropy_to_that_bin():
     torch.testing.assert_close(L.distribution_focal_loss(pred, bins + 0.5, reduction="none"), halfway)
 
 
-# A box of side 2; one that shares half of it (IoU 1/3), one disjoint, one concentric of side 1 (IoU 1/4).
+# A box with side 2; others: overlap of half its area (IoU 1/3), disjoint, same centre and side 1 (IoU 1/4).
 BOX = torch.tensor([0.0, 0, 2, 2], dtype=torch.float64)
 HALF, AWAY, INNER = (torch.tensor(x, dtype=torch.float64) for x in ([1, 0, 3, 2], [6, 0, 8, 2], [0.5, 0.5, 1.5, 1.5]))
 

@@ -1,4 +1,4 @@
-"""Losses against the values and gradients of the original code."""
+"""Losses agree with the values and gradients of the original code."""
 import pytest
 import torch
 from golden_cases import load, relative
@@ -7,10 +7,10 @@ from losses import LOSSES
 from models.build import build
 
 ARRAYS, META = load("losses")
-OTHERS = {"PKDLoss"}  # takes two maps and nothing else: tested below
+OTHERS = {"PKDLoss"}  # takes only two maps: tested below
 
-# Largest deviations measured: float64 2e-15; float32 9.3e-7, but 3.7e-6 for the KL divergence at T = 10, a sum of
-# terms that all but cancel.
+# Largest deviations measured: float64 2e-15; float32 9.3e-7, but 3.7e-6 for the KL divergence at T = 10, whose terms
+# nearly cancel.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 

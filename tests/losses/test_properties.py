@@ -14,7 +14,7 @@ ROWS, CLASSES = 3, 4
 logits = tensors((ROWS, CLASSES), -1e4, 1e4)
 labels = st.lists(st.integers(0, CLASSES), min_size=ROWS, max_size=ROWS).map(torch.tensor)
 scores = tensors((ROWS,), 0, 1)
-any_boxes = tensors((ROWS, 4), -1e5, 1e5)  # predictions may be without area, or inside out
+any_boxes = tensors((ROWS, 4), -1e5, 1e5)  # predictions may have no area or negative sides
 dtypes = st.sampled_from([torch.float32, torch.float64])
 
 INPUTS = {
@@ -52,8 +52,8 @@ def test_value_and_gradient_are_finite_and_no_loss_is_negative(name, data, dtype
     value = L.LOSSES[name](**options)(pred, target, avg_factor=average)
     value.backward()
     assert value.isfinite() and pred.grad.isfinite().all()
-    if "IoU" not in name:  # of those, boxes that are inside out make anything; the others are below
-        # of the sum: an average over nothing divides its rounding by 1e-7
+    if "IoU" not in name:  # boxes with negative sides give any IoU loss; other boxes are tested below
+        # a bound for the sum: an average factor of 0 divides its rounding error by 1e-7
         assert value * (average + EPS) >= -1e-5 * max(1, pred.detach().abs().max())
 
 
@@ -77,7 +77,7 @@ def test_bounds_of_the_iou_family(name, most, pred, target, dtype):
     value = loss(pred.to(dtype), target.to(dtype), reduction="none")
     assert (value >= -1e-5).all() and (value <= most + 1e-5).all()
     same = loss(pred.to(dtype), pred.to(dtype), reduction="none")
-    assert (same.abs() < 1e-3).all()  # a box of one pixel, whose corners are rounded
+    assert (same.abs() < 1e-3).all()  # a box of one pixel with rounded corners
 
 
 @examples(100)
@@ -86,8 +86,8 @@ def test_iou_and_its_relations(pred, target):
     iou = L.aligned_iou(pred, target)
     assert (iou >= 0).all() and (iou <= 1 + 1e-12).all()
     torch.testing.assert_close(L.aligned_iou(target, pred), iou)
-    torch.testing.assert_close(L.aligned_iou(pred * 4, target * 4), iou)  # of no unit
-    torch.testing.assert_close(L.aligned_iou(pred + 64, target + 64), iou)  # and of no place
+    torch.testing.assert_close(L.aligned_iou(pred * 4, target * 4), iou)  # independent of the unit
+    torch.testing.assert_close(L.aligned_iou(pred + 64, target + 64), iou)  # and of the position
     giou, diou, ciou = (1 - loss(pred, target, reduction="none") for loss in (L.giou_loss, L.diou_loss, L.ciou_loss))
     assert (giou <= iou + 1e-6).all() and (diou <= iou + 1e-6).all() and (ciou <= diou + 1e-6).all()
 

@@ -1,4 +1,4 @@
-"""Losses in slices are the losses written out at once."""
+"""Sliced losses are equal to the losses on all scores at once."""
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ def arguments(name: str, dtype: torch.dtype) -> tuple:
 
 @pytest.fixture
 def slices(monkeypatch):
-    """Four rows at a time, so that the last slice is a shorter one; how many there were."""
+    """Slices of four rows, so that the last slice is shorter. The result lists the slices."""
     monkeypatch.setitem(losses.sliced.SLICE, "cpu", 4 * C + 1)
     seen, plain = [], losses.sliced.reduce_loss
     monkeypatch.setattr(losses.sliced, "reduce_loss", lambda *args: seen.append(args) or plain(*args))
@@ -26,7 +26,7 @@ def slices(monkeypatch):
 
 @pytest.mark.parametrize("name, weight", [
     *((name, weight) for name in ("focal", "kd", "binary") for weight in (None, (N, P), (N, P, C))),
-    ("quality", None), ("quality", (N, P))])  # its entries are sums over classes
+    ("quality", None), ("quality", (N, P))])  # its entries are sums over the classes
 def test_value_and_gradient(name, weight, slices):
     torch.manual_seed(0)
     function, other = arguments(name, torch.float64)
@@ -43,7 +43,7 @@ def test_value_and_gradient(name, weight, slices):
 
 
 def test_half_precision_loses_no_small_gradient(slices):
-    """What a loss scale lifts out of fp16's underflow must not be rounded away before it."""
+    """Gradients that a loss scale saves from fp16's underflow must not be rounded to zero before it."""
     pred = torch.full((1, P, C), -7.0, dtype=torch.float16, requires_grad=True)
     labels, scale = torch.full((1, P), C), 2.0 ** 30
     value = sigmoid_focal_loss(pred, labels, avg_factor=1.0)
@@ -63,7 +63,7 @@ def test_without_gradient(slices):
 
 
 def test_a_target_that_learns_gets_its_gradient():
-    """Only what is differentiated for the prediction alone goes in slices."""
+    """Only losses that need a gradient for the prediction alone are sliced."""
     score = torch.rand(N, P, requires_grad=True)
     quality_focal_loss(torch.randn(N, P, C), (torch.randint(0, C, (N, P)), score), avg_factor=1.0).backward()
     assert score.grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Assigners against slow re-implementations of the published algorithms: one image, its valid anchors, box by box."""
+"""Assigners agree with slow versions of the published algorithms: one image, its valid anchors, box by box."""
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ def get_priors(generator):
 
 
 def make_boxes(n, seed, whole, largest=90):
-    """(n, 4) boxes; whole ones are full of ties, for they share their centres' distances and their overlaps."""
+    """(n, 4) boxes. With whole numbers there are many ties: equal distances of centres and equal overlaps."""
     g = torch.Generator().manual_seed(seed)
     corner = torch.rand(n, 2, generator=g, dtype=torch.float64) * torch.tensor([WIDTH - 20, HEIGHT - 20])
     size = 3 + largest * torch.rand(n, 2, generator=g, dtype=torch.float64) ** 2
@@ -27,12 +27,12 @@ def make_boxes(n, seed, whole, largest=90):
     if whole:
         boxes = (boxes / 4).round() * 4
         boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 4)
-        boxes = boxes[torch.arange(n) % max(1, -(-n // 2))]  # two of each: ties between boxes as well
+        boxes = boxes[torch.arange(n) % max(1, -(-n // 2))]  # every box twice: ties also between boxes
     return boxes
 
 
 def make_batch(seed, whole, counts=(6, 0, 11, 1), ignored_counts=(2, 1, 0, 3)):
-    """A batch's arguments of an assigner but the priors, and lists of each image's boxes and ignored regions."""
+    """All arguments of an assigner except the priors, and lists of each image's boxes and ignored regions."""
     boxes = [make_boxes(n, 10 * seed + i, whole) for i, n in enumerate(counts)]
     ignored = [make_boxes(n, 1000 + 10 * seed + i, whole) for i, n in enumerate(ignored_counts)]
 
@@ -47,7 +47,7 @@ def make_batch(seed, whole, counts=(6, 0, 11, 1), ignored_counts=(2, 1, 0, 3)):
 
 
 def make_valid(priors, n, partial):
-    """(n, P) bool: all, or with `partial` what lies in images of different padded sizes."""
+    """(n, P) bool: all anchors, or with `partial` those inside images of different padded sizes."""
     valid = torch.ones(n, len(priors.boxes), dtype=torch.bool)
     if partial:
         for i, (h, w) in enumerate([(64, 128), (96, 96), (96, 128), (32, 32)]):
@@ -80,7 +80,7 @@ def ignored_anchors(anchors, ignored, threshold, wrt_anchors=True):
 
 
 def slow_atss(anchors, level_sizes, boxes, ignored, topk=9, ignore_iof_thr=-1.0):
-    """Algorithm 1 of arXiv:1912.02424, and what mmdet adds: ignored regions, which have no effect without boxes."""
+    """Algorithm 1 of arXiv:1912.02424, with mmdet's ignored regions, which have no effect without boxes."""
     assigned = torch.full((len(anchors),), NEGATIVE)
     if len(boxes) == 0:
         return assigned
@@ -109,7 +109,7 @@ def slow_atss(anchors, level_sizes, boxes, ignored, topk=9, ignore_iof_thr=-1.0)
 
 def slow_max_iou(anchors, boxes, ignored, pos=0.5, neg=(0.0, 0.4), min_pos_iou=0.0, low_quality=True, assign_all=True,
                  to_best=False, ignore_iof_thr=-1.0, wrt_anchors=True):
-    """mmdet's MaxIoUAssigner; with `to_best` detectron2's Matcher: low-quality matches keep their own best box."""
+    """mmdet's MaxIoUAssigner; with `to_best`, detectron2's Matcher: low-quality matches learn their own best box."""
     if len(boxes) == 0:
         return torch.full((len(anchors),), NEGATIVE)
     assigned = torch.full((len(anchors),), IGNORED)
@@ -138,7 +138,7 @@ partly = pytest.mark.parametrize("partial", [False, True], ids=["all", "padded"]
 
 
 def check(matched, valid, expected):
-    """Equal on the valid anchors of each image; no other anchor has a box."""
+    """The assignment is as expected on each image's valid anchors, and no other anchor has a box."""
     positives = 0
     for i, keep in enumerate(valid):
         assert torch.equal(matched[i, keep], expected(i, keep)), f"image {i}"
@@ -174,7 +174,7 @@ def test_an_anchor_of_atss_lies_more_than_a_hundredth_inside_its_box(margin, pos
 
 
 class OnAccelerator(torch.Tensor):
-    """Says that it lies on an accelerator, where a batch of partly valid anchors is not taken image by image."""
+    """A tensor that claims to be on a GPU, where a batch with invalid anchors is not processed image by image."""
 
     is_cuda = True
 
@@ -277,7 +277,7 @@ def test_an_anchor_is_never_taken_by_a_box_through_an_ignored_region():
 
 
 def test_a_box_that_meets_no_anchor_takes_all_that_meet_nothing():
-    # The original's behaviour at min_pos_iou 0: its best overlap is zero, and so every zero ties for it.
+    # As in the original at min_pos_iou 0: the best overlap is zero, so all zeros are equally good.
     priors = get_priors(ONE)
     boxes = torch.tensor([[[16.0, 16, 80, 80], [900, 900, 950, 950]]], dtype=torch.float64)
     nothing, valid = torch.zeros(1, 0, 4, dtype=torch.float64), make_valid(priors, 1, False)

@@ -1,4 +1,4 @@
-"""From configuration to detector: what is wrong is named, with its key and the nearest valid name."""
+"""From configuration to detector: errors name the wrong key and the nearest valid name."""
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +10,7 @@ from models.build import check_value, nearest
 
 
 def change(path, value):
-    """The small configuration with one entry set, or with "DROP" taken out."""
+    """The small configuration with one entry changed, or removed if it is "DROP"."""
     cfg = small_config()
     *parents, last = path.split(".")
     section = cfg

@@ -1,4 +1,4 @@
-"""A detector in one piece gives what the detector gives."""
+"""A deployed detector gives the same detections as the detector."""
 import pytest
 import torch
 from small_models import HEADS, enliven, small_detector
@@ -11,7 +11,7 @@ TEST = {"score_thr": 0.5, "nms_pre": 60, "max_per_img": 30}
 
 
 def batch():
-    """Pixels and the targets that name their sizes before padding."""
+    """Pixels, and targets with the sizes before padding."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8)
     return images, [{"image_size": (64, 96)}, {"image_size": (50, 70)}]
@@ -29,7 +29,7 @@ def test_detections_are_the_detectors(head, test, preprocess):
     with torch.no_grad():
         boxes, scores, labels = DeployedDetector(detector)(images, sizes)
         dirty = images.clone()
-        dirty[1, :, 50:], dirty[1, :, :, 70:] = 255, 7  # what lies beyond an image is nobody's business
+        dirty[1, :, 50:], dirty[1, :, :, 70:] = 255, 7  # pixels beyond an image have no effect
         again = DeployedDetector(detector)(dirty, sizes)
         expected = detector.predict(detector.preprocess(images, targets), targets, rescale=False)
     assert boxes.shape == (2, 30, 4) and scores.shape == labels.shape == (2, 30) and labels.dtype == torch.int64

@@ -54,7 +54,7 @@ def test_images_without_boxes(head, counts):
 
 @every_head
 def test_losses_are_those_of_the_images_weighted_by_their_normalisers(head):
-    """A box in one image has no influence on the other's anchors."""
+    """A box in one image has no effect on the anchors of the other image."""
     model, (images, targets) = small_detector(head).train(), make_batch(sizes=((64, 96), (50, 70)))
     run = model.run(images, targets)
     together = model.bbox_head.assign(run.outputs, targets)
@@ -202,7 +202,7 @@ def test_a_head_of_a_type_and_a_class_count_is_the_published_one(head):
                  "min_bbox_size": 0}}
     before = copy.deepcopy(brief)
     one, other = build_detector(brief).double(), build_detector(full).double()
-    assert brief == before  # a configuration is not written to
+    assert brief == before  # the configuration is not changed
     assert one.state_dict().keys() == other.state_dict().keys()
     enliven(one)
     other.load_state_dict(one.state_dict())
@@ -239,7 +239,7 @@ def test_without_neck(head):
 
 @every_head
 def test_head_outputs_are_in_the_order_of_the_anchors(head):
-    """Moving one feature moves the predictions of the anchors of its cell and nothing but the neighbours'."""
+    """A change in one feature changes the predictions only for its cell and the cells next to it."""
     model = enliven(small_detector(head, head={"stacked_convs": 0})).bbox_head
     sizes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     maps = [torch.zeros(1, 16, h, w, dtype=torch.float64) for h, w in sizes]
@@ -262,7 +262,7 @@ def test_run_from_a_cut_goes_on_as_the_head_itself_does(head):
     for cut, (cls_feats, reg_feats) in outputs.cuts.items():
         again = model.bbox_head.run_from(cut, cls_feats, reg_feats)
         assert torch.equal(again.cls, outputs.cls) and torch.equal(again.box, outputs.box)
-    # A cut at k holds what the k-th convolution gave once it was activated.
+    # A cut at k holds the activated output of the k-th convolution.
     assert all((x >= 0).all() for side in outputs.cuts[1] + outputs.cuts[2] for x in side)
 
 

@@ -1,4 +1,4 @@
-"""FPN: torchvision's numbers, and every variant of the extra levels, norms, activations and upsampling."""
+"""FPN: the same numbers as torchvision, and every variant of extra levels, norms, activations and upsampling."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def test_extra_levels(extra, relu):
     fpn = make(5, start_level=1, add_extra_convs=extra, relu_before_extra_convs=relu)
     outs = fpn(inputs)
     source = {"on_input": inputs[-1], "on_lateral": fpn.lateral_convs[-1](inputs[-1]), "on_output": outs[2]}[extra]
-    torch.testing.assert_close(outs[3], fpn.fpn_convs[3](source))  # never activated before the first
+    torch.testing.assert_close(outs[3], fpn.fpn_convs[3](source))  # no activation before the first
     torch.testing.assert_close(outs[4], fpn.fpn_convs[4](F.relu(outs[3]) if relu else outs[3]))
     assert [tuple(x.shape[2:]) for x in outs] == [(12, 15), (6, 8), (3, 4), (2, 2), (1, 1)]
 
@@ -121,5 +121,5 @@ def test_refuses(args, key):
 
 
 def test_number_of_inputs_is_checked():
-    with pytest.raises(ValueError, match="4 backbone levels and got 3"):
+    with pytest.raises(ValueError, match="4 backbone levels but got 3"):
         make(4)(make_inputs()[:3])

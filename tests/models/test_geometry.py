@@ -1,4 +1,4 @@
-"""Anchors, box coders and assigners against the original code's values, and anchors and coders by hand."""
+"""Anchors, box coders and assigners agree with the original code's values and with values computed by hand."""
 import math
 
 import pytest
@@ -95,7 +95,7 @@ def test_anchors_ordered_by_size_then_ratio():
 
 @pytest.mark.parametrize("image", [(64, 96), (96, 32)])
 def test_anchors_of_torchvision(image):
-    """Also where a map is rounded up, so that its stride is less than the nominal one: 48 for 96 pixels over 2."""
+    """Also if a map's size is rounded up, so that its stride is less than the nominal one: 96 / 2 = 48."""
     from torchvision.models.detection.anchor_utils import AnchorGenerator as Theirs
     from torchvision.models.detection.image_list import ImageList
     scales = [1, 2 ** (1 / 3), 2 ** (2 / 3)]
@@ -112,7 +112,7 @@ def test_center_offset_shifts_by_a_part_of_the_stride():
     plain, shifted = AnchorGenerator([8], [1.0], scales=[4]), AnchorGenerator([8], [1.0], scales=[4], center_offset=0.5)
     args = [(3, 3)], torch.float64, CPU
     assert torch.equal(shifted(*args).boxes, plain(*args).boxes + 4)
-    assert torch.equal(shifted(*args).cells, plain(*args).cells)  # what is compared with the padding does not move
+    assert torch.equal(shifted(*args).cells, plain(*args).cells)  # cells do not move
 
 
 def test_anchors_in_float32_are_the_float64_ones_rounded():
@@ -130,7 +130,7 @@ def test_anchor_generator_refuses(args, key):
 
 
 def test_levels_must_fit_the_features():
-    with pytest.raises(ConfigError, match="1 levels and the features have 2"):
+    with pytest.raises(ConfigError, match="1 levels, but the features have 2"):
         AnchorGenerator([8], [1.0], scales=[1])([(2, 2), (1, 1)], torch.float32, CPU)
 
 

@@ -1,4 +1,4 @@
-"""Whole detectors against the original code: features, predictions, losses, gradients, detections."""
+"""Whole detectors agree with the original code: features, predictions, losses, gradients, detections."""
 import golden_cases as golden
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_features_and_head_outputs(name, dtype):
         assert golden.relative(run.features[level], arrays[f"features/{i}"]) < TOLERANCE[dtype]["maps"]
         for j, rows in enumerate(outputs):
             own = to_map(rows, run.outputs.sizes, level)
-            if j == 1 and name == "detector_fcos":  # in evaluation the original's FCOS gives distances in pixels
+            if j == 1 and name == "detector_fcos":  # in evaluation, the original FCOS gives distances in pixels
                 own = own * model.bbox_head.prior_generator.strides[level]
             assert golden.relative(own, arrays[f"head/{j}/{i}"]) < TOLERANCE[dtype]["maps"]
 
@@ -84,7 +84,7 @@ def test_float32_assigns_otherwise_only_where_the_last_bit_decides(name):
         with torch.no_grad():
             assignment = model.bbox_head.assign(model.run(images, targets).outputs, targets)
         matched[dtype] = assignment.matched
-    # Measured: none of GFL's 630 anchors, 6 of RetinaNet's 5670, all of one box (see `assign_in_float64`).
+    # Measured: none of GFL's 630 anchors; 6 of RetinaNet's 5670, all for one box (see `assign_in_float64`).
     different = matched[torch.float64] != matched[torch.float32]
     assert different.sum() <= 6
     images, rows = different.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""From predictions to detections, against a slow rendering of the same steps."""
+"""From predictions to detections, compared with a slow version of the same steps."""
 import pytest
 import torch
 from small_models import enliven, make_batch, small_detector
@@ -39,7 +39,7 @@ def slow_detections(model, images, targets, test, rescale=True, with_nms=True):
                 kept.append(([x1, y1, x2, y2], score, c))
         if with_nms:
             survivors = []
-            for c in {c for _, _, c in kept}:  # each class by itself
+            for c in {c for _, _, c in kept}:  # each class separately
                 own = [entry for entry in kept if entry[2] == c]
                 keep = nms(torch.tensor([e[0] for e in own]).double(), torch.tensor([e[1] for e in own]).double(),
                            test["nms_iou_threshold"])
@@ -126,7 +126,7 @@ def test_min_bbox_size_is_in_output_pixels():
 
 
 def test_negative_min_bbox_size_keeps_boxes_without_area():
-    # A box beyond the image is clipped to nothing: dropped, unless everything is kept.
+    # A box beyond the image has no area after clipping. It is dropped, unless all boxes are kept.
     model, (images, targets) = enliven(small_detector(test=TEST | {"min_bbox_size": -1})).eval(), make_batch()
     for target in targets:
         target["image_size"] = (10, 10)
@@ -138,19 +138,19 @@ def test_negative_min_bbox_size_keeps_boxes_without_area():
 
 
 def test_clipping_after_nms():
-    """detectron2's order: boxes are suppressed and capped as they are, and clipped and scaled at the end."""
+    """detectron2's order: boxes are first suppressed and limited in number, then clipped and scaled."""
     found, model, images, targets = detect(clip="after", min_bbox_size=-1, max_per_img=20)
     with torch.no_grad():
         outputs = model.run(images, targets).outputs
     boxes = model.bbox_head.decode(outputs.box[0], model.bbox_head.priors(outputs))
     assert (boxes < 0).any()
-    wide = [t | {"image_size": (10 ** 6, 10 ** 6)} for t in targets]  # clips nothing at the far sides
+    wide = [t | {"image_size": (10 ** 6, 10 ** 6)} for t in targets]  # no clipping at the right and bottom
     before = detect(min_bbox_size=-1, max_per_img=20)[0]
     assert any(len(a["boxes"]) != len(b["boxes"]) or not torch.equal(a["scores"], b["scores"])
                for a, b in zip(found, before))
     unclipped = model.predict(images, wide, rescale=False)
     for mine, other, target in zip(found, unclipped, targets):
-        assert torch.equal(mine["scores"], other["scores"])  # the size has no say in what is kept
+        assert torch.equal(mine["scores"], other["scores"])  # the image size has no effect on the boxes kept
         h, w = target["image_size"]
         expected = torch.minimum(other["boxes"], torch.tensor([w, h, w, h]).double())
         torch.testing.assert_close(mine["boxes"], expected * torch.tensor([3.0, 2, 3, 2]).double())

@@ -1,4 +1,4 @@
-"""Pixel statistics, and conversion of a batch between two detectors' statistics."""
+"""Pixel statistics, and conversion of a batch between the statistics of two detectors."""
 import pytest
 import torch
 
@@ -49,7 +49,7 @@ def test_convert_gives_what_forward_would_have_given(own, source, dtype, toleran
     normalised = source(images, targets, dtype)
     before = normalised.clone()
     found = own.convert(normalised, targets, source)
-    assert torch.equal(normalised, before)  # the student still needs its batch
+    assert torch.equal(normalised, before)  # the student's batch is not changed
     torch.testing.assert_close(found, own(images, targets, dtype), rtol=0, atol=tolerance)
     for image, target in zip(found, targets):
         h, w = target["image_size"]

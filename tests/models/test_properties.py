@@ -1,4 +1,4 @@
-"""Properties of boxes, coders, assigners, suppression and heads, for whatever input makes sense."""
+"""Properties of boxes, coders, assigners, suppression and heads, for any reasonable input."""
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +45,7 @@ def test_clipping(values, height, width):
 @given(anchors=boxes(3, least=8, most=500), values=boxes(3, least=8, most=500), means=tensors((4,), -1, 1),
        stds=tensors((4,), 0.05, 2))
 def test_delta_coder_round_trip(anchors, values, means, stds):
-    coder = DeltaXYWHBBoxCoder(means.tolist(), stds.tolist())  # sides differ by less than its limit of 62.5
+    coder = DeltaXYWHBBoxCoder(means.tolist(), stds.tolist())  # the ratio of sides is below the coder's limit of 62.5
     torch.testing.assert_close(coder.decode(anchors, coder.encode(anchors, values)), values, rtol=1e-9, atol=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_the_order_of_boxes_does_not_matter(assigner, seed, data, count):
 @examples(60)
 @given(seed=seeds, data=st.data(), count=st.integers(2, 8))
 def test_which_anchors_low_quality_matches_make_positive_does_not_depend_on_the_order(seed, data, count):
-    # whose they are does, where two boxes take one anchor: the last has it, as in mmdet
+    # only the box depends on it, if two boxes take one anchor: the last box gets it, as in mmdet
     values = random_boxes(seed, count, 128, 96)
     order = data.draw(st.permutations(range(count)))
     assert torch.equal(assign(MaxIoUAssigner(), values) >= 0, assign(MaxIoUAssigner(), values[order]) >= 0)
@@ -126,7 +126,7 @@ def test_any_boxes_are_assigned(assigner, values):
        shift=floats(-5000, 5000), threshold=floats(0.1, 0.9))
 def test_suppression_of_classes_at_once_is_of_each_by_itself(seed, count, classes, dtype, shift, threshold):
     g = torch.Generator().manual_seed(seed)
-    values = random_boxes(seed, count, 400, 300).to(dtype) + shift  # beyond the image's borders, too
+    values = random_boxes(seed, count, 400, 300).to(dtype) + shift  # also beyond the image's borders
     scores = torch.rand(count, generator=g, dtype=dtype)
     labels = torch.randint(0, classes, (count,), generator=g) * torch.randint(0, 2, (count,), generator=g)
     kept = class_nms(values, scores, labels, threshold)
@@ -139,14 +139,14 @@ def test_suppression_of_classes_at_once_is_of_each_by_itself(seed, count, classe
 
 
 def test_classes_do_not_meet_beyond_the_left_border():
-    """What torchvision's batched_nms makes of these: the second box, moved by 101, lies on the first."""
+    """torchvision's batched_nms moves the second box by 101, onto the first box, and suppresses it."""
     values = torch.tensor([[-49.0, -49, 100, 100], [-150, -150, 50, 50]])
     assert class_nms(values, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("label", [0, 79])
 def test_the_number_of_classes_does_not_change_an_overlap(label):
-    """The first two overlap by a little more than a half: rounded at 80 times the image's width, by less."""
+    """The first two boxes have an IoU slightly above 0.5, or below, if rounded at 80 times the image's width."""
     values = torch.tensor([[481.4, 850.7, 508.2, 880.7], [465.5, 848.6, 504.8, 879.4], [0, 0, 1333, 800]])
     kept = class_nms(values, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([label, label, 1]), 0.5)
     assert kept.tolist() == [0, 2]

@@ -1,4 +1,4 @@
-"""detectron2's and torchvision's RetinaNet, reproduced by a configuration from their own weights."""
+"""Configurations reproduce detectron2's and torchvision's RetinaNet from their own weights."""
 import copy
 
 import numpy as np
@@ -50,7 +50,7 @@ def test_detectron2(name, head, normalizer):
     assert float(detector.bbox_head.loss_normalizer) == pytest.approx(normalizer, rel=1e-6)
 
     sum(losses.values()).backward()
-    # Norms go through the map of names in the shape of what they are the norm of: a kernel or a vector.
+    # Each norm has the number of dimensions of its parameter, a kernel or a vector, so that its name is translated.
     norms = {k: torch.tensor(v).reshape([1] * (4 if k.endswith("weight") else 1))
              for k, v in under(arrays, "grad_norm").items()}
     norms = parse_checkpoint({"model": norms, "__author__": "detectron2"}, None).weights
@@ -69,11 +69,11 @@ def test_detectron2(name, head, normalizer):
 
 
 def test_torchvision():
-    """A whole detector with random weights gives torchvision's own detections, also where a stride is not nominal."""
+    """A whole detector with random weights gives torchvision's detections, also if a stride is not the nominal one."""
     from torchvision.models.detection import retinanet_resnet50_fpn
     torch.manual_seed(0)
     theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=160, max_size=224).eval()
-    with torch.no_grad():  # scores that neither saturate nor tie
+    with torch.no_grad():  # so that scores are neither saturated nor equal
         theirs.head.classification_head.cls_logits.weight.normal_(std=0.002)
         theirs.head.classification_head.cls_logits.bias.fill_(-2)
     cfg = load_config(ROOT / "configs/torchvision/retinanet_r50.yaml", ["model.backbone.norm_cfg.eps=1e-5"])
@@ -92,5 +92,5 @@ def test_torchvision():
         assert len(reference["scores"]) == len(detections["scores"]) > 50
         torch.testing.assert_close(detections["scores"], reference["scores"], rtol=1e-4, atol=1e-4)
         same = detections["labels"] == reference["labels"]
-        assert same.float().mean() > 0.97  # scores that nearly tie may change places
+        assert same.float().mean() > 0.97  # nearly equal scores may change their order
         torch.testing.assert_close(detections["boxes"][same], reference["boxes"][same], rtol=1e-3, atol=0.05)

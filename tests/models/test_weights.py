@@ -1,4 +1,4 @@
-"""Every checkpoint format onto a model, from files that the tests write themselves."""
+"""Every checkpoint format loads into a model, from files that the tests write."""
 
 import pickle
 import re
@@ -20,7 +20,7 @@ def detector(head="RetinaHead", depth=18, classes=3, seed=0, **neck):
     cfg["neck"].update(neck)
     torch.manual_seed(seed)
     model = build_detector(cfg)
-    with torch.no_grad():  # norms too, or half of the tensors would be ones and zeros everywhere
+    with torch.no_grad():  # also norms, otherwise half of the tensors would be ones and zeros
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value))
@@ -32,7 +32,7 @@ def state_of(model):
 
 
 def tensors(state):
-    """What counts: parameters and running statistics."""
+    """The tensors to compare: parameters and running statistics."""
     return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
@@ -56,7 +56,7 @@ def arrays(state):
 
 
 def to_detectron2(name):
-    """Our names as detectron2 writes them, for a two-layer head without norm and levels 3 to 5."""
+    """detectron2's names for our weights, for a two-layer head without norm and levels 3 to 5."""
     rules = [
         (r"^backbone\.bn1\.", "backbone.bottom_up.stem.conv1.norm."),
         (r"^backbone\.conv1\.", "backbone.bottom_up.stem.conv1."),
@@ -78,7 +78,7 @@ def to_detectron2(name):
 
 
 def to_caffe2(name):
-    """Names of our ResNet as Caffe2 writes them."""
+    """Caffe2's names for the weights of our ResNet."""
     name = re.sub(r"^bn1\.", "res_conv1_bn_", name)
     name = re.sub(r"^layer(\d)\.(\d+)\.", lambda match: f"res{int(match[1]) + 1}_{match[2]}_", name)
     name = re.sub(r"(conv|bn)(\d)\.", lambda m: f"branch2{'abc'[int(m[2]) - 1]}_{'bn_' if m[1] == 'bn' else ''}", name)
@@ -158,7 +158,7 @@ def test_fgd_parts(tmp_path):
         report = load_weights(model, path, part=part)
         assert_loaded(model, state)
         assert report.format == "fgd" and not report.unexpected
-    with pytest.raises(CheckpointError, match="holds student and teacher: say which"):
+    with pytest.raises(CheckpointError, match="holds student and teacher: choose the part to load"):
         load_weights(detector("GFLHead"), path)
 
 

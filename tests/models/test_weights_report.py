@@ -1,4 +1,4 @@
-"""What does not fit: nothing is loaded by half, and nothing stays untrained unless the caller said so."""
+"""Checkpoints that do not fit: no partial loads, and no part stays untrained unless the caller allows it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from models.weights import CheckpointError, load_weights
 
 
 class Detector(nn.Module):
-    """The names that matter, without a detector around them."""
+    """A module with only the names that matter, not a whole detector."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -30,7 +30,7 @@ def assert_unchanged(model, before):
 
 
 def refused(model, source, **options):
-    """The message of the error, after checking that it is one line and that the model is as it was."""
+    """The message of the error; checks that it is one line and that the model has not changed."""
     before = copy_of(model)
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, source, **options)
@@ -129,7 +129,7 @@ def test_two_names_for_one_tensor():
         "bbox_head.fcos_cls.weight": torch.ones(1),
         "bbox_head.conv_cls.weight": torch.ones(1),
     }
-    assert "two of its tensors are bbox_head.conv_cls.weight" in refused(Detector(), state)
+    assert "two of its tensors have the same name bbox_head.conv_cls.weight" in refused(Detector(), state)
 
 
 def test_mmdet1_names_of_fcos():

@@ -50,7 +50,7 @@ def assert_refused(outcome, *parts):
 
 @pytest.mark.parametrize("edit, part", [
     (lambda c: c["annotations"][0].update(bbox=[1, float("nan"), 5, 5]), "bbox [1, nan, 5, 5], not four finite"),
-    (lambda c: c["annotations"][0].update(bbox=[-3, 1, -5, 5]), "bbox [-3, 1, -5, 5] of negative width or height"),
+    (lambda c: c["annotations"][0].update(bbox=[-3, 1, -5, 5]), "bbox [-3, 1, -5, 5] with negative width or height"),
     (lambda c: c["annotations"][0].update(category_id=77), "has the unknown category_id 77"),
     (lambda c: c["annotations"][0].update(image_id=77), "has the unknown image_id 77"),
     (lambda c: c["images"][1].update(id=c["images"][0]["id"]), "images id 1 occurs 2 times"),
@@ -233,7 +233,7 @@ def test_check_data_lists_all_that_is_wrong(scenes, monkeypatch, capsys):
     count = len(json.loads((scenes / "annotations" / "train.json").read_text())["annotations"])
     code, out, error = check_data(monkeypatch, capsys, scenes)
     assert code == 2 and error == f"error: {count + 3} problems in the data: correct them, see above\n"
-    assert f"boxes: {count} problems" in out and out.count("of negative width or height") == count
+    assert f"boxes: {count} problems" in out and out.count("with negative width or height") == count
     assert "images that cannot be read: 2 problems" in out and "images that cannot be read: 1 problem\n" in out
     assert all(str(path) in out for path in (*train[:2], val[0]))
 

@@ -192,22 +192,23 @@ XML, TXT = "Annotations/000001.xml", "labels/000001.txt"
 WRONG = {
     "no xml": ("voc", lambda f: shutil.rmtree(f / "Annotations"), "is not in Pascal VOC format"),
     "xml cut": ("voc", lambda f: edit(f / XML, "</annotation>", ""), "000001.xml: no element found"),
-    "no image": ("voc", lambda f: (f / "JPEGImages/000001.jpg").unlink(), "000001.xml: there is no image of this name"),
+    "no image": ("voc", lambda f: (f / "JPEGImages/000001.jpg").unlink(),
+                 "000001.xml: there is no image with this name"),
     "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "object 0 has no bndbox"),
     "no number": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>a</xmin>"), "'a'"),
     "swapped": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>900</xmin>"),
-                "of negative width or height"),
+                "with negative width or height"),
     "entities": ("voc", lambda f: edit(f / XML, "^", '<!DOCTYPE a [<!ENTITY b "c">]>'),
                  "it declares a document type"),
     "no labels": ("yolo", lambda f: shutil.rmtree(f / "labels"), "no image has a text file"),
     "no names": ("yolo", lambda f: (f / "data.yaml").unlink(), "give --names FILE"),
     "pixels": ("yolo", lambda f: (f / TXT).write_text("0 10 20 30 40"), "are they in pixels?"),
-    "unknown class": ("yolo", lambda f: (f / TXT).write_text("6 .5 .5 .1 .1"), "class 6 is none of 0 to 5"),
+    "unknown class": ("yolo", lambda f: (f / TXT).write_text("6 .5 .5 .1 .1"), "class 6 is not in 0 to 5"),
     "four values": ("yolo", lambda f: (f / TXT).write_text("\n0 .5 .5 .1"), "000001.txt line 2: "),
     "no column": ("csv", lambda f: edit(f / "boxes.csv", "x2", "width"), "has no column x2"),
-    "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it has neither"),
+    "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it must have"),
     "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "are not numbers"),
-    "two splits": ("csv", lambda f: shutil.copy(f / "boxes.csv", f / "val.csv"), "000000.jpg is in a table of another"),
+    "two splits": ("csv", lambda f: shutil.copy(f / "boxes.csv", f / "val.csv"), "000000.jpg is also in a table"),
     "leads out": ("csv", lambda f: edit(f / "boxes.csv", "000000.jpg", "../000000.jpg"), "leads out of the image"),
     "missing image": ("csv", lambda f: (f / "000004.jpg").unlink(), "--skip-unreadable leaves them out: image"),
 }
@@ -254,7 +255,8 @@ def test_voc_that_counts_from_zero_and_difficult_objects(tmp_path, monkeypatch, 
             "</xmax><ymax>8</ymax></bndbox></object></annotation>")
     code, printed, _ = prepare(monkeypatch, capsys, "voc", tmp_path, tmp_path / "out", "--split", "train=0.5",
                                "val=0.5")
-    assert code == 0 and "taken to count from 0" in printed and "2 objects are marked difficult" in printed
+    assert code == 0 and "corners are assumed to count from 0" in printed
+    assert "2 objects are marked difficult" in printed
     annotations = json.loads((tmp_path / "out" / "train.json").read_text())["annotations"]
     assert [(a["bbox"], a["iscrowd"]) for a in annotations] == [([0, 3, 9, 5.5], 1), ([4, 3, 5, 5], 0)]
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine, which breaks off; and archives of every kind."""
+"""Downloads from a local server that breaks connections, and archives of every kind."""
 import hashlib
 import io
 import json
@@ -19,7 +19,7 @@ CONTENT = bytes(range(256)) * 800
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files`, closing connections after the `cuts` that it has been told; notes what it was asked."""
+    """Serves `files`, closes connections after the given `cuts`, and records the requests."""
 
     files: dict[str, bytes]
     cuts: list[int]
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server and its address; attempts follow one another at once."""
+    """A server and its address; there is no pause between attempts."""
     monkeypatch.setattr(data.sources.download, "PAUSE", 0)
     handler = type("Own", (Handler,), {"files": {"/a.zip": CONTENT}, "cuts": [], "requests": []})
     served = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -192,7 +192,7 @@ def test_damaged_archives(tmp_path, spoil):
 
 @pytest.fixture
 def small_coco(server, monkeypatch):
-    """Archives laid out as COCO's, in their places on the server."""
+    """Archives with COCO's layout, at their addresses on the server."""
     members = {"annotations": {"annotations/instances_val2017.json": json.dumps({"images": []})},
                "val": {"val2017/1.jpg": "one", "val2017/2.jpg": "two" * 9000}, "train": {"train2017/3.jpg": "three"}}
     archives = {}
@@ -238,7 +238,7 @@ def test_coco_in_parts_and_with_its_archives(small_coco, tmp_path, monkeypatch):
 
 
 def test_the_real_archives():
-    """Sizes and checksums are of files that nobody here can download in a test: at least they are of the right form."""
+    """The files are too large to download in a test, so only the form of their sizes and checksums is tested."""
     archives = data.sources.download.COCO_2017
     assert [archive.name for archive in archives.values()] == ["annotations_trainval2017.zip", "val2017.zip",
                                                               "train2017.zip"]

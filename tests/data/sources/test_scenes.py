@@ -50,7 +50,7 @@ def test_a_tight_box_holds_all_of_a_mask_and_no_more():
 
 
 def test_boxes_lie_around_what_was_painted(monkeypatch):
-    """On an even background, all boxes together reach as far as the picture differs from it."""
+    """On a uniform background, all boxes together cover the part of the picture that differs from it."""
     monkeypatch.setattr("data.sources.scenes._background", lambda rng, size: np.full((3, *size), 0.5, dtype=np.float32))
     monkeypatch.setattr("data.sources.scenes._add_clutter", lambda *args, **kwargs: None)
     checked = 0
@@ -58,11 +58,11 @@ def test_boxes_lie_around_what_was_painted(monkeypatch):
         image, boxes, _ = render_scene(_Noiseless(np.random.default_rng(seed)), (160, 160))
         changed = (image.astype(int) != image[:, :1, :1]).any(axis=0)
         if changed[-1, -1]:
-            continue  # something covers the corner that the background is read from
+            continue  # an object covers the corner whose colour is used as the background
         rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
         painted = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         outset = (np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]) - painted) * [1, 1, -1, -1]
-        # The soft edge paints a little more than the box, most at the tips of a star.
+        # The soft edge is slightly larger than the box, most at the tips of a star.
         assert (outset >= 0).all() and (outset <= 3).all()
         checked += 1
     assert checked > 20

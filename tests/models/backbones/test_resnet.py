@@ -1,4 +1,4 @@
-"""ResNet: shapes, torchvision's numbers under torchvision's names, what is frozen, how it starts."""
+"""ResNet: shapes, the same numbers and names as torchvision, frozen parts, initialisation."""
 import pytest
 import torch
 import torchvision
@@ -9,7 +9,7 @@ from models.backbones.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet
 
 
 def randomised(model):
-    """Every parameter and running statistic at random, so that none of them is without effect."""
+    """Set every parameter and running statistic to random values, so that each has an effect."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -68,13 +68,13 @@ def test_names_of_every_depth_are_torchvisions():
     ("resnext101_64x4d", {"depth": 101, "groups": 64, "base_width": 4}),
     ("wide_resnet50_2", {"depth": 50, "base_width": 128})])
 def test_groups_equal_torchvisions_resnext(name, args):
-    with torch.device("meta"):  # nothing is initialised: the weights are filled below, and given to ours as they are
+    with torch.device("meta"):  # no initialisation: the weights are set below and loaded into ours
         theirs, ours = torchvision.models.get_model(name), ResNet(**args)
     theirs = theirs.to_empty(device="cpu").eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in theirs.state_dict().values():
-            if value.dim() == 4:  # spread so that a layer leaves the size of its input as it is
+            if value.dim() == 4:  # a range with which a layer keeps the scale of its input
                 value.uniform_(-1, 1, generator=g).mul_(2.4 / value[0].numel() ** 0.5)
             elif value.is_floating_point():
                 value.uniform_(0.5, 1, generator=g)
@@ -171,9 +171,9 @@ def test_initialisation(depth, block, last):
 @pytest.mark.parametrize("args, key", [
     ({"depth": 20}, "depth"), ({"depth": 18, "frozen_stages": 5}, "frozen_stages"),
     ({"depth": 18, "out_indices": (0, 4)}, "out_indices"), ({"depth": 18, "out_indices": ()}, "out_indices"),
-    ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and up, not for 18"),
-    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*1 or more, not 0"),
-    ({"depth": 50, "base_width": 0}, "base_width must be 1 or more, not 1 and 0"),
+    ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and more, not depth 18"),
+    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*at least 1, not 0"),
+    ({"depth": 50, "base_width": 0}, "base_width must be at least 1, not 1 and 0"),
     ({"depth": 18, "norm_cfg": "BM"}, 'unknown norm "BM".*BN'),
     ({"depth": 18, "norm_cfg": {"type": "BN", "epsilon": 1}}, 'did you mean "eps"'),
     ({"depth": 18, "base_channels": 4, "norm_cfg": {"type": "GN", "num_groups": 3}}, "3 groups")])

@@ -1,4 +1,4 @@
-"""torchvision's models as backbones: their own numbers, layouts, what is frozen, in a detector, and their weights."""
+"""torchvision's models as backbones: the same numbers, layouts, frozen parts, use in a detector, weights."""
 import copy
 
 import pytest
@@ -22,7 +22,7 @@ def images(*size, seed=0):
 
 
 def hooked(model, nodes, x):
-    """Outputs of a model's modules, whatever their layout."""
+    """Outputs of a model's modules, in their own layout."""
     seen, hooks = {}, []
     for node in nodes:
         def keep(module, args, output, node=node):
@@ -132,17 +132,17 @@ def test_a_copy_is_its_own_model_in_any_precision(name, nodes):
 
 @pytest.mark.parametrize("args, message", [
     ({"name": "mobilenet_v3_smal"}, 'name: .*no classification model.*did you mean "mobilenet_v3_small"'),
-    ({"nodes": []}, "nodes: must name at least one"),
+    ({"nodes": []}, "nodes: must name at least one node"),
     ({"nodes": ["features.99"]}, 'nodes: .*no node "features.99"; did you mean "features.9"'),
     ({"nodes": ["layer1"]}, 'no node "layer1"; valid: .*features.0, features.1, '),
-    ({"nodes": ["features.3", "features.1"]}, r"nodes: must go from fine to coarse, and have strides \[8, 4\]"),
+    ({"nodes": ["features.3", "features.1"]}, r"nodes: must go from fine to coarse, but have strides \[8, 4\]"),
     ({"nodes": ["features.2", "features.3"]}, r"strides \[8, 8\]"),
-    ({"nodes": ["features.1"] * 2}, "nodes: name one output more than once: features.1, features.1"),
-    ({"nodes": ["avgpool"]}, r'nodes: "avgpool" gives \[1, 576, 1, 1\] for an image of 64x96: no map'),
-    ({"nodes": ["classifier"]}, 'nodes: "classifier" gives .*no map'),
+    ({"nodes": ["features.1"] * 2}, "nodes: name the same output more than once: features.1, features.1"),
+    ({"nodes": ["avgpool"]}, r'nodes: "avgpool" gives \[1, 576, 1, 1\] for an image of 64x96, not a map'),
+    ({"nodes": ["classifier"]}, 'nodes: "classifier" gives .*not a map'),
     ({"nodes": ["features.1"], "frozen": ("features.2",)}, 'frozen: .*no module "features.2"; did you mean "features.'),
     ({"name": "vit_b_16", "nodes": ["encoder"]}, "name: vit_b_16 cannot run on an image of 64x96"),
-    ({"name": "squeezenet1_1", "nodes": ["features.5"]}, "no map with a stride of 1, 2, 4, 8, 16 or 32")])
+    ({"name": "squeezenet1_1", "nodes": ["features.5"]}, "not a map with stride 1, 2, 4, 8, 16 or 32")])
 def test_refuses(args, message):
     with pytest.raises(ConfigError, match=message):
         TorchvisionBackbone(**({"name": "mobilenet_v3_small", "nodes": MOBILENET} | args))
@@ -157,7 +157,7 @@ def test_in_a_detector():
     cfg = detector_config(frozen=["features.0"], weights="torchvision://mobilenet_v3_small")
     torch.manual_seed(0)
     detector = build_detector(cfg, pretrained=False).double().train()
-    assert detector.neck.in_channels == [16, 24, 48, 96]  # start_level 1 leaves the first out
+    assert detector.neck.in_channels == [16, 24, 48, 96]  # start_level 1 leaves out the first
     batch = make_batch(sizes=((96, 160), (70, 110)))
     losses = detector.loss(*batch)
     sum(losses.values()).backward()

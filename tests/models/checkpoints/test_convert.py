@@ -1,4 +1,4 @@
-"""Weights for other projects, and back."""
+"""Weights are converted for other projects and back."""
 
 import os
 import runpy
@@ -54,7 +54,7 @@ def test_to_mmdet_and_back(tmp_path, head):
     torch.save({"format": "densekd", "model": model.state_dict(), "classes": ["a", "b", "c", "d"]}, source)
     line = convert_checkpoint(source, "mmdet", out)
     assert line.startswith(f"converted densekd checkpoint {source}: ") and line.endswith(f" tensors to {out}")
-    written = torch.load(out, weights_only=True)  # plain enough for anyone
+    written = torch.load(out, weights_only=True)  # the file contains only plain types
     assert written["meta"]["CLASSES"] == ("a", "b", "c", "d")
     assert written["meta"]["dataset_meta"] == {"classes": ("a", "b", "c", "d")}
     extra = {"bbox_head.integral.project"} if head == "GFLHead" else set()
@@ -122,9 +122,9 @@ def test_to_torchvision_and_back(tmp_path, with_norm):
 
 
 def test_to_torchvision_is_for_retinanet_only():
-    with pytest.raises(CheckpointError, match="for RetinaNet only"):
+    with pytest.raises(CheckpointError, match="only a RetinaNet can be converted to torchvision"):
         to_torchvision(detector("GFLHead").state_dict())
-    with pytest.raises(CheckpointError, match="nothing like mask_head.weight"):
+    with pytest.raises(CheckpointError, match="no counterpart of mask_head.weight"):
         to_torchvision({"bbox_head.retina_cls.weight": torch.ones(1), "mask_head.weight": torch.ones(1)})
 
 
@@ -151,9 +151,9 @@ def test_script_with_bad_input(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.pth"
     cases = [
         (tmp_path / "none.pth", "mmdet", out, "no such checkpoint file"),
-        (tmp_path / "file", "mmdet", out, "damaged, or not a checkpoint"),
-        (tmp_path / "fgd.pth", "mmdet", out, "holds student and teacher: say which"),
-        (tmp_path / "gfl.pth", "torchvision", out, "for RetinaNet only"),
+        (tmp_path / "file", "mmdet", out, "it is damaged or not a checkpoint"),
+        (tmp_path / "fgd.pth", "mmdet", out, "holds student and teacher: choose the part to load"),
+        (tmp_path / "gfl.pth", "torchvision", out, "only a RetinaNet can be converted to torchvision"),
         (tmp_path / "gfl.pth", "student", out, "holds no part 'student'"),
         (tmp_path / "gfl.pth", "mmdet", tmp_path / "file" / "out.pth", "file"),
     ]

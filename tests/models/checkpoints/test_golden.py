@@ -1,4 +1,4 @@
-"""The original code's own files: each loads whole, with the values that the golden weights list."""
+"""The original code's own files: each loads completely, with the values in the golden weights."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_loads_whole(case):
         for key, value in state.items():
             assert np.array_equal(value.numpy(), values[key]), key
         return
-    # Other names there: a few by hand, and all of them as a collection.
+    # The names are different there: a few are checked by hand, and all as a collection.
     pairs = {
         "backbone.layer1.0.downsample.1.running_mean": "backbone.bottom_up.res2.0.shortcut.norm.running_mean",
         "backbone.bn1.weight": "backbone.bottom_up.stem.conv1.norm.weight",

@@ -1,4 +1,4 @@
-"""Addresses: downloads, checksums, names that stand for URLs. Only a server of the test's own is asked."""
+"""Addresses: downloads, checksums, names that stand for URLs. Requests go only to a local test server."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """torch hub's cache, empty."""
+    """An empty cache for torch hub."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
@@ -60,7 +60,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def nowhere():
-    """An address where nobody answers."""
+    """An address without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +68,7 @@ def nowhere():
 
 
 def publish(folder, name, content):
-    """Saves `content` as `name`, with the start of its SHA-256 in place of {}."""
+    """Saves `content` as `name`, in which {} is replaced by the start of its SHA-256."""
     path = folder / "new.pth"
     torch.save(content, path)
     target = folder / name.format(hashlib.sha256(path.read_bytes()).hexdigest()[:8])
@@ -179,7 +179,7 @@ def test_unreadable_download_says_what_to_delete(cache, server):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The URLs that a name leads to, in place of downloads."""
+    """The URLs that a name stands for; nothing is downloaded."""
     urls = []
     monkeypatch.setattr(checkpoint_sources, "_download", lambda url: urls.append(url) or os.devnull)
     return urls
@@ -229,7 +229,7 @@ def test_plain_name_of_a_backbone(asked, tmp_path, monkeypatch):
         load_backbone_weights(torch.nn.Linear(2, 2), "resnet18")  # the pretended download is empty
     assert asked == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
     source = torch.nn.Linear(2, 2)
-    torch.save(source.state_dict(), "resnet18")  # a file of that name comes first
+    torch.save(source.state_dict(), "resnet18")  # a file with that name has priority
     assert load_backbone_weights(torch.nn.Linear(2, 2), "resnet18").matched == 2
 
 

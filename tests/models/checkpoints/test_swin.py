@@ -1,4 +1,4 @@
-"""mmdet's Swin transformers onto torchvision's: the names, and the two layers that are laid out differently."""
+"""mmdet's Swin transformers load into torchvision's: the names, and the two layers with a different layout."""
 
 import re
 
@@ -28,7 +28,7 @@ def detector(seed):
 
 
 def to_mmdet(name, value, first_norm):
-    """One tensor of torchvision's Swin as mmdet names it and lays it out."""
+    """One tensor of torchvision's Swin with mmdet's name and layout."""
     if re.match(r"features\.[246]\.(norm|reduction)\.", name):
         value = unfolded(value)
     rules = [
@@ -47,7 +47,7 @@ def to_mmdet(name, value, first_norm):
 
 
 def unfolded(value):
-    """The last axis of a merging's tensor as an unfold orders it, from the order of torchvision's four grids."""
+    """Changes the last axis of a merging's tensor from the order of torchvision's grids to that of an unfold."""
     channels = value.shape[-1] // 4
     out = torch.empty_like(value)
     for row in range(2):
@@ -61,7 +61,7 @@ def unfolded(value):
 def source():
     model = detector(0)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms too, so that no two tensors are the same
+        for parameter in model.parameters():  # also norms, so that no two tensors are equal
             parameter.uniform_(-1, 1)
     return model
 
@@ -99,18 +99,18 @@ def test_a_backbone(source, target):
         for parameter in target.backbone.parameters():
             parameter.zero_()
     report = load_backbone_weights(target.backbone, {"model": state})
-    assert report.matched == report.total and not report.unexpected  # places in the tables need not be in the file
+    assert report.matched == report.total and not report.unexpected  # the file need not have the position indices
     assert all(torch.equal(v, source.backbone.state_dict()[k]) for k, v in target.backbone.state_dict().items())
 
 
 def translated(state):
-    """A stage's tensors under mmdet's names through the translation; the patches are what it recognises."""
+    """The translation of a stage's tensors from mmdet's names. It recognises the format by the patches."""
     weights = parse_checkpoint({"backbone.patch_embed.projection.weight": torch.zeros(1), **state}).weights
     return {name: value for name, value in weights.items() if not name.startswith("backbone.features.0.")}
 
 
 class UnfoldMerging(nn.Module):
-    """Swin's patch merging by an unfold, as mmdet has it, on maps (N, C, H, W); odd sides are padded at their end."""
+    """Swin's patch merging with an unfold, as in mmdet, on maps (N, C, H, W); odd sides are padded at their end."""
 
     def __init__(self, channels):
         super().__init__()
@@ -138,7 +138,7 @@ def test_patch_merging_computes_the_same(size):
 
 
 def test_tables_of_biases_are_read_at_the_same_places():
-    """mmdet sums two sequences of steps and mirrors the result, torchvision takes differences of coordinates."""
+    """mmdet adds two sequences of steps and mirrors the result; torchvision uses differences of coordinates."""
     side = 7
     steps = torch.cat([torch.arange(side) + row * (2 * side - 1) for row in range(side)])
     theirs = (steps[:, None] + steps[None, :]).flip(1)

@@ -1,4 +1,4 @@
-"""Checkpoints are other people's files: reading one runs nothing, and a broken one gives one line."""
+"""Checkpoints come from other people: reading one runs no code, and a damaged one gives an error of one line."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ DTYPES += [torch.bool, torch.complex64]
 
 
 class Call:
-    """Pickles as a call of `function`, which unpickling then makes."""
+    """Its pickle is a call of `function`, which is made on unpickling."""
 
     def __init__(self, function, *args):
         self.reduced = (function, args)
@@ -67,7 +67,7 @@ def test_commands_are_refused_and_do_not_run(tmp_path, name, how):
         load_weights(model, path, allow_missing="*")
     assert not marker.exists()
 
-    # The file is what it pretends to be: Python's own way of reading it does run the command.
+    # The attack is real: Python's own way to read the file runs the command.
     torch.load(path, weights_only=False) if ".pth" in name else pickle.loads(path.read_bytes())
     assert marker.exists()
 
@@ -114,10 +114,10 @@ GETATTR = b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93"
 @pytest.mark.parametrize(
     "program",
     [
-        GETATTR + b"\x8c\x04text\x8c\x09__class__\x86R.",  # of a string
-        GETATTR + GETATTR[2:] + b"\x8c\x09_function\x86R.",  # of itself
+        GETATTR + b"\x8c\x04text\x8c\x09__class__\x86R.",  # getattr of a string
+        GETATTR + GETATTR[2:] + b"\x8c\x09_function\x86R.",  # getattr of getattr
         b"\x80\x04\x8c\x07_codecs\x8c\x06encode\x93\x8c\x04text\x8c\x03zip\x86R.",
-        # _rebuild_from_type_v2 calls what it is given: a placeholder is not one of the builders
+        # _rebuild_from_type_v2 calls its argument: a placeholder is not one of the builders
         b"\x80\x04\x8c\x0dtorch._tensor\x8c\x15_rebuild_from_type_v2\x93(\x8c\x08mmengine\x8c\x01a\x93N)NtR.",
         # BUILD on a builder: {"_function": 1}, then attributes as slots
         b"\x80\x04\x8c\x05torch\x8c\x04Size\x93}\x8c\x09_function\x4b\x01sb.",
@@ -138,12 +138,12 @@ def test_rebuild_from_type_calls_builders_only(tmp_path):
 
 
 def test_torchscript_archive_is_refused(tmp_path):
-    """torch.load would hand it to torch.jit.load, which asks no unpickler."""
+    """torch.load would pass it to torch.jit.load, which does not use an unpickler."""
     path = tmp_path / "script.pth"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    assert "a TorchScript archive, which is a program" in refusal(path)
+    assert "a TorchScript archive is a program" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_zip_of_something_else(tmp_path):
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("photo.jpg", b"data")
-    assert "not one of torch.save" in refusal(path)
+    assert "torch.save did not write it" in refusal(path)
 
 
 def test_compressed_archive(tmp_path):
@@ -260,13 +260,13 @@ def test_plain_content_comes_back_as_it_was(tmp_path, name, protocol):
     for key in ("numbers", "texts", "sets", "counters", "torch"):
         assert found[key] == content[key], key
     for value, expected in zip(found["arrays"], content["arrays"], strict=True):
-        # Byte order is the machine's own, whatever it was in the file.
+        # The byte order is the machine's own, for any byte order in the file.
         assert value.dtype == expected.dtype.newbyteorder("=") and value.shape == expected.shape
         assert np.array_equal(value, expected)
 
 
 def test_pickle_of_python_2(tmp_path):
-    """Its byte strings hold array data, and numpy's module had another name."""
+    """Its byte strings hold array data, and numpy's module had a different name."""
     data = np.array([1.5, -2.0], dtype="<f4").tobytes()
     assert len(data) == 8
     dtype = b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
