@@ -1,6 +1,8 @@
-"""What the pages of docs/ show runs as it stands there."""
+"""What the pages of docs/ show runs as it stands there, and what pages name exists."""
 import re
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ from models.build import read_section
 from models.detector import BACKBONES, HEADS
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+MAPS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/README.md")]
+LINKED = [*MAPS, ROOT / "RESULTS.md", ROOT / "configs" / "README.md",
+          *(ROOT / "docs" / name for name in PAGES if name != "README.md")]
+FOLDERS = ("kd", "models", "losses", "data", "scripts", "configs", "tests", "docs", "results")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -80,7 +86,10 @@ def test_the_script_of_the_method_page(cosine, monkeypatch):
 def test_the_configurations_are_valid(cosine, tmp_path, monkeypatch):
     code = blocks("extending.md", "python")
     monkeypatch.setitem(BACKBONES, "PlainNet", run(code[0])["PlainNet"])
-    for i, text in enumerate(blocks("new_method.md", "yaml") + blocks("extending.md", "yaml")):
+    others = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "configs/README.md")]
+    others = [block for text in others for block in re.findall(r"^```yaml\n(.*?)^```", text, re.S | re.M)]
+    assert len(others) == 2
+    for i, text in enumerate(blocks("new_method.md", "yaml") + blocks("extending.md", "yaml") + others):
         text = text.replace("_base_: student", f"_base_: {ROOT}/configs/bccd/student")
         path = tmp_path / f"{i}.yaml"
         path.write_text(text.replace("../_base_", f"{ROOT}/configs/_base_"))
@@ -130,17 +139,63 @@ def test_bytes_and_efficiency_are_as_printed(monkeypatch, capsys):
     assert capsys.readouterr().out == blocks("scaling.md", "text")[0]
 
 
-def test_links_lead_somewhere():
-    for name, text in PAGES.items():
-        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-        assert all((ROOT / "docs" / link).exists() for link in links), (name, links)
+def names_in(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a page, as GitHub makes anchors of them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links_in(path: Path) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")) if "://" not in link]
+
+
+@pytest.mark.parametrize("path", LINKED, ids=names_in)
+def test_links_lead_somewhere(path):
+    for link in links_in(path):
+        place, _, anchor = link.partition("#")
+        target = path.parent / place if place else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def paths_in(text: str) -> Iterator[str]:
+    """Words in backticks, outside of blocks, that name a file or folder of the project."""
+    sentences = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    for word in (word for quoted in re.findall(r"`([^`]+)`", sentences) for word in quoted.split()):
+        if word.split("/")[0] in FOLDERS and "/" in word or re.fullmatch(r"[\w.-]+\.(md|py|toml|cfg|cff)", word):
+            yield word
+
+
+@pytest.mark.parametrize("path", MAPS, ids=names_in)
+def test_paths_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    named = set(paths_in(text)) | set(re.findall(r"(?<![\w/])(?:configs|scripts)/[\w/]+\.(?:yaml|py)", text))
+    assert len(named) + len(links_in(path)) > 10
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_every_folder_has_its_line():
+    """In CONTRIBUTING.md's map, which is of the code down to the last folder."""
+    rows = re.findall(r"^\| `([\w/]+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    packages = {init.parent.relative_to(ROOT).as_posix() for top in ("kd", "models", "losses", "data")
+                for init in (ROOT / top).rglob("__init__.py")}
+    assert packages | set(FOLDERS) <= set(rows)
+
+
+def test_every_page_is_in_the_index():
+    assert set(PAGES) - {"README.md"} <= set(links_in(ROOT / "docs" / "README.md"))
 
 
 def test_files_that_are_named_exist():
     for name, text in PAGES.items():
         named = set(re.findall(r"(?:configs|scripts|models|kd)/[\w/]+\.(?:yaml|py)", text))
         missing = {path for path in named if not (ROOT / path).exists()}
-        assert missing <= {"kd/cosine.py", "configs/bccd/cosine.yaml"}, (name, missing)
+        assert missing <= {"kd/methods/cosine.py", "configs/bccd/cosine.yaml"}, (name, missing)
 
 
 def test_the_commands_of_own_data(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README shows, and the pages that go on from it, runs as it stands there."""
 import re
 
 import pytest
@@ -13,12 +13,17 @@ from kd.config import load_config
 from models import build_detector
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+RUN = [README, PAGES["commands.md"], PAGES["training.md"], PAGES["speed.md"]]  # in this order, in one workspace
 
 
-def test_the_method_of_the_readme(monkeypatch):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "(Method)" in block)
+def python_block(page: str, containing: str) -> str:
+    return next(block for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.S) if containing in block)
+
+
+def test_the_short_method(monkeypatch):
     scope = {"Method": Method}
-    exec(code, scope)  # noqa: S102 our own README
+    exec(python_block("methods.md", "(Method)"), scope)  # noqa: S102 our own page
     monkeypatch.setitem(kd.METHODS, "LogitMSE", scope["LogitMSE"])
     torch.manual_seed(0)
     cfg = {"model": small_config(), "distill": {"teacher": {"model": small_config(), "checkpoint": None},
@@ -32,6 +37,25 @@ def test_the_method_of_the_readme(monkeypatch):
         build_distiller(cfg)
 
 
+def test_the_python_page(tmp_path):
+    """With an untrained teacher, and a file in the place of a run's."""
+    code = python_block("python.md", "load_config").replace('num_classes=3"]', 'num_classes=3", NO_CHECKPOINT]')
+    assert "NO_CHECKPOINT" in code and '"runs/' in code
+    student = load_config("configs/bccd/student_gfl_r18w16.yaml", ["model.head.num_classes=3"])["model"]
+    torch.save(build_detector(student).state_dict(), tmp_path / "last.pth")
+    images, targets = make_batch(dtype=torch.float32)
+    scope = {"images": images, "targets": targets, "NO_CHECKPOINT": "distill.teacher.checkpoint=null"}
+    exec(re.sub(r'"runs/\S+"', repr(str(tmp_path / "last.pth")), code), scope)  # noqa: S102 our own page
+    assert {"loss_cls", "loss_cls_kd", "loss_reg_kd"} <= set(scope["losses"])
+    assert len(scope["detections"]) == len(targets) and set(scope["detections"][0]) == {"boxes", "scores", "labels"}
+    keys = set(re.findall(r"^\| `(\w+)` \|", PAGES["python.md"], re.M))
+    assert keys == {*targets[0], "pad_size", "ignored_boxes"}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
 def test_what_the_readme_links_to_exists():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links and all((ROOT / link).exists() for link in links), links
@@ -43,7 +67,7 @@ def test_configurations_named_in_the_readme_exist():
 
 @pytest.fixture(scope="module")
 def lines():
-    return commands(README)
+    return [line for page in RUN for line in commands(page)]
 
 
 def test_every_command(lines, tmp_path, monkeypatch, capsys):
@@ -61,26 +85,27 @@ def test_every_command(lines, tmp_path, monkeypatch, capsys):
     assert {path.name for path in (workspace / "plots").iterdir()} >= {"losses.png", "ap.png", "precision_recall.png"}
     assert "wrote table.md\nwrote table.csv" in printed and "closed" in (workspace / "table.md").read_text()
     runs = {path.parent.name for path in (workspace / "runs").glob("*/last.pth")}
-    assert {"teacher_gfl_r18w32", "crosskd_r50_gfl_r101_1x", "crosskd_own_teacher"} <= runs
+    assert {"teacher_gfl_r18w32", "crosskd_r50_gfl_r101_1x", "crosskd_own_teacher", "crosskd_new_teacher"} <= runs
 
 
-def test_every_script_is_in_the_readme(lines):
-    """What is not in a command that is run is in nobody's way."""
-    shown = {word for line in lines for word in line.split() if word.startswith("scripts/")}
-    shown |= {f"scripts/{name}" for name in re.findall(r"`(?:scripts/)?(\w+\.py)", README)}
-    missing = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")} - shown
-    assert missing <= {"scripts/demo.py", "scripts/generate_data.py", "scripts/write_reference.py"}  # make demo's, ours
+def test_every_script_is_shown(lines):
+    """In a command that is run, and in the table of scripts."""
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
+    run = {word.removeprefix("scripts/") for line in lines for word in line.split() if word.startswith("scripts/")}
+    assert scripts - run == {"demo.py", "generate_data.py", "write_reference.py"}  # make demo's, and for developers
+    rows = [row.split("|")[1] for row in PAGES["commands.md"].splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+\.py)`", row)} == scripts
 
 
-def test_no_command_hides_in_a_sentence():
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_no_command_hides_in_a_sentence(page):
     """Commands with a configuration of their own stand in blocks, where they are run."""
-    sentences = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)
+    sentences = re.sub(r"^```.*?^```", "", README if page == "README.md" else PAGES[page], flags=re.S | re.M)
     assert not re.findall(r"`python scripts/[^`]*--cfg configs[^`]*`", sentences)
 
 
 def test_troubleshooting_quotes_what_the_code_says():
-    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
-    quotes = [quote for row in table.splitlines() if row.startswith("| `")
+    quotes = [quote for row in PAGES["troubleshooting.md"].splitlines() if row.startswith("| `")
               for quote in re.findall(r"`([^`-][^`]+)`", row.split("|")[1])]
     source = "".join(path.read_text(encoding="utf-8") for folder in ("kd", "data", "models")
                      for path in sorted((ROOT / folder).rglob("*.py")))
