@@ -1,5 +1,4 @@
 """Reads a COCO-format annotation file into arrays, and checks the whole file before training."""
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +46,12 @@ def read_annotations(file: str | Path) -> Annotations:
     categories = sorted(categories, key=lambda category: category["id"])
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     boxes, labels, ignored_boxes, num_dropped = _sort_boxes(images, annotations, label_of)
-    return Annotations(
-        file=file,
-        image_ids=[image["id"] for image in images],
-        file_names=[image["file_name"] for image in images],
-        sizes=[(int(image["height"]), int(image["width"])) for image in images],
-        boxes=boxes,
-        labels=labels,
-        ignored_boxes=ignored_boxes,
-        classes=[str(category["name"]) for category in categories],
-        category_ids=list(label_of),
-        num_dropped_boxes=num_dropped,
-    )
+    return Annotations(file=file, image_ids=[image["id"] for image in images],
+                       file_names=[image["file_name"] for image in images],
+                       sizes=[(int(image["height"]), int(image["width"])) for image in images], boxes=boxes,
+                       labels=labels, ignored_boxes=ignored_boxes,
+                       classes=[str(category["name"]) for category in categories], category_ids=list(label_of),
+                       num_dropped_boxes=num_dropped)
 
 
 def load_coco_json(file: Path) -> dict:
@@ -93,9 +86,8 @@ def _raise_problems(file: Path, problems: list[Problem]) -> None:
         raise DataError(f"annotation file {file} has {counted(len(problems), 'problem')}: {texts}; correct the file")
 
 
-def _sort_boxes(
-    images: list[dict], annotations: list[dict], label_of: dict[int, int]
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], int]:
+def _sort_boxes(images: list[dict], annotations: list[dict],
+                label_of: dict[int, int]) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], int]:
     """Return boxes, labels and ignored boxes per image, and the number of dropped boxes."""
     image_of = {image["id"]: image for image in images}
     boxes, labels, ignored = ({image_id: [] for image_id in image_of} for _ in range(3))

@@ -1,5 +1,4 @@
 """Checks a data set before training: all annotations, and every image by decoding it."""
-
 import os
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,5 +1,4 @@
 """A COCO-format data set."""
-
 import copy
 from pathlib import Path
 
@@ -11,15 +10,7 @@ from torch.utils.data import Dataset
 from data.annotations import read_annotations
 from data.config import find_data
 from data.errors import DataError, UnreadableImage
-from data.transforms import (
-    flip_boxes,
-    flip_image,
-    padded_size,
-    read_image,
-    resize_boxes,
-    resize_image,
-    resized_size,
-)
+from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images in a row have a common cause
 
@@ -68,20 +59,10 @@ class CocoDataset(Dataset):
     followed, the folder itself and links in it, because only people who may write to the folder can create them.
     """
 
-    def __init__(
-        self,
-        images: str | Path,
-        annotations: str | Path,
-        training: bool,
-        scale: tuple[int, int] = (1333, 800),
-        multi_scale: list[tuple[int, int]] | None = None,
-        flip: float = 0.5,
-        skip_empty: bool = False,
-        antialias: bool = False,
-        first: int | None = None,
-        seed: int = 0,
-        skip_unreadable: bool = False,
-    ):
+    def __init__(self, images: str | Path, annotations: str | Path, training: bool,
+                 scale: tuple[int, int] = (1333, 800), multi_scale: list[tuple[int, int]] | None = None,
+                 flip: float = 0.5, skip_empty: bool = False, antialias: bool = False, first: int | None = None,
+                 seed: int = 0, skip_unreadable: bool = False):
         self.image_folder = find_data(images)
         self.annotation_file = find_data(annotations)
         self.training = training

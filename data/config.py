@@ -1,5 +1,4 @@
 """The `data` section of the configuration, and where its paths lead."""
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

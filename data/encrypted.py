@@ -1,5 +1,4 @@
 """Downloads come over encrypted connections only; plain http is for servers on this machine."""
-
 from http.client import HTTPMessage
 from typing import IO
 from urllib.parse import urlparse

@@ -1,5 +1,4 @@
 """What bad data raises."""
-
 from collections.abc import Sequence
 
 MAX_LISTED = 10  # problems named in an error; the rest are counted

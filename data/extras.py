@@ -1,5 +1,4 @@
 """Packages that only some features need."""
-
 import importlib
 from types import ModuleType
 

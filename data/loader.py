@@ -1,5 +1,4 @@
 """From a configuration to batches."""
-
 import os
 import random
 import sys
@@ -31,19 +30,9 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0)
     source = {"train": config.train, "val": config.val}[split]
     if source is None:
         raise DataError(f"data.{split} is not set: give it images and annotations")
-    return CocoDataset(
-        source.images,
-        source.annotations,
-        training,
-        scale=config.scale,
-        multi_scale=config.multi_scale,
-        flip=config.flip,
-        skip_empty=config.skip_empty,
-        antialias=config.antialias,
-        first=source.first,
-        seed=seed,
-        skip_unreadable=config.skip_unreadable,
-    )
+    return CocoDataset(source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
+                       flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first,
+                       seed=seed, skip_unreadable=config.skip_unreadable)
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
@@ -61,16 +50,8 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
     return images, [target for _, target in samples]
 
 
-def build_loader(
-    dataset: CocoDataset,
-    batch_size: int,
-    training: bool,
-    workers: int = 2,
-    seed: int = 0,
-    group_by_aspect: bool = True,
-    rank: int = 0,
-    world: int = 1,
-) -> DataLoader:
+def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers: int = 2, seed: int = 0,
+                 group_by_aspect: bool = True, rank: int = 0, world: int = 1) -> DataLoader:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`

@@ -1,5 +1,4 @@
 """Writing what commands produce."""
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

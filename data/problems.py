@@ -1,5 +1,4 @@
 """Finds all problems in the content of a COCO-format annotation file in one pass."""
-
 import math
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath

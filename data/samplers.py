@@ -1,5 +1,4 @@
 """Batch samplers. A batch is a list of (epoch, index) pairs, the keys that CocoDataset takes."""
-
 import math
 from collections.abc import Iterator
 
@@ -32,15 +31,8 @@ class TrainBatchSampler(Sampler[Batch]):
         start: first batch to yield, to continue in the middle of an epoch; it applies once and is 0 afterwards.
     """
 
-    def __init__(
-        self,
-        sizes: list[tuple[int, int]],
-        batch_size: int,
-        seed: int,
-        group_by_aspect: bool = True,
-        rank: int = 0,
-        world: int = 1,
-    ):
+    def __init__(self, sizes: list[tuple[int, int]], batch_size: int, seed: int, group_by_aspect: bool = True,
+                 rank: int = 0, world: int = 1):
         self.sizes = sizes
         self.batch_size = batch_size
         self.seed = seed

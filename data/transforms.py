@@ -1,5 +1,4 @@
 """Reading, resizing and flipping images with their boxes. Images are uint8 tensors (3, h, w), RGB."""
-
 import re
 from pathlib import Path
 

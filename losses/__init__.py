@@ -27,12 +27,10 @@ LOSSES = {loss.__name__: loss for loss in (
     FocalLoss, QualityFocalLoss, CrossEntropyLoss, DistributionFocalLoss, L1Loss, SmoothL1Loss, IoULoss, GIoULoss,
     DIoULoss, CIoULoss, KDQualityFocalLoss, KnowledgeDistillationKLDivLoss)}
 
-__all__ = [
-    "LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss",
-    "IoULoss", "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss",
-    "SmoothL1Loss", "aligned_iou", "at_least_float32", "binary_cross_entropy", "binary_kd_loss",
-    "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss", "dkd_loss",
-    "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss", "mean_over_processes", "pkd_loss",
-    "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss", "smooth_l1_loss",
-    "total_loss",
-]
+__all__ = ["LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFocalLoss", "FocalLoss", "GIoULoss",
+           "IoULoss", "KDQualityFocalLoss", "KnowledgeDistillationKLDivLoss", "L1Loss", "PKDLoss", "QualityFocalLoss",
+           "SmoothL1Loss", "aligned_iou", "at_least_float32", "binary_cross_entropy", "binary_kd_loss",
+           "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss",
+           "dkd_loss", "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss",
+           "mean_over_processes", "pkd_loss", "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss",
+           "smooth_l1_loss", "total_loss"]

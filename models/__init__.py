@@ -1,14 +1,6 @@
 """Detectors: build_detector(cfg["model"]) gives one."""
 from .build import ConfigError
-from .detector import (
-    BACKBONES,
-    NECKS,
-    Detector,
-    DetectorPass,
-    ModelConfig,
-    Precision,
-    build_detector,
-)
+from .detector import BACKBONES, NECKS, Detector, DetectorPass, ModelConfig, Precision, build_detector
 from .heads import HEADS, DenseHead, GFLHead, HeadOutputs
 from .preprocess import Preprocess
 from .targets import Assignment

@@ -7,7 +7,6 @@
 A load that does not fill the whole model is an error unless the caller names what may stay as it is. Reading is in
 `checkpoint_reader`, the formats are in `checkpoint_formats`, and addresses in `checkpoint_sources`.
 """
-
 import logging
 import os
 import re
@@ -23,15 +22,8 @@ from .checkpoints.reader import read_checkpoint
 from .checkpoints.sources import local_path
 from .checkpoints.unpickler import CheckpointError, one_line
 
-__all__ = [
-    "CheckpointError",
-    "LoadReport",
-    "load_backbone_weights",
-    "load_weights",
-    "open_checkpoint",
-    "read_checkpoint",
-    "summary",
-]
+__all__ = ["CheckpointError", "LoadReport", "load_backbone_weights", "load_weights", "open_checkpoint",
+           "read_checkpoint", "summary"]
 
 # State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions, and
 # the places in Swin's tables, which follow from the window's size.
@@ -66,12 +58,8 @@ class LoadReport:
         return line
 
 
-def load_weights(
-    model: nn.Module,
-    source: str | os.PathLike | Mapping,
-    part: str | None = None,
-    allow_missing: str | Iterable[str] = (),
-) -> LoadReport:
+def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: str | None = None,
+                 allow_missing: str | Iterable[str] = ()) -> LoadReport:
     """Copies the weights of a checkpoint into `model`, in the model's own precision; logs and returns the account.
 
     Args:
@@ -100,9 +88,8 @@ def load_weights(
     return report
 
 
-def load_backbone_weights(
-    backbone: nn.Module, source: str | os.PathLike | Mapping, allow_missing: str | Iterable[str] = ()
-) -> LoadReport:
+def load_backbone_weights(backbone: nn.Module, source: str | os.PathLike | Mapping,
+                          allow_missing: str | Iterable[str] = ()) -> LoadReport:
     """Loads a backbone's weights, all of them: what `backbone.weights` in a configuration names.
 
     `source` is as in `load_weights`, or the bare name of a torchvision model (`resnet18`), meaning its ImageNet
@@ -152,21 +139,14 @@ def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
 
 def _compare(format_name: str, label: str, weights: Weights, wanted: Mapping[str, Tensor]) -> LoadReport:
     required = [name for name in wanted if not _OPTIONAL.fullmatch(name)]
-    mismatched = [
-        (name, tuple(value.shape), tuple(weights[name].shape))
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
+    mismatched = [(name, tuple(value.shape), tuple(weights[name].shape)) for name,
+                  value in wanted.items() if name in weights and weights[name].shape != value.shape]
     wrong = {name for name, _, _ in mismatched}
-    return LoadReport(
-        format=format_name,
-        source=label,
-        matched=sum(name in weights and name not in wrong for name in required),
-        total=len(required),
-        missing=[name for name in required if name not in weights],
-        unexpected=[name for name in weights if name not in wanted and not _OPTIONAL.fullmatch(name)],
-        mismatched=mismatched,
-    )
+    return LoadReport(format=format_name, source=label,
+                      matched=sum(name in weights and name not in wrong for name in required), total=len(required),
+                      missing=[name for name in required if name not in weights],
+                      unexpected=[name for name in weights if name not in wanted and not _OPTIONAL.fullmatch(name)],
+                      mismatched=mismatched)
 
 
 def _check(report: LoadReport, allow_missing: list[str]) -> None:

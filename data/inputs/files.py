@@ -1,5 +1,4 @@
 """Images without annotations: files, folders, globs and frames of videos, prepared for a detector."""
-
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,13 +82,8 @@ class ImageFiles(Dataset):
         scales, antialias: see `make_sample`.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        image_ids: Sequence[int],
-        scales: Sequence[tuple[int, int]],
-        antialias: bool = False,
-    ):
+    def __init__(self, paths: Sequence[Path], image_ids: Sequence[int], scales: Sequence[tuple[int, int]],
+                 antialias: bool = False):
         self.paths, self.image_ids, self.scales, self.antialias = list(paths), list(image_ids), scales, antialias
 
     def __len__(self) -> int:

@@ -1,5 +1,4 @@
 """Reads and writes frames of videos with PyAV, which the extra `video` installs."""
-
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path

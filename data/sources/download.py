@@ -1,5 +1,4 @@
 """Downloads that go on where they were cut off, checked by size and checksum, and archives unpacked safely."""
-
 import hashlib
 import http.client
 import os

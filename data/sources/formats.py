@@ -1,5 +1,4 @@
 """Reads annotated images in common formats: Pascal VOC's XML, YOLO's text files, and CSV tables."""
-
 import csv
 import math
 import xml.etree.ElementTree as ElementTree

@@ -1,5 +1,4 @@
 """Converts annotated images in other formats to COCO-format files with splits, and checks them like any data set."""
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,14 +39,8 @@ def as_it_is(item: tuple[int, int] | str) -> tuple[int, int] | str:
     return item
 
 
-def prepare(
-    folder: LabelledFolder,
-    out: Path,
-    shares: dict[str, float] | None = None,
-    seed: int = 0,
-    skip_unreadable: bool = False,
-    workers: int = 2,
-) -> list[SplitCheck]:
+def prepare(folder: LabelledFolder, out: Path, shares: dict[str, float] | None = None, seed: int = 0,
+            skip_unreadable: bool = False, workers: int = 2) -> list[SplitCheck]:
     """Write `out/NAME.json` for every split, and `out/data.yaml`, the `data` section to inherit; images stay in place.
 
     Args:
@@ -88,9 +81,8 @@ def prepare(
     return checks
 
 
-def split_images(
-    images: Sequence[LabelledImage], shares: dict[str, float] | None, seed: int
-) -> tuple[dict[str, list[LabelledImage]], list[str]]:
+def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | None,
+                 seed: int) -> tuple[dict[str, list[LabelledImage]], list[str]]:
     """Images by split, in the order of their names, and notes for the user.
 
     A random split depends only on the seed and the images' names.
@@ -124,9 +116,8 @@ def read_sizes(paths: list[Path], workers: int) -> tuple[list[tuple[int, int] | 
     return sizes, unreadable
 
 
-def to_coco(
-    images: Sequence[LabelledImage], folder: LabelledFolder, size_of: dict[str, tuple[int, int] | None]
-) -> dict:
+def to_coco(images: Sequence[LabelledImage], folder: LabelledFolder,
+            size_of: dict[str, tuple[int, int] | None]) -> dict:
     """The content of a COCO-format file; images without a size are left out."""
     label_of = {name: label for label, name in enumerate(folder.classes, start=1)}
     content = {"images": [], "annotations": [], "categories": [{"id": k, "name": n} for n, k in label_of.items()]}

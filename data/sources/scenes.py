@@ -4,7 +4,6 @@ It serves the demo and the tests where nothing can be downloaded. The scenes are
 minutes of training: colour hints at the class but does not settle it, texture says nothing about it, objects cover one
 another, are cut off by the border, come in all of COCO's sizes, and lie among lines, strokes and blobs of no class.
 """
-
 import json
 from pathlib import Path
 
@@ -29,9 +28,8 @@ MIN_VISIBLE = 0.5  # of an object's full shape; a scene is composed such that no
 JPEG_QUALITY = 92
 
 
-def generate_scenes(
-    root: str | Path, train: int = 400, val: int = 100, size: tuple[int, int] = (160, 160), seed: int = 0
-) -> Path:
+def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tuple[int, int] = (160, 160),
+                    seed: int = 0) -> Path:
     """Write a data set of rendered scenes: `root/{train,val}/*.jpg` and `root/annotations/{train,val}.json`.
 
     The same arguments give the same bytes, and an image depends only on the seed, its split, its number and the size.
@@ -58,14 +56,8 @@ def generate_scenes(
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
                 w, h = x2 - x1, y2 - y1
                 annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number + 1,
-                        "category_id": label + 1,
-                        "bbox": [x1, y1, w, h],
-                        "area": w * h,
-                        "iscrowd": 0,
-                    }
+                    {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1,
+                     "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0}
                 )
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
@@ -140,9 +132,8 @@ def _add_objects(rng: np.random.Generator, canvas: ndarray, count: int) -> tuple
     return owner, labels
 
 
-def _local_coordinates(
-    size: tuple[int, int], center: ndarray, radius: float, rotation: float, stretch: float
-) -> tuple[ndarray, ndarray, tuple[slice, slice]]:
+def _local_coordinates(size: tuple[int, int], center: ndarray, radius: float, rotation: float,
+                       stretch: float) -> tuple[ndarray, ndarray, tuple[slice, slice]]:
     """Coordinates u, v of a rotated and stretched shape, in units of its radius, and the window they cover.
 
     The stretch keeps the area. `center` is (y, x) in pixels.
@@ -157,9 +148,8 @@ def _local_coordinates(
     return u, v, (slice(starts[0], ends[0]), slice(starts[1], ends[1]))
 
 
-def _paint(
-    rng: np.random.Generator, target: ndarray, distance: ndarray, u: ndarray, v: ndarray, leaning: ndarray | None = None
-) -> None:
+def _paint(rng: np.random.Generator, target: ndarray, distance: ndarray, u: ndarray, v: ndarray,
+           leaning: ndarray | None = None) -> None:
     """Paint a shape, given its distance (h, w) in pixels, onto `target` (3, h, w) in two colours and a texture.
 
     The first colour leans to `leaning` (3,), if given.

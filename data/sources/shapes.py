@@ -3,7 +3,6 @@
 A shape maps coordinates u, v (h, w), in which it spans about [-1, 1], to a signed distance (h, w): negative inside.
 A texture maps u, v to the share (h, w) in [0, 1] of its second colour.
 """
-
 import numpy as np
 from numpy import ndarray
 

@@ -21,16 +21,7 @@ from .steps import (
     training_step,
     yardstick_step,
 )
-from .timing import (
-    Call,
-    interleave,
-    machine,
-    matmul_call,
-    medians_ms,
-    peak_gpu_memory,
-    shares,
-    with_flops,
-)
+from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
 MATMUL = "bf16 matrix products"

@@ -1,6 +1,5 @@
 """Writes weights for other projects: as an mmdet checkpoint, with torchvision's RetinaNet names, or one part of an FGD
 file."""
-
 import os
 import re
 from typing import Any
@@ -55,11 +54,8 @@ def to_mmdet(weights: Weights, meta: dict[str, Any] | None = None) -> dict[str, 
     meta = {name: value for name, value in (meta or {}).items() if _is_plain(value)}
     classes = meta.get("classes") or meta.get("CLASSES")
     if isinstance(classes, (list, tuple)):
-        meta = {
-            **meta,
-            "CLASSES": tuple(classes),
-            "dataset_meta": meta.get("dataset_meta", {"classes": tuple(classes)}),
-        }
+        meta = {**meta, "CLASSES": tuple(classes),
+                "dataset_meta": meta.get("dataset_meta", {"classes": tuple(classes)})}
     return {"meta": meta, "state_dict": state}
 
 
@@ -72,17 +68,15 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-_TORCHVISION_PREFIXES = (
-    (r"backbone\.", r"backbone.body."),
-    (r"neck\.lateral_convs\.(\d+)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"neck\.fpn_convs\.(\d+)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
-    (r"bbox_head\.cls_convs\.(\d+)\.conv\.", r"head.classification_head.conv.\1.0."),
-    (r"bbox_head\.cls_convs\.(\d+)\.(?:gn|bn)\.", r"head.classification_head.conv.\1.1."),
-    (r"bbox_head\.reg_convs\.(\d+)\.conv\.", r"head.regression_head.conv.\1.0."),
-    (r"bbox_head\.reg_convs\.(\d+)\.(?:gn|bn)\.", r"head.regression_head.conv.\1.1."),
-    (r"bbox_head\.retina_cls\.", r"head.classification_head.cls_logits."),
-    (r"bbox_head\.retina_reg\.", r"head.regression_head.bbox_reg."),
-)
+_TORCHVISION_PREFIXES = ((r"backbone\.", r"backbone.body."),
+                         (r"neck\.lateral_convs\.(\d+)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+                         (r"neck\.fpn_convs\.(\d+)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
+                         (r"bbox_head\.cls_convs\.(\d+)\.conv\.", r"head.classification_head.conv.\1.0."),
+                         (r"bbox_head\.cls_convs\.(\d+)\.(?:gn|bn)\.", r"head.classification_head.conv.\1.1."),
+                         (r"bbox_head\.reg_convs\.(\d+)\.conv\.", r"head.regression_head.conv.\1.0."),
+                         (r"bbox_head\.reg_convs\.(\d+)\.(?:gn|bn)\.", r"head.regression_head.conv.\1.1."),
+                         (r"bbox_head\.retina_cls\.", r"head.classification_head.cls_logits."),
+                         (r"bbox_head\.retina_reg\.", r"head.regression_head.bbox_reg."))
 
 
 def to_torchvision(weights: Weights) -> dict[str, Tensor]:

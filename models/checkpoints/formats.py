@@ -4,7 +4,6 @@
 is a function from a dict of tensors to a dict of tensors with our names. It does not change names that it does not
 know, and the load report lists them as unexpected.
 """
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -137,10 +136,8 @@ def _rpn_to_bbox_head(weights: Weights) -> Weights:
 
 def _from_mmdet(weights: Weights) -> Weights:
     # Names in the FCOS heads of mmdet 1.
-    return _rename(
-        _from_mmdet_swin(weights),
-        lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name),
-    )
+    return _rename(_from_mmdet_swin(weights),
+                   lambda name: re.sub(r"^bbox_head\.fcos_(cls|reg|centerness)\.", r"bbox_head.conv_\1.", name))
 
 
 _SWIN_NAMES = (  # torchvision numbers patches, blocks and merging layers in one sequence
@@ -251,14 +248,11 @@ def _from_caffe2_backbone(weights: Weights) -> Weights:
 
 def _from_detectron2(weights: Weights) -> Weights:
     levels = sorted({int(match[1]) for name in weights if (match := re.match(r"backbone\.fpn_lateral(\d)\.", name))})
-    prefixes = {
-        "backbone.top_block.p6.": f"neck.fpn_convs.{len(levels)}.conv.",
-        "backbone.top_block.p7.": f"neck.fpn_convs.{len(levels) + 1}.conv.",
-        "head.cls_score.": "bbox_head.retina_cls.",
-        "head.bbox_pred.": "bbox_head.retina_reg.",
-        **_tower(weights, "head.cls_subnet.", "bbox_head.cls_convs"),
-        **_tower(weights, "head.bbox_subnet.", "bbox_head.reg_convs"),
-    }
+    prefixes = {"backbone.top_block.p6.": f"neck.fpn_convs.{len(levels)}.conv.",
+                "backbone.top_block.p7.": f"neck.fpn_convs.{len(levels) + 1}.conv.",
+                "head.cls_score.": "bbox_head.retina_cls.", "head.bbox_pred.": "bbox_head.retina_reg.",
+                **_tower(weights, "head.cls_subnet.", "bbox_head.cls_convs"),
+                **_tower(weights, "head.bbox_subnet.", "bbox_head.reg_convs")}
     for i, level in enumerate(levels):
         for theirs, ours in (("fpn_lateral", "lateral_convs"), ("fpn_output", "fpn_convs")):
             norm = f"backbone.{theirs}{level}.norm."
@@ -279,15 +273,12 @@ def _from_detectron2(weights: Weights) -> Weights:
 def _from_torchvision(weights: Weights) -> Weights:
     """torchvision's RetinaNet of any version (new ones nest convolutions one level deeper), and v2 with group norm."""
     laterals = {match[1] for name in weights if (match := re.match(r"backbone\.fpn\.inner_blocks\.(\d+)\.", name))}
-    prefixes = {
-        "backbone.body.": "backbone.",
-        "backbone.fpn.extra_blocks.p6.": f"neck.fpn_convs.{len(laterals)}.conv.",
-        "backbone.fpn.extra_blocks.p7.": f"neck.fpn_convs.{len(laterals) + 1}.conv.",
-        "head.classification_head.cls_logits.": "bbox_head.retina_cls.",
-        "head.regression_head.bbox_reg.": "bbox_head.retina_reg.",
-        **_tower(weights, "head.classification_head.conv.", "bbox_head.cls_convs"),
-        **_tower(weights, "head.regression_head.conv.", "bbox_head.reg_convs"),
-    }
+    prefixes = {"backbone.body.": "backbone.", "backbone.fpn.extra_blocks.p6.": f"neck.fpn_convs.{len(laterals)}.conv.",
+                "backbone.fpn.extra_blocks.p7.": f"neck.fpn_convs.{len(laterals) + 1}.conv.",
+                "head.classification_head.cls_logits.": "bbox_head.retina_cls.",
+                "head.regression_head.bbox_reg.": "bbox_head.retina_reg.",
+                **_tower(weights, "head.classification_head.conv.", "bbox_head.cls_convs"),
+                **_tower(weights, "head.regression_head.conv.", "bbox_head.reg_convs")}
     for theirs, ours in (("inner_blocks", "lateral_convs"), ("layer_blocks", "fpn_convs")):
         for i in range(len(laterals)):
             prefixes[f"backbone.fpn.{theirs}.{i}.0."] = f"neck.{ours}.{i}.conv."

@@ -4,7 +4,6 @@
 it, some of its branches (TorchScript archives, tar files) never use the unpickler that was passed to it. Both formats
 are simple enough to read here.
 """
-
 import io
 import os
 import struct

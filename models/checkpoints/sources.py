@@ -1,5 +1,4 @@
 """Where a checkpoint comes from: a path, a URL, or a name that stands for a URL. Downloads go to torch hub's cache."""
-
 import hashlib
 import http.client
 import os

@@ -11,7 +11,6 @@ Any other global raises `CheckpointError` with its name.
 pickle also calls methods of the objects that it has built. Builders and placeholders refuse or ignore these calls, and
 arrays check them. A tensor's own `__setstate__` may change its shape or gradient flags, within torch's bounds checks.
 """
-
 import math
 import pickle
 import re
@@ -156,12 +155,8 @@ _FUNCTIONS: dict[str, dict[str, Callable]] = {
     "collections": {"OrderedDict": OrderedDict, "Counter": dict, "defaultdict": lambda *_: {}},
     "_codecs": {"encode": _encode},
     "torch": {"Size": torch.Size, "device": torch.device},
-    "torch._utils": {
-        "_rebuild_tensor": _rebuild_tensor,
-        "_rebuild_tensor_v2": _rebuild_tensor,
-        "_rebuild_parameter": _rebuild_parameter,
-        "_rebuild_parameter_with_state": _rebuild_parameter,
-    },
+    "torch._utils": {"_rebuild_tensor": _rebuild_tensor, "_rebuild_tensor_v2": _rebuild_tensor,
+                     "_rebuild_parameter": _rebuild_parameter, "_rebuild_parameter_with_state": _rebuild_parameter},
     "torch._tensor": {"_rebuild_from_type_v2": _rebuild_from_type},
     "numpy": {"dtype": _Dtype},
     "numpy.core.multiarray": _ARRAYS,
@@ -170,9 +165,8 @@ _FUNCTIONS: dict[str, dict[str, Callable]] = {
     "numpy._core.numeric": {"_frombuffer": _array_from_buffer},
 }
 _FUNCTIONS["__builtin__"] = _FUNCTIONS["builtins"]  # Python 2's name; protocols up to 2 still write it
-_BUILDERS = {
-    (module, name): _Builder(function) for module, table in _FUNCTIONS.items() for name, function in table.items()
-}
+_BUILDERS = {(module, name): _Builder(function) for module, table in _FUNCTIONS.items() for name,
+             function in table.items()}
 
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -210,9 +204,8 @@ class CheckpointUnpickler(pickle.Unpickler):
             return vars(torch)[name]
         if (module, name) in _TYPES or module.split(".")[0] in _FRAMEWORKS:
             # One class per file and name: a pickle can set attributes of a class, and these must not outlive the file.
-            return self._placeholders.setdefault(
-                (module, name), type("Placeholder", (_Placeholder,), {"__slots__": ()})
-            )
+            return self._placeholders.setdefault((module, name),
+                                                 type("Placeholder", (_Placeholder,), {"__slots__": ()}))
         raise CheckpointError(f"refused, it asks for {one_line(f'{module}.{name}', 80)}, which weights do not need")
 
     def persistent_load(self, saved_id: object) -> Tensor:
