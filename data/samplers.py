@@ -73,7 +73,7 @@ class TrainBatchSampler(Sampler[Batch]):
 
 
 class EvalBatchSampler(Sampler[Batch]):
-    """Every image once, in batches with one padded size, sharded over processes.
+    """Every image once, in batches whose images have the same padded size, sharded over processes.
 
     No image gets more padding than it would get alone, so the detections do not depend on the batch size or on the
     number of processes. Processes may get different numbers of batches.

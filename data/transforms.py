@@ -17,7 +17,7 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
 
     The EXIF orientation of a JPEG or PNG turns the image upright, so width, height and boxes refer to the upright image
     (`upright=False` returns the pixels as they are stored). Alpha is dropped, not blended. Grey and CMYK are converted.
-    From 16 bits, the upper eight are kept.
+    For 16-bit images, the upper eight bits are kept.
 
     Raises UnreadableImage if the file is missing, damaged or in another format.
     """

@@ -158,7 +158,7 @@ class ATSSAssigner:
             2, candidates, torch.where(positive, overlaps, -1))
 
     def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
-        """The IoU (N, G) from which an anchor may learn each box."""
+        """The lowest IoU (N, G) with which an anchor may learn each box."""
         _, chosen, overlaps = self._candidates(priors, valid, boxes)
         return self._threshold(overlaps, chosen)
 

@@ -54,7 +54,7 @@ def read_labelled(kind: str, source: Path, names: Path | None = None) -> Labelle
     Raises DataError, in one line, if `source` has another format or wrong content; it lists the first ten problems.
     """
     if not source.exists():
-        raise DataError(f"input {source} does not exist")
+        raise DataError(f"input {source} does not exist: correct the path")
     return {"voc": read_voc, "yolo": lambda path: read_yolo(path, names), "csv": read_csv}[kind](source)
 
 

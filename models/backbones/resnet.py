@@ -110,7 +110,7 @@ class ResNet(nn.Module):
         if depth not in DEPTHS:
             raise ConfigError("depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
         if not 1 <= num_stages <= 4 or not -1 <= frozen_stages <= num_stages:
-            raise ConfigError("frozen_stages", f"{frozen_stages} of {num_stages} stages cannot be frozen")
+            raise ConfigError("frozen_stages", f"must be -1 to num_stages ({num_stages} of 4), not {frozen_stages}")
         if not out_indices or not all(0 <= i < num_stages for i in out_indices):
             raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
         block, counts = DEPTHS[depth]

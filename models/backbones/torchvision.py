@@ -16,7 +16,7 @@ PROBE = (64, 96)
 
 
 class TorchvisionBackbone(nn.Module):
-    """Features of a torchvision classification model, with its parameter names and without the modules not needed.
+    """Features of a torchvision classification model, with its parameter names, without modules that are not needed.
 
     Args:
         name: torchvision's name of the model: swin_t, convnext_tiny, mobilenet_v3_large, ...
