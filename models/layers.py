@@ -1,6 +1,6 @@
 """Layers that backbones, necks and heads share."""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,13 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm":
         return super().train(False)
+
+
+def keep_in_eval(module: nn.Module, frozen: Iterable[nn.Module], norm_eval: bool) -> None:
+    """Put `frozen` parts of a module, and with `norm_eval` all its batch norms, into evaluation mode."""
+    norms = (m for m in module.modules() if norm_eval and isinstance(m, nn.modules.batchnorm._BatchNorm))
+    for part in (*frozen, *norms):
+        part.eval()
 
 
 NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm, "GN": nn.GroupNorm}

@@ -40,8 +40,8 @@ class LD(Method):
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         assignment, head = student.assignment, student.head
-        own = head.box_space(student.outputs, assignment.priors)
-        other = head.box_space(teacher.outputs, assignment.priors)
+        own = head.comparable_boxes(student.outputs, assignment.priors)
+        other = head.comparable_boxes(teacher.outputs, assignment.priors)
         weight = at_least_float32(student.outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
         losses = {"loss_ld": self.main(own, other, weight.unsqueeze(-1), avg_factor=4.0)}
         if self.vlr is not None:

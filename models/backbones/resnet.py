@@ -4,7 +4,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..build import ConfigError
-from ..layers import NormCfg, build_norm, conv_norm, kaiming_init
+from ..layers import NormCfg, build_norm, conv_norm, kaiming_init, keep_in_eval
 from ..weights import load_backbone_weights
 
 
@@ -160,12 +160,7 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> "ResNet":
         """Sets training mode, except for frozen modules and, with `norm_eval`, for the batch norms."""
         super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        keep_in_eval(self, self._frozen_modules(), self.norm_eval)
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:

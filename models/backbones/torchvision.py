@@ -9,6 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from ..build import ConfigError, nearest
 from ..checkpoints.unpickler import one_line
+from ..layers import keep_in_eval
 from ..weights import load_backbone_weights
 
 # The quotient of the sides is not a power of two, so height, width and channels of a map cannot be confused.
@@ -89,12 +90,7 @@ class TorchvisionBackbone(nn.Module):
     def train(self, mode: bool = True) -> "TorchvisionBackbone":
         """Sets training mode, except for frozen modules and, with `norm_eval`, for the batch norms."""
         super().train(mode)
-        for name in self.frozen:
-            self.get_submodule(name).eval()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        keep_in_eval(self, map(self.get_submodule, self.frozen), self.norm_eval)
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from losses import LOSSES, at_least_float32, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS
-from ..build import OneOf, build
+from ..build import OneOf
 from ..coders import CODERS
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
@@ -43,12 +43,8 @@ class ATSSHead(DenseHead):
             pos_weight: float = -1, allowed_border: float = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
-        self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
-        self.bbox_coder = build(bbox_coder, CODERS, "bbox_coder")
-        self.assigner = build(assigner, ASSIGNERS, "assigner")
-        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
-        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
-        self.loss_centerness = build(loss_centerness, LOSSES, "loss_centerness")
+        self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls,
+                         loss_bbox=loss_bbox, loss_centerness=loss_centerness)
         anchors = self.prior_generator.num_anchors
         self.atss_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)
         self.atss_reg = nn.Conv2d(self.tower_channels, anchors * 4, 3, padding=1)

@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from losses import mean_over_processes
+from losses import LOSSES, mean_over_processes
 
-from ..anchors import Priors
-from ..assigners import IGNORED
-from ..build import ConfigError
+from ..anchors import PRIORS, Priors
+from ..assigners import ASSIGNERS, IGNORED
+from ..build import ConfigError, build
+from ..coders import CODERS
 from ..layers import ConvModule, NormCfg, normal_init
 from ..targets import Assignment, pad_targets
 
 Maps = Sequence[Tensor]
+# The types of a head's parts; its other parts are losses.
+PARTS = {"anchor_generator": PRIORS, "bbox_coder": CODERS, "assigner": ASSIGNERS}
 
 
 @dataclass
@@ -53,7 +56,7 @@ class DenseHead(nn.Module):
     classifier: str
     score_meaning = "the class"
     has_centerness = False
-    box_form = "boxes in pixels"  # the form that `box_space` returns
+    box_form = "boxes in pixels"  # the form that `comparable_boxes` returns
     # This head's defaults for keys of the `test` section.
     test_defaults: dict = {}
     # The published losses of CrossKD and of mimicking for this head.
@@ -78,6 +81,12 @@ class DenseHead(nn.Module):
         self.cls_convs, self.reg_convs = tower(), tower()
         self.in_channels = in_channels
         self.tower_channels = feat_channels if stacked_convs else in_channels
+
+    def build_parts(self, **configs: dict) -> None:
+        """Build parts of the head as attributes of the same names; the anchor generator becomes `prior_generator`."""
+        for key, cfg in configs.items():
+            name = "prior_generator" if key == "anchor_generator" else key
+            setattr(self, name, build(cfg, PARTS.get(key, LOSSES), key))
 
     def init_weights(self, prior: float) -> None:
         """Normal weights with standard deviation 0.01, zero biases; the classifier's bias starts at `prior`."""
@@ -211,13 +220,13 @@ class DenseHead(nn.Module):
         """Boxes (N, P, 4) xyxy in input pixels."""
         return self.decode(outputs.box, priors)
 
-    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+    def comparable_boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         """Box predictions in the form that is compared between two heads of this kind: decoded boxes (N, P, 4)."""
         return self.boxes(outputs, priors)
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
                 loss: nn.Module) -> Tensor:
-        """Loss between two predictions in `box_space`, weighted by (N, P), with this head's normaliser."""
+        """Loss between two predictions in `comparable_boxes`, weighted by (N, P), with this head's normaliser."""
         return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
 
 

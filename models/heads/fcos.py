@@ -8,7 +8,7 @@ from losses import LOSSES, at_least_float32, mean_over_processes
 
 from ..anchors import AnchorGenerator, Priors
 from ..assigners import FCOSAssigner
-from ..build import ConfigError, OneOf, build
+from ..build import ConfigError, OneOf
 from ..coders import DistancePointBBoxCoder
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
@@ -57,9 +57,7 @@ class FCOSHead(DenseHead):
         self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)
         self.bbox_coder = DistancePointBBoxCoder()
         self.assigner = FCOSAssigner(regress_ranges, center_sampling, center_sample_radius)
-        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
-        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
-        self.loss_centerness = build(loss_centerness, LOSSES, "loss_centerness")
+        self.build_parts(loss_cls=loss_cls, loss_bbox=loss_bbox, loss_centerness=loss_centerness)
         self.conv_cls = nn.Conv2d(self.tower_channels, num_classes, 3, padding=1)
         self.conv_reg = nn.Conv2d(self.tower_channels, 4, 3, padding=1)
         self.conv_centerness = nn.Conv2d(self.tower_channels, 1, 3, padding=1)
@@ -90,11 +88,12 @@ class FCOSHead(DenseHead):
         target = self.bbox_coder.encode(priors.centers, assignment.box_targets)
         if self.norm_on_bbox:
             target = target / priors.strides.unsqueeze(-1)
+        target = self.bbox_coder.decode(priors.centers, target)
         return {
             "loss_cls": self.loss_cls(outputs.cls, assignment.labels, assignment.label_weights,
                                       avg_factor=assignment.avg_factor),
-            "loss_bbox": self.loss_bbox(self.box_space(outputs, priors), self.bbox_coder.decode(priors.centers, target),
-                                        centerness, avg_factor=self.kd_normalizer(assignment)),
+            "loss_bbox": self.loss_bbox(self.comparable_boxes(outputs, priors), target, centerness,
+                                        avg_factor=self.kd_normalizer(assignment)),
             "loss_centerness": self.loss_centerness(outputs.centerness, centerness, positive,
                                                     avg_factor=assignment.avg_factor)}
 
@@ -102,6 +101,6 @@ class FCOSHead(DenseHead):
         distances = box * priors.strides.unsqueeze(-1) if self.norm_on_bbox else box
         return self.bbox_coder.decode(priors.centers, distances)
 
-    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+    def comparable_boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         # In training the original does not multiply distances by the stride. The IoU is the same.
         return self.bbox_coder.decode(priors.centers, outputs.box)

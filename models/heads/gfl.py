@@ -8,7 +8,7 @@ from losses import LOSSES, aligned_iou, at_least_float32, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS
-from ..build import ConfigError, OneOf, build
+from ..build import ConfigError, OneOf
 from ..coders import DistancePointBBoxCoder
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
@@ -45,14 +45,11 @@ class GFLHead(DenseHead):
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
         self.reg_max, self.box_channels = reg_max, 4 * (reg_max + 1)
         self.box_form = f"distributions over {reg_max + 1} distances"
-        self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
+        self.build_parts(anchor_generator=anchor_generator, assigner=assigner, loss_cls=loss_cls, loss_dfl=loss_dfl,
+                         loss_bbox=loss_bbox)
         if self.prior_generator.num_anchors != 1:
             raise ConfigError("anchor_generator", "GFLHead predicts one box per cell: give one scale and one ratio")
         self.bbox_coder = DistancePointBBoxCoder()
-        self.assigner = build(assigner, ASSIGNERS, "assigner")
-        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
-        self.loss_dfl = build(loss_dfl, LOSSES, "loss_dfl")
-        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
         self.gfl_cls = nn.Conv2d(self.tower_channels, num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(self.tower_channels, self.box_channels, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in self.prior_generator.strides)
@@ -92,7 +89,7 @@ class GFLHead(DenseHead):
         distances = self.distances(at_least_float32(box)) * priors.strides.unsqueeze(-1)
         return self.bbox_coder.decode(priors.centers, distances)
 
-    def box_space(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
+    def comparable_boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         return self.logits(at_least_float32(outputs.box))
 
     def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,

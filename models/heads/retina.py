@@ -8,7 +8,7 @@ from losses import LOSSES, at_least_float32, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS
-from ..build import OneOf, build
+from ..build import OneOf
 from ..coders import CODERS
 from ..layers import NormCfg, prior_bias
 from ..targets import Assignment
@@ -47,11 +47,8 @@ class RetinaHead(DenseHead):
             allowed_border: float = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
-        self.prior_generator = build(anchor_generator, PRIORS, "anchor_generator")
-        self.bbox_coder = build(bbox_coder, CODERS, "bbox_coder")
-        self.assigner = build(assigner, ASSIGNERS, "assigner")
-        self.loss_cls = build(loss_cls, LOSSES, "loss_cls")
-        self.loss_bbox = build(loss_bbox, LOSSES, "loss_bbox")
+        self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls,
+                         loss_bbox=loss_bbox)
         self.reg_decoded_bbox, self.ema_normalizer = reg_decoded_bbox, ema_normalizer
         anchors = self.prior_generator.num_anchors
         self.retina_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)

@@ -270,7 +270,7 @@ def test_run_from_a_cut_goes_on_as_the_head_itself_does(head):
 def test_comparing_where_no_anchor_counts_gives_zero(head):
     model, (images, targets) = enliven(small_detector(head)), make_batch()
     run = model.run(images, targets, assign=True)
-    own, other = (model.bbox_head.box_space(run.outputs, run.assignment.priors) for _ in range(2))
+    own, other = (model.bbox_head.comparable_boxes(run.outputs, run.assignment.priors) for _ in range(2))
     nothing = torch.zeros_like(run.assignment.label_weights)
     loss = build(model.bbox_head.kd_defaults["loss_reg_kd"], LOSSES, "loss_reg_kd")
     assert model.bbox_head.compare(own, other + 1, nothing, run.assignment, loss) == 0
