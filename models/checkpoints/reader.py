@@ -10,6 +10,7 @@ import struct
 import zipfile
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,15 +46,15 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
 
 def _read(file: BinaryIO) -> Any:
-    head = file.read(2)
+    head, size = file.read(2), os.fstat(file.fileno()).st_size
     file.seek(0)
     if not head:
         raise CheckpointError("the file is empty")
     if head == b"PK":
         return _read_zip(file)
-    first = CheckpointUnpickler(file).load()
+    first = CheckpointUnpickler(file, size).load()
     if isinstance(first, int) and first == _LEGACY_MAGIC:
-        return _read_legacy(file)
+        return _read_legacy(file, size)
     return first
 
 
@@ -79,26 +80,30 @@ def _read_zip(file: BinaryIO) -> Any:
                 storages[key, dtype] = _zip_storage(archive, entries[f"{root}data/{key}"], dtype, count)
             return storages[key, dtype]
 
-        return CheckpointUnpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
+        program = archive.read(f"{root}data.pkl")
+        return CheckpointUnpickler(io.BytesIO(program), len(program), storage).load()
 
 
 def _zip_storage(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
     size = count * dtype.itemsize
     if entry.file_size != size:
         raise CheckpointError(f"it is damaged: a storage has {entry.file_size} bytes instead of {size}")
-    if size == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)
+    return _fixed_storage(bytearray(archive.read(entry)), dtype)
 
 
-def _read_legacy(file: BinaryIO) -> Any:
+def _fixed_storage(data: bytearray, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over bytes. Nothing can make its storage larger, in contrast to a storage from torch."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)).view(dtype)
+
+
+def _read_legacy(file: BinaryIO, size: int) -> Any:
     """Reads the format before torch 1.6, after the magic number: protocol, machine, the object, the keys of its
     storages, then their bytes."""
-    if CheckpointUnpickler(file).load() != _LEGACY_PROTOCOL:
+    if CheckpointUnpickler(file, size).load() != _LEGACY_PROTOCOL:
         raise CheckpointError("it has an unknown version of torch's older format")
-    if not CheckpointUnpickler(file).load().get("little_endian"):
+    if not CheckpointUnpickler(file, size).load().get("little_endian"):
         raise CheckpointError("it was written on a big-endian machine")
-    unclaimed = os.fstat(file.fileno()).st_size
+    unclaimed = size
     storages: dict[str, Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, count: int, view: tuple | None) -> Tensor:
@@ -107,14 +112,14 @@ def _read_legacy(file: BinaryIO) -> Any:
             unclaimed -= count * dtype.itemsize
             if unclaimed < 0:
                 raise CheckpointError("it is damaged: its storages are larger than the file")
-            storages[key] = torch.zeros(count, dtype=dtype)
+            storages[key] = _fixed_storage(bytearray(count * dtype.itemsize), dtype)
         if view is None:
             return storages[key]
         _, offset, length = view
         return storages[key][offset : offset + length]
 
-    content = CheckpointUnpickler(file, storage).load()
-    keys = [str(key) for key in CheckpointUnpickler(file).load()]
+    content = CheckpointUnpickler(file, size, storage).load()
+    keys = [str(key) for key in CheckpointUnpickler(file, size).load()]
     if set(keys) != set(storages):
         raise CheckpointError("it is damaged: the list of its storages is wrong")
     for key in keys:

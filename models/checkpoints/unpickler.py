@@ -8,8 +8,10 @@ gets a class, function or module of the process. So a pickle can do three things
 - use a placeholder for a class of a training framework (for example a logging buffer), which stores and does nothing.
 Any other global raises `CheckpointError` with its name.
 
-pickle also calls methods of the objects that it has built. Builders and placeholders refuse or ignore these calls, and
-arrays check them. A tensor's own `__setstate__` may change its shape or gradient flags, within torch's bounds checks.
+pickle also changes objects that it has built. `CheckpointUnpickler` lets it change only dicts, lists, sets and this
+module's own objects: a tensor's own `__setstate__` would let a file read memory beyond the tensor. Dict keys and set
+members are text, numbers or short tuples of them, because the hash of nested tuples can take forever. All calls
+together get no more data than the file could hold, so a small file cannot fill the memory.
 """
 import math
 import pickle
@@ -87,6 +89,8 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if all(size) and last >= storage.numel():
         raise CheckpointError("a tensor reaches outside its storage")
+    if math.prod(size) > max(storage.numel(), 2 ** 20):  # strides of zero repeat values
+        raise CheckpointError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset)
 
 
@@ -148,11 +152,48 @@ def _array_from_buffer(data: bytes | bytearray, dtype: _Dtype, shape: tuple, ord
     return _array(shape, dtype, data, order)
 
 
-_PYTHON = (dict, list, tuple, set, frozenset, int, float, bool, complex, str, bytes, bytearray, slice)
+def _key(key: object) -> object:
+    """A key of a dict or a member of a set, if its hash is quick to compute."""
+    parts = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
+    if not all(isinstance(part, _KEYS) for part in parts):
+        raise CheckpointError(f"a {type(key).__name__} is a key in a dict: keys must be text or numbers")
+    return key
+
+
+_KEYS = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, _Placeholder)
+
+
+def _pairs(kind: type) -> Callable:
+    def make(items: object = (), *_: object) -> dict:
+        pairs = items.items() if isinstance(items, dict) else items
+        return kind((_key(key), value) for key, value in pairs)
+    return make
+
+
+def _members(kind: type) -> Callable:
+    return lambda items=(): kind(map(_key, items))
+
+
+def _from(kind: type, *sources: type) -> Callable:
+    """`kind` made from objects of the given types: an integer would make as many zero bytes, for example."""
+    def make(*args: object) -> object:
+        if not all(isinstance(arg, sources) for arg in args):
+            raise CheckpointError(f"it makes a {kind.__name__} from a {type(args[0]).__name__}")
+        return kind(*args)
+    return make
+
+
+_NUMBERS = (int, float, complex, str, np.generic)
+_PYTHON = {
+    "dict": _pairs(dict), "set": _members(set), "frozenset": _members(frozenset),
+    "list": _from(list, list, tuple, set, frozenset, bytes), "tuple": _from(tuple, list, tuple, set, frozenset, bytes),
+    "int": _from(int, *_NUMBERS), "float": _from(float, *_NUMBERS), "bool": _from(bool, *_NUMBERS),
+    "complex": _from(complex, *_NUMBERS), "str": _from(str, str, bytes), "slice": _from(slice, int, type(None)),
+    "bytes": _from(bytes, bytes, bytearray, list, str), "bytearray": _from(bytearray, bytes, bytearray, list, str)}
 _ARRAYS = {"_reconstruct": _empty_array, "scalar": _scalar}
 _FUNCTIONS: dict[str, dict[str, Callable]] = {
-    "builtins": {**{kind.__name__: kind for kind in _PYTHON}, "getattr": _get_attribute},
-    "collections": {"OrderedDict": OrderedDict, "Counter": dict, "defaultdict": lambda *_: {}},
+    "builtins": {**_PYTHON, "getattr": _get_attribute},
+    "collections": {"OrderedDict": _pairs(OrderedDict), "Counter": _pairs(dict), "defaultdict": lambda *_: {}},
     "_codecs": {"encode": _encode},
     "torch": {"Size": torch.Size, "device": torch.device},
     "torch._utils": {"_rebuild_tensor": _rebuild_tensor, "_rebuild_tensor_v2": _rebuild_tensor,
@@ -183,16 +224,23 @@ _FRAMEWORKS = {"mmengine", "mmcv", "mmdet"}
 StorageReader = Callable[[torch.dtype, str, int, object], Tensor]
 
 
-class CheckpointUnpickler(pickle.Unpickler):
+_CHANGEABLE = (_Builder, _Placeholder, _Dtype, _Array)  # they check their state, or refuse it
+
+
+class CheckpointUnpickler(pickle._Unpickler):  # Python's own implementation, whose steps can be checked one by one
     """Unpickles `file` within the limits above.
 
     `storage` returns the flat tensor of a torch storage; without it, the pickle must not contain storages. Strings from
     Python 2 are read as latin1, which maps every byte to one character and back.
     """
 
-    def __init__(self, file: BinaryIO, storage: StorageReader | None = None) -> None:
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO, size: int, storage: StorageReader | None = None) -> None:
+        """`size` is that of the whole file, in bytes."""
         super().__init__(file, encoding="latin1")
         self._storage = storage
+        self._left = 2 ** 20 + 16 * size  # items and bytes that calls may get
         self._placeholders: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -207,6 +255,64 @@ class CheckpointUnpickler(pickle.Unpickler):
             return self._placeholders.setdefault((module, name),
                                                  type("Placeholder", (_Placeholder,), {"__slots__": ()}))
         raise CheckpointError(f"refused, it asks for {one_line(f'{module}.{name}', 80)}, which weights do not need")
+
+    def _call(self, function: Callable, args: tuple) -> object:
+        self._left -= sum(1 + (len(arg) if hasattr(arg, "__len__") and not isinstance(arg, Tensor) else 0)
+                          for arg in args)
+        if self._left < 0:
+            raise CheckpointError("its objects are larger than the file")
+        return function(*args)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args)
+
+    def _instantiate(self, function: Callable, args: list) -> None:
+        self.append(self._call(function, tuple(args)))
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], OrderedDict):  # a state dict's attribute `_metadata`
+            self.stack.pop()
+        elif isinstance(self.stack[-2], _CHANGEABLE):
+            super().load_build()
+        else:
+            raise CheckpointError(f"it tries to change a {type(self.stack[-2]).__name__}")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self._set_items({}, items)
+        self.append(dict(zip(items[::2], items[1::2])))
+
+    @staticmethod
+    def _set_items(owner: object, items: list) -> None:
+        if not isinstance(owner, (dict, _Placeholder)):
+            raise CheckpointError(f"it tries to change a {type(owner).__name__}")
+        for key, value in zip(items[::2], items[1::2]):
+            owner[_key(key)] = value
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], (set, _Placeholder)):
+            raise CheckpointError(f"it tries to change a {type(self.stack[-1]).__name__}")
+        for item in items:
+            self.stack[-1].add(_key(item))
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()  # before `append`, which belongs to the stack below the mark
+        self.append(frozenset(map(_key, items)))
+
+    for _opcode, _step in ((pickle.REDUCE, load_reduce), (pickle.BUILD, load_build), (pickle.SETITEM, load_setitem),
+                           (pickle.SETITEMS, load_setitems), (pickle.DICT, load_dict),
+                           (pickle.ADDITEMS, load_additems), (pickle.FROZENSET, load_frozenset)):
+        dispatch[_opcode[0]] = _step
 
     def persistent_load(self, saved_id: object) -> Tensor:
         if self._storage is None or not isinstance(saved_id, tuple) or len(saved_id) < 5 or saved_id[0] != "storage":

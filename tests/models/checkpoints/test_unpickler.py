@@ -305,3 +305,55 @@ def test_objects_of_a_framework_become_placeholders(tmp_path, monkeypatch):
     assert torch.equal(found["weight"], torch.ones(2))
     assert all(type(item).__name__ == "Placeholder" for item in found["hub"])
     assert "mmengine" not in sys.modules
+
+
+class Grown:
+    """Its pickle is a tensor of `count` numbers, whose `__setstate__` then makes it larger than its storage."""
+
+    def __init__(self, count):
+        self.storage = torch.zeros(count).storage()
+
+    def __reduce__(self):
+        shape = (len(self.storage),), (1,)
+        return (torch._utils._rebuild_tensor_v2, (self.storage, 0, *shape, False, OrderedDict()),
+                (self.storage, 0, (60000,), (1,)))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_tensor_cannot_be_changed(tmp_path, name, count):
+    """It would show memory that the process has given back."""
+    assert "it tries to change a Tensor" in refusal(write(tmp_path, name, {"weight": Grown(count)}))
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_storages_have_the_files_size_and_cannot_grow(tmp_path, name):
+    content = {"a": torch.arange(4.0), "none": torch.zeros(0)}
+    for value in read_checkpoint(write(tmp_path, name, content)).values():
+        assert not value.untyped_storage().resizable()
+
+
+def nested(levels):
+    """A pickle's code for a tuple that holds the one below twice, `levels` times."""
+    return b")" + b"2\x86" * levels
+
+
+@pytest.mark.parametrize("program, part", [
+    (b"\x80\x02c__builtin__\nlist\nc__builtin__\nbytes\nJ\x00\x00\x00\x10\x85R\x85R.", "it makes a bytes from a int"),
+    (b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x10\x85R.", "it makes a bytearray from a int"),
+    (b"\x80\x02}" + nested(34) + b"K\x01s.", "keys must be text or numbers"),
+    (b"\x80\x02}(" + nested(34) + b"K\x01u.", "keys must be text or numbers"),
+    (b"\x80\x02(" + nested(34) + b"K\x01d.", "keys must be text or numbers"),
+    (b"\x80\x04\x8f(" + nested(34) + b"\x90.", "keys must be text or numbers"),
+    (b"\x80\x04(" + nested(34) + b"\x91.", "keys must be text or numbers"),
+    (b"\x80\x02c__builtin__\nset\n]" + nested(34) + b"a\x85R.", "keys must be text or numbers"),
+    (b"\x80\x02c__builtin__\nstr\n" + nested(34) + b"\x85R.", "it makes a str from a tuple"),
+    (b"\x80\x02cnumpy\ndtype\n)K\x01K\x02s.", "it tries to change a"),
+    # A list of a thousand entries, copied ten thousand times.
+    (b"\x80\x02c__builtin__\nlist\nq\x00](" + b"N" * 1000 + b"eq\x01]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
+     "larger than the file"),
+])
+def test_small_files_do_not_fill_the_memory_or_take_forever(tmp_path, program, part):
+    assert part in refusal(plain_pickle(tmp_path, program))
+
