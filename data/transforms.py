@@ -1,15 +1,20 @@
 """Reading, resizing and flipping images with their boxes. Images are uint8 tensors (3, h, w), RGB."""
+import os
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.errors import UnreadableImage
+
+MAX_PIXELS = 2 ** 28  # of an image, which then takes 768 MiB
 
 
 def read_image(path: Path, upright: bool = True) -> Tensor:
@@ -19,12 +24,16 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
     (`upright=False` returns the pixels as they are stored). Alpha is dropped, not blended. Grey and CMYK are converted.
     For 16-bit images, the upper eight bits are kept.
 
-    Raises UnreadableImage if the file is missing, damaged or in another format.
+    Raises UnreadableImage if the file is missing, damaged, in another format, not a regular file, or if its header says
+    more than `$DENSEKD_MAX_PIXELS` pixels (by default 2^28).
     """
     try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):  # a pipe could wait forever
+            raise UnreadableImage(f"image {path} cannot be read (it is not a regular file): replace it with a file")
         content = np.fromfile(path, dtype=np.uint8)
         if not len(content):
             raise UnreadableImage(f"image {path} cannot be read (it is empty): replace the file")
+        _check_pixels(path)
         image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     except FileNotFoundError:
         text = f"image {path} does not exist: correct the images folder or the file_name"
@@ -40,6 +49,22 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
     if image.dtype == torch.uint16:  # a PNG of 16 bits per channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
+
+
+def _check_pixels(path: Path) -> None:
+    """Compare the size in a file's header with the limit, before decoding takes the memory for it."""
+    limit = int(os.environ.get("DENSEKD_MAX_PIXELS") or MAX_PIXELS)
+    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit cannot be raised for one call
+    try:
+        with Image.open(path) as header:
+            width, height = header.size
+    except (OSError, ValueError, SyntaxError):  # the decoder will say what is wrong
+        return
+    finally:
+        Image.MAX_IMAGE_PIXELS = own
+    if width * height > limit:
+        raise UnreadableImage(f"image {path} cannot be read (it has {width} x {height} pixels, more than {limit}): "
+                              "make it smaller, or set DENSEKD_MAX_PIXELS to a larger number")
 
 
 def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:

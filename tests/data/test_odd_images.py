@@ -1,6 +1,7 @@
 """Every readable kind of image gives the right pixels, and every unreadable kind gives one clear line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -155,3 +156,26 @@ def test_another_size_than_annotated_is_not_skipped(broken):
     broken[1].write_text(json.dumps(content))
     with pytest.raises(DataError, match="is 60 x 40 pixels .* but 61 x 40 in"):
         CocoDataset(*broken, training=True, skip_unreadable=True)[0]
+
+
+def test_the_header_alone_refuses_too_many_pixels(tmp_path, monkeypatch):
+    """A small file: it is not decoded, which would take more than a gigabyte."""
+    path = tmp_path / "large.png"
+    Image.new("1", (20000, 20000)).save(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UnreadableImage, match=r"it has 20000 x 20000 pixels, more than 268435456\): .*MAX_PIXELS"):
+        read_image(path)
+    Image.new("RGB", (40, 30)).save(path)
+    monkeypatch.setenv("DENSEKD_MAX_PIXELS", "1199")
+    with pytest.raises(UnreadableImage, match="40 x 30"):
+        read_image(path)
+    monkeypatch.setenv("DENSEKD_MAX_PIXELS", "1200")
+    assert read_image(path).shape == (3, 30, 40)
+    assert Image.MAX_IMAGE_PIXELS  # Pillow's own limit is as it was
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    """It would wait for somebody who writes."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="it is not a regular file"):
+        read_image(tmp_path / "pipe.jpg")

@@ -198,6 +198,9 @@ WRONG = {
     "no number": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>a</xmin>"), "'a'"),
     "swapped": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>900</xmin>"),
                 "with negative width or height"),
+    "entities in UTF-16": ("voc", lambda f: (f / XML).write_bytes(
+        ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY b "c">]>'
+         "<annotation><filename>&b;</filename></annotation>").encode("utf-16")), "declares a document type"),
     "entities": ("voc", lambda f: edit(f / XML, "^", '<!DOCTYPE a [<!ENTITY b "c">]>'),
                  "it declares a document type"),
     "no labels": ("yolo", lambda f: shutil.rmtree(f / "labels"), "no image has a text file"),
