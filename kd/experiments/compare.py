@@ -15,10 +15,10 @@ from data.output import write_text
 from data.tables import csv_table, markdown_table, percent, points, text_table
 from data.transforms import padded_size
 from models import build_detector
+from models.checkpoints.sources import file_hash
 
 from ..evaluation.coco import AP_FIGURES
 from ..evaluation.cost import count_flops, count_parameters
-from ..work_dir.provenance import file_hash
 from ..work_dir.records import RunRecord, group_runs, methods_of, read_run, setting
 
 CONFIDENCE = 0.95

@@ -1,5 +1,4 @@
 """Where a run's figures come from."""
-import hashlib
 import platform
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoints.sources import local_path
+from models.checkpoints.sources import file_hash, local_path
 
 from ..config import Config
 
@@ -36,12 +35,3 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

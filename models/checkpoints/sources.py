@@ -86,7 +86,7 @@ def _download(url: str) -> str:
     path, checksum = _cache_entry(url)
     try:
         check_encrypted(url)
-        if os.path.isfile(path):
+        if os.path.isfile(path) and _is_right(path, checksum):
             return path
         os.makedirs(os.path.dirname(path), exist_ok=True)
         _fetch(url, path, checksum)
@@ -98,6 +98,20 @@ def _download(url: str) -> str:
         reason = one_line(getattr(error, "reason", None) or error)
         raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
     return path
+
+
+def _is_right(path: str, checksum: str | None) -> bool:
+    """Whether a cached file still has the checksum in its name: another program may have cut it off."""
+    return checksum is None or file_hash(path).startswith(checksum)
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _fetch(url: str, path: str, checksum: str | None) -> None:
@@ -128,7 +142,7 @@ def _cache_entry(url: str) -> tuple[str, str | None]:
     """The path of a URL's file in the cache, and the checksum in its name.
 
     A name with a checksum is the file's own. Others (two different backbones are called R-50.pkl) lie in folders as on
-    their server.
+    their server, and in one more for the query of the address (`?id=...`), which may choose the file.
     """
     address = urlparse(url)
     parts = [quote(part, safe=" +=@") for part in unquote(address.path).split("/") if part not in ("", ".", "..")]
@@ -136,4 +150,6 @@ def _cache_entry(url: str) -> tuple[str, str | None]:
         raise CheckpointError(f"no file name in {one_line(url)}")
     checksum = _CHECKSUM.search(parts[-1])
     folders = [] if checksum else [quote(address.netloc.rpartition("@")[2].replace(":", "_")), *parts[:-1]]
+    if address.query and not checksum:
+        folders.append(f"query {hashlib.sha256(address.query.encode()).hexdigest()[:16]}")
     return os.path.join(torch.hub.get_dir(), "checkpoints", *folders, parts[-1]), checksum[1] if checksum else None

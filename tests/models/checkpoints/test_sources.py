@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import socket
+import ssl
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +19,11 @@ from models.weights import CheckpointError, load_backbone_weights, load_weights
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files; /away/ADDRESS leads to that address, and /cut/NAME ends in the middle."""
+    """Serves files; /away/ADDRESS leads to that address, /cut/NAME ends in the middle, NAME?id=X is by_query/X."""
 
     def do_GET(self):
+        if "?id=" in self.path:
+            self.path = f"/by_query/{self.path.partition('=')[2]}"
         if self.path.startswith("/away/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/away/"))
@@ -115,6 +118,70 @@ def test_same_name_from_two_folders(cache, server):
         assert torch.equal(model.weight, source.weight)
     host = address.removeprefix("http://").replace(":", "_")
     assert files(cache) == [f"{host}/MSRA/R-50.pkl", f"{host}/torchvision/R-50.pkl"]
+
+
+def test_the_query_chooses_the_file(cache, server):
+    """As download?id=... of many servers; the server here serves by the query."""
+    folder, address = server
+    sources = {name: torch.nn.Linear(2, 2) for name in ("AAA", "BBB")}
+    for name, source in sources.items():
+        publish(folder, f"by_query/{name}", source.state_dict())
+    for name, source in sources.items():
+        model = torch.nn.Linear(2, 2)
+        load_weights(model, f"{address}/teacher.pth?id={name}")
+        assert torch.equal(model.weight, source.weight)
+    assert len(files(cache)) == 2
+
+
+def test_a_cached_file_that_was_cut_off_is_downloaded_again(cache, server):
+    folder, address = server
+    source = torch.nn.Linear(30, 20)
+    path = publish(folder, "linear-{}.pth", source.state_dict())
+    cached = Path(local_path(f"{address}/{path.name}"))
+    cached.write_bytes(cached.read_bytes()[:-100])
+    model = torch.nn.Linear(30, 20)
+    load_weights(model, f"{address}/{path.name}")
+    assert torch.equal(model.weight, source.weight)
+
+
+@pytest.fixture
+def tls_server(server, monkeypatch):
+    """The same folder over https, with a certificate that this process trusts."""
+    folder, _ = server
+    certificate = Path(__file__).with_name("localhost.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    http.socket = context.wrap_socket(http.socket, server_side=True)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    yield folder, f"https://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_https(cache, tls_server, monkeypatch):
+    """A download, one that is redirected, one that is cut off, one with a wrong checksum, and a redirection to http."""
+    folder, address = tls_server
+    source = torch.nn.Linear(2, 2)
+    publish(folder, "w.pth", source.state_dict())
+    for way in ("w.pth", f"away/{address}/w.pth"):
+        model = torch.nn.Linear(2, 2)
+        load_weights(model, f"{address}/{way}")
+        assert torch.equal(model.weight, source.weight)
+    for way, message in (("cut/x.pth", "the connection ended after 500 of 1000 bytes"),
+                         ("w-01234567.pth", "File not found"),
+                         ("away/http://weights.invalid/w.pth", "is refused: .* use https")):
+        with pytest.raises(CheckpointError, match=message):
+            local_path(f"{address}/{way}")
+    publish(folder, "w-01234567.pth", source.state_dict())
+    with pytest.raises(CheckpointError, match="does not have the checksum in its name"):
+        local_path(f"{address}/w-01234567.pth")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(CheckpointError, match="certificate"):
+        local_path(f"{address}/other.pth")
 
 
 def test_date_is_no_checksum(cache, server):
