@@ -19,7 +19,8 @@ Weights = dict[str, Tensor]
 
 OUR_FORMAT = "densekd"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs")  # mmdet; ours, detectron2; plain scripts; Detectron
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+# What DistributedDataParallel, AveragedModel, Lightning modules and the like put before names, beside torch.compile's.
+_WRAPPERS = {"module", "model", "net", "network", "detector"}
 _PARTS = ("student", "teacher")
 _NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+|data_preprocessor\.(mean|std)")
 
@@ -60,10 +61,19 @@ def _find_weights(content: dict) -> Weights:
             weights[name] = _as_tensor(name, value)
     if not weights:
         raise CheckpointError("holds no weights")
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in weights):
-            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    weights = _unwrap(weights)
     return {name: value for name, value in weights.items() if not _NOT_WEIGHTS.fullmatch(name)}
+
+
+def _unwrap(weights: Weights) -> Weights:
+    """The weights without the names that wrappers put before them, as often as they did, or inside (`_orig_mod`)."""
+    weights = _rename(weights, lambda name: name.replace("_orig_mod.", ""))
+    while True:
+        inner = {name: value for name, value in weights.items() if "." in name}  # n_averaged is a wrapper's own
+        first = {name.partition(".")[0] for name in inner}
+        if len(first) != 1 or not first <= _WRAPPERS:
+            return weights
+        weights = {name.partition(".")[2]: value for name, value in inner.items()}
 
 
 def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:

@@ -113,11 +113,24 @@ def test_own_names(tmp_path, reported, format_name, head):
     assert reported() == f"loaded {format_name} checkpoint {path}: {count} of {count} tensors\n"
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
+                                    "module.module.", "model.", "module.model._orig_mod."])
 def test_wrapper_prefix(prefix):
     state = state_of(detector())
     model = detector(seed=1)
     load_weights(model, {"model": {prefix + name: value for name, value in state.items()}})
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()},
+    lambda state: {re.sub(r"^(backbone|neck|bbox_head)\.", r"\1._orig_mod.", name): v for name, v in state.items()},
+    lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()}, "pytorch-lightning_version": "2.5"},
+], ids=["AveragedModel", "compiled parts", "Lightning"])
+def test_weights_from_wrappers(wrap):
+    state = state_of(detector())
+    model = detector(seed=1)
+    assert not load_weights(model, wrap(state)).unexpected
     assert_loaded(model, state)
 
 
