@@ -1,4 +1,4 @@
-"""What a training step computes before its backward pass; training, --check, --replay and the benchmark share it."""
+"""A training step up to its backward pass, which training, --check, --replay and the benchmark share."""
 from typing import NamedTuple
 
 import torch
@@ -19,16 +19,16 @@ class StepLosses(NamedTuple):
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random in a step (masks of a method, dropped paths of a backbone) by the number of the step.
+    """Seed the random numbers of a step (masks of a method, dropped paths of a backbone) with the step's number.
 
-    So a resumed run draws the same numbers, and each process draws its own.
+    A resumed run then draws the same numbers, and each process draws its own.
     """
     torch.manual_seed(hash((seed, step, rank)))
 
 
 def to_device(images: Tensor, targets: list[dict], student: Detector, device: torch.device
               ) -> tuple[Tensor, list[dict]]:
-    """A batch from the loader on the device, its images normalised for the student.
+    """Move a batch from the loader to the device, and normalise its images for the student.
 
     Args:
         images: uint8 (N, 3, H, W).

@@ -10,11 +10,11 @@ from .base import Method
 
 
 class PKD(Method):
-    """Maps are compared with each channel's mean and deviation over the batch taken out.
+    """Maps are compared after each channel is normalised by its mean and deviation over the batch.
 
     Args:
         loss_weight: weight of the loss, summed over maps.
-        sync_stats: means and deviations are of all processes' batches together; the original takes each process's own.
+        sync_stats: take means and deviations over the batches of all processes; the original uses each process's.
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 

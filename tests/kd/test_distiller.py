@@ -264,9 +264,10 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
     (CROSSKD, {}, teacher_entry(head_={"reg_max": 16}), "distributions over 9 distances.*over 17"),
     (CROSSKD, {}, teacher_entry(
         head_={"anchor_generator": anchors(strides=(4, 8, 16, 32, 64))}, neck={"start_level": 0}), "strides"),
-    ({**CROSSKD, "reused_teacher_head_idx": 3}, {}, teacher_entry(), "is 3, and the student's head has layers 0..2"),
-    ({**CROSSKD, "reused_teacher_head_idx": -1}, {}, teacher_entry(), "is -1"),
-    ({**CROSSKD, "reused_teacher_head_idx": 2}, {}, teacher_entry(head_={"stacked_convs": 1}), "teacher's head .*0..1"),
+    ({**CROSSKD, "reused_teacher_head_idx": 3}, {}, teacher_entry(), "from 0 to 2, .* the student's towers, not 3"),
+    ({**CROSSKD, "reused_teacher_head_idx": -1}, {}, teacher_entry(), "not -1"),
+    ({**CROSSKD, "reused_teacher_head_idx": 2}, {}, teacher_entry(head_={"stacked_convs": 1}),
+     "from 0 to 1, .* the teacher's towers, not 2"),
     ({"type": "CrossKD"} | {"adapter_kernel": 2}, {}, teacher_entry(), "adapter_kernel.*1, 3"),
     ({"type": "FGD", "levels": [5]}, {}, teacher_entry(), "levels.*0..4"),
     ({"type": "CrosKD"}, {}, teacher_entry(), 'did you mean "CrossKD"'),
@@ -274,7 +275,7 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
     ({"type": "FGD", "alpha": 1.0}, {}, teacher_entry(), 'methods.0.alpha: unknown key'),
     ({"type": "CrossKD", "loss_cls_kd": {"type": "KDQualityFocaLoss"}}, {}, teacher_entry(), "KDQualityFocalLoss"),
     (FGD, {}, {"model": small_config()}, "checkpoint"),
-    (FGD, {}, {"checkpoint": None}, "distill.teacher: needs either cfg"),
+    (FGD, {}, {"checkpoint": None}, "distill.teacher: give either cfg"),
     (FGD, {}, teacher_entry() | {"checkpiont": None}, 'did you mean "checkpoint"'),
 ])
 def test_refuses(method, student, teacher, message):
@@ -358,7 +359,7 @@ def test_compiled_it_gives_the_same(head):
 
 def test_compiled_code_gives_no_outputs_of_modules():
     distiller = make({"type": "FGD", "student_modules": ["neck.fpn_convs.0.conv"]})
-    with pytest.raises(ConfigError, match="train.compile: FGD takes outputs of modules by name"):
+    with pytest.raises(ConfigError, match="train.compile: FGD needs the outputs of named modules"):
         distiller.compile()
 
 

@@ -63,7 +63,7 @@ def test_a_teacher_of_other_classes_cannot_be_measured_without_a_map(scenes, tmp
     cfg["distill"]["methods"] = [{"type": "FGD"}]
     path = write_config(tmp_path / "cfg.yaml", cfg)
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
-    assert "teacher 0: none, it has 9 classes and the data 6: distill.teacher.class_map" in capsys.readouterr().out
+    assert "teacher 0: none, it has 9 classes and the data 6: set distill.teacher.class_map" in capsys.readouterr().out
 
 
 def test_shares_and_gradient_norms_are_logged(scenes, tmp_path, monkeypatch):
