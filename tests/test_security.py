@@ -191,7 +191,7 @@ def dangers(source: str) -> list[str]:
                 found.append(f"{called} with shell or allow_pickle")
             if called == "torch.load" and options.get("weights_only") != "True":
                 found.append("torch.load without weights_only=True")
-            if called == "yaml.load" and options.get("Loader") not in ("Yaml12Loader", "yaml.SafeLoader"):
+            if called == "yaml.load" and options.get("Loader") not in ("Yaml12Loader", "yaml.SafeLoader", "yaml.BaseLoader"):
                 found.append("yaml.load without a safe loader")
     return found
 

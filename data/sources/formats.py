@@ -200,20 +200,28 @@ def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
         text = file.read_text(encoding="utf-8")
         if file.suffix in (".yaml", ".yml"):
             try:
-                content = yaml.safe_load(text)
+                content = yaml.load(text, Loader=yaml.BaseLoader)  # names stay as they are written: no, 010, ~
             except yaml.YAMLError as error:
                 raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
             listed = content.get("names") if isinstance(content, dict) else None
-            if isinstance(listed, dict) and sorted(listed) == list(range(len(listed))):
-                listed = [listed[k] for k in range(len(listed))]
+            if isinstance(listed, dict) and set(listed) == set(map(str, range(len(listed)))):
+                listed = [listed[str(k)] for k in range(len(listed))]
         else:
             listed = [line.strip() for line in text.splitlines() if line.strip()]
         if isinstance(listed, list) and listed:
-            return [str(name) for name in listed]
+            return _checked_names(listed, file)
     raise DataError(
         f"the class names are not known: {names or source} has no YAML file with names, no classes.txt and "
         "no *.names; give --names FILE"
     )
+
+
+def _checked_names(names: list, file: Path) -> list[str]:
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file}: the class names must be texts, not lists or mappings")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{file}: the class name {twice[0]!r} occurs twice; give each class a name of its own")
+    return names
 
 
 # --- CSV ---

@@ -11,6 +11,7 @@ from models.build import nearest
 
 from .config import Config, parse_config
 
+MAX_ENTRIES = 100_000  # of a configuration file
 TAG = "tag:yaml.org,2002:"
 PLAIN = {  # YAML 1.2's words and numbers: a pattern, and the characters that can come first
     "bool": (r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"), "int": (r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
@@ -20,6 +21,23 @@ PLAIN = {  # YAML 1.2's words and numbers: a pattern, and the characters that ca
 
 class Yaml12Loader(yaml.SafeLoader):
     """Reads YAML safely, with the plain words and numbers of YAML 1.2: `off` is a word, `1e-3` is a number."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, if its aliases do not repeat a few lines a million times."""
+        node = super().get_single_node()
+        if node is not None and expanded_size(node, {}) > MAX_ENTRIES:
+            raise yaml.YAMLError(f"its aliases (*name) expand to more than {MAX_ENTRIES} entries")
+        return node
+
+
+def expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many entries a document has if every alias is written out; `known` has those of nodes by identity."""
+    if id(node) not in known:
+        known[id(node)] = 0  # for a node that contains itself, which is refused later
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(expanded_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 Yaml12Loader.yaml_implicit_resolvers = {

@@ -10,7 +10,8 @@ from odd_images import pixels, write_rotated
 from PIL import Image
 from runs import run_script
 
-from data import generate_scenes
+from data import DataError, generate_scenes
+from data.sources.formats import read_labelled
 from data.sources.scenes import CLASSES
 from kd.config.load import read_yaml
 
@@ -279,3 +280,20 @@ def test_a_file_of_the_users_is_not_overwritten(scenes, tmp_path, monkeypatch, c
     assert (tmp_path / "in" / "data.yaml").read_bytes() == before and not (tmp_path / "in" / "train.json").exists()
     for _ in range(2):  # its own it writes anew
         assert prepare(monkeypatch, capsys, "yolo", tmp_path / "in", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["names: [yes, no, on, 010, 1_000, ~]",
+                                  "names: {0: yes, 1: no, 2: on, 3: 010, 4: 1_000, 5: ~}",
+                                  "nc: 6\nnames:\n- yes\n- no\n- 'on'\n- 010\n- 1_000\n- ~"])
+def test_names_in_yaml_stay_as_they_are_written(scenes, tmp_path, text):
+    write_yolo(tmp_path / "in", scenes)
+    (tmp_path / "in" / "data.yaml").write_text(text)
+    assert read_labelled("yolo", tmp_path / "in").classes == ["yes", "no", "on", "010", "1_000", "~"]
+
+
+def test_two_classes_of_one_name_are_refused(scenes, tmp_path):
+    write_yolo(tmp_path / "in", scenes)
+    (tmp_path / "in" / "data.yaml").write_text("names: [a, b, a, c, d, e]")
+    with pytest.raises(DataError, match="the class name 'a' occurs twice"):
+        read_labelled("yolo", tmp_path / "in")
+

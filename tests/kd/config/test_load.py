@@ -140,3 +140,12 @@ def test_a_mapping_that_was_changed_is_read_again():
     assert parse_config(cfg).train.epochs == 2
     distiller = build_distiller(cfg)
     assert distiller.student.bbox_head.num_classes == distiller.teacher.bbox_head.num_classes == 3
+
+
+def test_aliases_that_repeat_without_end_are_refused(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    with pytest.raises(ConfigError, match="cfg.yaml is not valid YAML: its aliases .* more than 100000 entries"):
+        load_config(write("cfg.yaml", MODEL + "\n".join(lines)))
+    cfg = load_config(write("cfg.yaml", MODEL + "schedule: {milestones: &m [1, 2]}\ntrain: {epochs: 3}\n"))
+    assert cfg.schedule.milestones == [1, 2]
