@@ -62,6 +62,8 @@ def binary_cross_entropy(pred: Tensor, target: Tensor, weight: Tensor | None = N
 class FocalLoss(nn.Module):
     """`sigmoid_focal_loss` times `loss_weight`."""
 
+    takes = "logits and labels"
+
     def __init__(self, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
@@ -77,6 +79,8 @@ class FocalLoss(nn.Module):
 class QualityFocalLoss(nn.Module):
     """`quality_focal_loss` times `loss_weight`."""
 
+    takes = "logits, labels and qualities"
+
     def __init__(self, use_sigmoid: bool = True, beta: float = 2.0, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
@@ -90,6 +94,8 @@ class QualityFocalLoss(nn.Module):
 
 class CrossEntropyLoss(nn.Module):
     """`binary_cross_entropy` times `loss_weight`."""
+
+    takes = "logits and probabilities"
 
     def __init__(self, use_sigmoid: bool = True, loss_weight: float = 1.0):
         super().__init__()

@@ -132,6 +132,8 @@ class PKDLoss(nn.Module):
 class KDQualityFocalLoss(nn.Module):
     """`kd_quality_focal_loss` times `loss_weight`."""
 
+    takes = "logits of both sides"
+
     def __init__(self, use_sigmoid: bool = True, beta: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         if not use_sigmoid:
@@ -145,6 +147,8 @@ class KDQualityFocalLoss(nn.Module):
 
 class KnowledgeDistillationKLDivLoss(nn.Module):
     """`kd_kl_div_loss` times `loss_weight`."""
+
+    takes = "distributions of both sides"
 
     def __init__(self, class_reduction: str = "mean", T: float = 10.0, loss_weight: float = 1.0):
         super().__init__()

@@ -86,6 +86,7 @@ def ciou_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, eps: f
 class _BoxLoss(nn.Module):
     """A box loss from this file, times `loss_weight`."""
 
+    takes = "boxes"
     function: Callable[..., Tensor]
 
     def __init__(self, eps: float = 1e-6, loss_weight: float = 1.0):

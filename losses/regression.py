@@ -41,6 +41,8 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None 
 class L1Loss(nn.Module):
     """`l1_loss` times `loss_weight`."""
 
+    takes = "numbers"
+
     def __init__(self, loss_weight: float = 1.0):
         super().__init__()
         self.loss_weight = loss_weight
@@ -53,6 +55,8 @@ class L1Loss(nn.Module):
 class SmoothL1Loss(nn.Module):
     """`smooth_l1_loss` times `loss_weight`."""
 
+    takes = "numbers"
+
     def __init__(self, beta: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         self.beta, self.loss_weight = beta, loss_weight
@@ -64,6 +68,8 @@ class SmoothL1Loss(nn.Module):
 
 class DistributionFocalLoss(nn.Module):
     """`distribution_focal_loss` times `loss_weight`."""
+
+    takes = "distributions and numbers"
 
     def __init__(self, loss_weight: float = 1.0):
         super().__init__()

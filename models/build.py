@@ -12,6 +12,8 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from losses import LOSSES
+
 Table = Mapping[str, Callable]
 
 # Short spellings of the references' argument names.
@@ -208,3 +210,19 @@ def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
         raise ConfigError(".".join(filter(None, [key, error.key])), error.problem) from None
     except ValueError as error:
         raise ConfigError(key, str(error)) from None
+
+
+def build_loss(cfg: dict, key: str, given: Sequence[str]) -> Any:
+    """Build the loss that `cfg` describes, of those that take what it will be given.
+
+    Args:
+        given: what the loss is called with, one of the `takes` of the losses; empty: whatever it takes.
+    Raises:
+        ConfigError: see `build`, or a loss that takes something else.
+    """
+    loss = build(cfg, LOSSES, key)
+    if given and loss.takes not in given:
+        fitting = ", ".join(name for name, kind in LOSSES.items() if kind.takes in given)
+        raise ConfigError(f"{key}.type", f"{cfg['type']} compares {loss.takes}, and here {' or '.join(given)} are "
+                                         f"compared; use {fitting}")
+    return loss

@@ -171,6 +171,9 @@ FORBIDDEN_CALLS = {
     "yaml": {"unsafe_load", "full_load", "load_all", "unsafe_load_all", "full_load_all"}, "tempfile": {"mktemp"}}
 
 
+SAFE_LOADERS = ("Yaml12Loader", "yaml.SafeLoader", "yaml.BaseLoader")
+
+
 def dangers(source: str) -> list[str]:
     """Calls and imports that can run data as code."""
     found = []
@@ -191,7 +194,7 @@ def dangers(source: str) -> list[str]:
                 found.append(f"{called} with shell or allow_pickle")
             if called == "torch.load" and options.get("weights_only") != "True":
                 found.append("torch.load without weights_only=True")
-            if called == "yaml.load" and options.get("Loader") not in ("Yaml12Loader", "yaml.SafeLoader", "yaml.BaseLoader"):
+            if called == "yaml.load" and options.get("Loader") not in SAFE_LOADERS:
                 found.append("yaml.load without a safe loader")
     return found
 

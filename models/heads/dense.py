@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from losses import LOSSES, mean_over_processes
+from losses import mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS, IGNORED
-from ..build import ConfigError, build
+from ..build import ConfigError, build, build_loss
 from ..coders import CODERS
 from ..layers import ConvModule, NormCfg, normal_init
 from ..targets import Assignment, pad_targets
@@ -56,6 +56,8 @@ class DenseHead(nn.Module):
     classifier: str
     score_meaning = "the class"
     has_centerness = False
+    loss_inputs: dict[str, tuple[str, ...]] = {}  # what each loss is given, in the words of the losses' `takes`
+    kd_boxes = ("boxes", "numbers")  # what a loss on `comparable_boxes` is given
     box_form = "boxes in pixels"  # the form that `comparable_boxes` returns
     # This head's defaults for keys of the `test` section.
     test_defaults: dict = {}
@@ -86,7 +88,8 @@ class DenseHead(nn.Module):
         """Build parts of the head as attributes of the same names; the anchor generator becomes `prior_generator`."""
         for key, cfg in configs.items():
             name = "prior_generator" if key == "anchor_generator" else key
-            setattr(self, name, build(cfg, PARTS.get(key, LOSSES), key))
+            part = build(cfg, PARTS[key], key) if key in PARTS else build_loss(cfg, key, self.loss_inputs.get(key, ()))
+            setattr(self, name, part)
 
     def init_weights(self, prior: float) -> None:
         """Normal weights with standard deviation 0.01, zero biases; the classifier's bias starts at `prior`."""

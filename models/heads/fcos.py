@@ -31,6 +31,8 @@ class FCOSHead(DenseHead):
     box_channels = 4
     classifier = "conv_cls"
     has_centerness = True
+    loss_inputs = {"loss_cls": ("logits and labels",), "loss_bbox": ("boxes", "numbers"),
+                   "loss_centerness": ("logits and probabilities",)}
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 0.4},
                    "loss_reg_kd": {"type": "IoULoss", "loss_weight": 0.75}}

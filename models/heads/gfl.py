@@ -24,6 +24,9 @@ class GFLHead(DenseHead):
     """
 
     classifier = "gfl_cls"
+    loss_inputs = {"loss_cls": ("logits, labels and qualities",), "loss_dfl": ("distributions and numbers",),
+                   "loss_bbox": ("boxes", "numbers")}
+    kd_boxes = ("distributions of both sides",)
     score_meaning = "the class times the IoU"
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {

@@ -47,6 +47,8 @@ class RetinaHead(DenseHead):
             allowed_border: float = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
+        self.loss_inputs = {"loss_cls": ("logits and labels",),
+                            "loss_bbox": ("boxes", "numbers") if reg_decoded_bbox else ("numbers",)}
         self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls,
                          loss_bbox=loss_bbox)
         self.reg_decoded_bbox, self.ema_normalizer = reg_decoded_bbox, ema_normalizer

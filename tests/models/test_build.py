@@ -3,10 +3,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_models import small_config
+from small_models import make_batch, small_config, small_detector
 
-from models import ConfigError, build_detector
-from models.build import check_value, nearest
+from losses import LOSSES
+from models import HEADS, ConfigError, build_detector
+from models.build import check_value, nearest, parameters
 
 
 def change(path, value):
@@ -142,3 +143,43 @@ def test_check_value(value, hint, fits):
     else:
         with pytest.raises(ConfigError, match="^key"):
             check_value(value, hint, "key")
+
+
+MISFITS = [
+    ("RetinaHead", {"loss_bbox": {"type": "GIoULoss"}}, "loss_bbox", "GIoULoss compares boxes, and here numbers"),
+    ("RetinaHead", {"loss_cls": {"type": "GIoULoss"}}, "loss_cls", "use FocalLoss"),
+    ("RetinaHead", {"loss_cls": {"type": "QualityFocalLoss"}}, "loss_cls", "use FocalLoss"),
+    ("GFLHead", {"loss_cls": {"type": "FocalLoss"}}, "loss_cls", "use QualityFocalLoss"),
+    ("GFLHead", {"loss_dfl": {"type": "KnowledgeDistillationKLDivLoss"}}, "loss_dfl", "use DistributionFocalLoss"),
+    ("GFLHead", {"loss_bbox": {"type": "DistributionFocalLoss"}}, "loss_bbox", "use L1Loss, SmoothL1Loss, IoULoss"),
+    ("ATSSHead", {"loss_centerness": {"type": "L1Loss"}}, "loss_centerness", "use CrossEntropyLoss"),
+    ("FCOSHead", {"loss_bbox": {"type": "CrossEntropyLoss"}}, "loss_bbox", "compares logits and probabilities"),
+]
+
+
+@pytest.mark.parametrize("head, section, key, part", MISFITS)
+def test_a_loss_that_takes_something_else_is_refused(head, section, key, part):
+    with pytest.raises(ConfigError) as error:
+        build_detector(small_config(head, head=section))
+    assert error.value.key == f"model.head.{key}.type" and part in error.value.problem
+
+
+@pytest.mark.parametrize("head", ["RetinaHead", "GFLHead", "ATSSHead", "FCOSHead"])
+def test_every_loss_of_every_head_takes_what_it_is_given(head):
+    """Each loss that is not refused trains: its value and its gradients are finite, and the value is not negative."""
+    images, targets = make_batch()
+    keys = [name for name in parameters(HEADS[head]) if name.startswith("loss_")]
+    assert set(small_detector(head).bbox_head.loss_inputs) == set(keys) and len(keys) >= 2
+    built = 0
+    for key in keys:
+        for name in LOSSES:
+            try:
+                model = small_detector(head, head={key: {"type": name}}).train()
+            except ConfigError:
+                continue
+            built += 1
+            losses = model.loss(images, targets)
+            sum(losses.values()).backward()
+            assert losses[key].isfinite() and losses[key] >= 0, (key, name)
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), (key, name)
+    assert built >= len(keys) + 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from losses import LOSSES, at_least_float32
 from models import DenseHead, DetectorPass, HeadOutputs
-from models.build import ConfigError, OneOf, build
+from models.build import ConfigError, OneOf, build_loss
 
 MimicLoss = Annotated[dict, OneOf(LOSSES)] | None  # a loss of `mimic` as a mapping with a type; None: the published one
 
@@ -45,7 +45,9 @@ def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | No
         if loss_center_kd is not None:
             raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors: remove this loss")
         chosen.pop("loss_center_kd", None)
-    return torch.nn.ModuleDict({name: build(cfg, LOSSES, name) for name, cfg in chosen.items()})
+    given = {"loss_cls_kd": ("logits of both sides",), "loss_reg_kd": head.kd_boxes,
+             "loss_center_kd": ("logits and probabilities",)}
+    return torch.nn.ModuleDict({name: build_loss(cfg, name, given[name]) for name, cfg in chosen.items()})
 
 
 def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher: DetectorPass,
