@@ -10,7 +10,7 @@ from data import CocoDataset, generate_scenes
 from data.sources.scenes import CLASSES, _tight_box, render_scene
 from data.sources.shapes import SHAPES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def digests(root):
