@@ -16,7 +16,7 @@ from ..evaluation.summary import count_flops, count_parameters
 from ..inference.draw import beside_truth
 
 PARTS = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
-PICTURES = 6
+PICTURES, SCORE = 4, 0.5  # of the picture: the first scenes, boxes from this score on
 
 
 def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs/demo"), images: int = 400,
@@ -38,13 +38,14 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         start = time.perf_counter()
         figures = train(cfg, work_dir / part, device)
         minutes = (time.perf_counter() - start) / 60
-        detectors[title], dataset = load_detector(cfg, work_dir / part / "last.pth", device)
-        rows.append(describe(title, detectors[title], figures, minutes, dataset))
+        detector, dataset = load_detector(cfg, work_dir / part / "last.pth", device)
+        detectors[f"{title}: AP {100 * figures['AP']:.1f}, score ≥ {SCORE}"] = detector
+        rows.append(describe(title, detector, figures, minutes, dataset))
     table = "\n".join([
         "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
         *rows])
     (work_dir / "table.md").write_text(table + "\n", encoding="utf-8")
-    write_png(beside_truth(detectors, dataset, PICTURES, zoom=2), str(work_dir / "detections.png"))
+    write_png(beside_truth(detectors, dataset, PICTURES, SCORE, zoom=2), str(work_dir / "detections.png"))
     return table
 
 
