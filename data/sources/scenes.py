@@ -23,7 +23,7 @@ COLOURS = np.array(
 # Ranges of an object's diameter in pixels, and their probabilities. COCO calls a box small below 32 x 32 and large from
 # 96 x 96 on.
 DIAMETERS = ((24, 32), (32, 80), (80, 130))
-DIAMETER_SHARES = (0.35, 0.5, 0.15)
+DIAMETER_SHARES = (0.35, 0.55, 0.1)
 MIN_VISIBLE = 0.8  # of an object's full shape; a scene is composed such that no object shows less
 NOISE = 0.01  # its standard deviation
 JPEG_QUALITY = 92
@@ -80,7 +80,7 @@ def render_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[ndarr
     """
     canvas = _background(rng, size)
     _add_clutter(rng, canvas, count=rng.integers(1, 4))
-    owner, labels = _add_objects(rng, canvas, count=rng.integers(2, 7))
+    owner, labels = _add_objects(rng, canvas, count=rng.integers(4, 9))
     canvas += NOISE * rng.standard_normal(canvas.shape, dtype=np.float32)
     boxes = np.array([_tight_box(owner == number) for number in range(len(labels))], dtype=np.int64).reshape(-1, 4)
     return (canvas.clip(0, 1) * 255).astype(np.uint8), boxes, labels

@@ -39,7 +39,7 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         figures = train(cfg, work_dir / part, device)
         minutes = (time.perf_counter() - start) / 60
         detector, dataset = load_detector(cfg, work_dir / part / "last.pth", device)
-        detectors[f"{title}: AP {100 * figures['AP']:.1f}, score ≥ {SCORE}"] = detector
+        detectors[f"{title}: AP {100 * figures['AP']:.1f}, scores from {SCORE}"] = detector
         rows.append(describe(title, detector, figures, minutes, dataset))
     table = "\n".join([
         "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
