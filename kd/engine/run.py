@@ -123,11 +123,7 @@ def save_run(run: Run, name: str) -> None:
 
 
 def restore_run(run: Run, state: dict, path: Path) -> None:
-    """Restore a run from a checkpoint.
-
-    Raises:
-        CheckpointError: it belongs to another model, method or batch size.
-    """
+    """Restore a run from a checkpoint; CheckpointError if that is of another model, method or batch size."""
     if state["steps_per_epoch"] != run.steps_per_epoch:
         raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps per epoch and this run "
                               f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")

@@ -205,11 +205,7 @@ def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tup
 
 
 def check_scale(run: Run) -> None:
-    """Stop a run if every step overflows in fp16, however small the loss scale is.
-
-    Raises:
-        TrainingError: the loss scale has become too small.
-    """
+    """Raise TrainingError if every step overflows in fp16, so that the loss scale has become too small."""
     if run.scaler.get_scale() < SMALLEST_SCALE:
         raise TrainingError(f"train.amp=fp16: {int(run.overflows)} steps overflowed, at every loss scale. Train with "
                             "train.amp=bf16 or none, which keep the first such step for a replay")

@@ -132,7 +132,7 @@ def test_sections_are_typed_and_the_mapping_stays_as_it_was_written():
 
 
 def test_a_mapping_that_was_changed_is_read_again():
-    """As tools do that take a published configuration and make its teacher untrained."""
+    """Some tools take a published configuration and make its teacher untrained."""
     cfg = load_config(ROOT / "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml")
     cfg["model"]["head"]["num_classes"] = 3
     cfg["distill"]["teacher"]["checkpoint"] = None
