@@ -55,7 +55,7 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """
     assignment, target = student.assignment, teacher.outputs
     weight = at_least_float32(target.cls).amax(-1).sigmoid() * (assignment.label_weights != 0)
-    # Heads of different types can be compared only by decoded boxes.
+    # Heads of different kinds have only decoded boxes in common.
     form = "box_space" if head.box_form == teacher.head.box_form else "boxes"
     own, other = (getattr(made_by, form)(made, made_by.priors(made))
                   for made_by, made in ((head, outputs), (teacher.head, target)))
