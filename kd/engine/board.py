@@ -1,4 +1,4 @@
-"""TensorBoard: the figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs `viz`."""
+"""TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs the extra `viz`."""
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
