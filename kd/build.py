@@ -16,11 +16,7 @@ from .methods.base import Method, MethodOptions
 
 
 def build_model(cfg: Config, pretrained: bool = True) -> Detector | Distiller:
-    """What a configuration trains: a distiller if it has a `distill` section, otherwise a detector.
-
-    Args:
-        pretrained: load the weights that the student's backbone starts from.
-    """
+    """Build a distiller, or a detector if there is no `distill` section; `pretrained` loads `backbone.weights`."""
     return build_distiller(cfg, pretrained) if cfg.distill else build_detector(cfg.model, pretrained)
 
 
@@ -28,8 +24,8 @@ def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller
     """Build student, teachers and methods from the `model` and `distill` sections of a configuration.
 
     Raises:
-        ConfigError: a bad key, or a pair of detectors that a method cannot work on.
-        CheckpointError: a teacher whose weights do not load completely.
+        ConfigError: a wrong key, or a method that cannot work with this pair of detectors.
+        CheckpointError: the weights of a teacher do not load completely.
     """
     cfg = parse_config(cfg)
     distill = cfg.distill
@@ -49,9 +45,9 @@ def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller
 
 @torch.no_grad()
 def inherit(student: Detector, teacher: Detector) -> None:
-    """FGD's inheriting strategy (arXiv:2111.11837, section 4.1): the student's neck and head start as the teacher's.
+    """Copy the teacher's neck and head into the student (FGD's inheriting strategy, arXiv:2111.11837, section 4.1).
 
-    Tensors that the teacher lacks, or has in another shape, stay as they are; a line says which.
+    Tensors that the teacher lacks or has in another shape are not changed; the log names them.
     """
     wanted = {name: value for name, value in student.state_dict().items() if not name.startswith("backbone.")}
     given = teacher.state_dict()
@@ -62,31 +58,31 @@ def inherit(student: Detector, teacher: Detector) -> None:
         else:
             kept.append(name)
     line = f"the student's neck and head start from the teacher's weights: {len(wanted) - len(kept)} of {len(wanted)}"
-    log.info(f"{line} tensors" + (f"; left as they were, of another shape: {summary(kept)}" if kept else ""))
+    log.info(f"{line} tensors" + (f"; left as they were: {summary(kept)}" if kept else ""))
 
 
 def unique_names(said: list[str | None], kinds: list[str], key: str) -> list[str]:
-    """Each entry's name: the one in the configuration, or its kind and number.
+    """The name of each entry: the one in the configuration, otherwise its type and number.
 
     Raises:
-        ConfigError: two names are the same, so that one's losses would hide the other's.
+        ConfigError: two names are equal, so the losses of one entry would replace those of the other.
     """
     names = [name or f"{kind}{i}" for i, (name, kind) in enumerate(zip(said, kinds))]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ConfigError(f"{key}.{i}.name", f'"{name}" names two of them; give each its own')
+            raise ConfigError(f"{key}.{i}.name", f'two entries have the name "{name}"; give each its own')
     return names
 
 
 def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
-    """A teacher with its weights loaded; it has the student's classes unless its configuration says how many."""
+    """Build a teacher and load its weights; unless its configuration gives a class count, it has the student's."""
     model, class_map = teacher_model(entry), entry.class_map
     if class_map is not None:
         if len(class_map) != num_classes:
             raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
-                                                           f"{num_classes} classes")
+                                                           f"{num_classes} classes: give one for each")
         if model.head.get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
-            raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: say "
+            raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: set "
                                                            "model.head.num_classes in its configuration")
     teacher = build_detector(model.with_num_classes(num_classes), pretrained=False)
     if entry.checkpoint is not None:
@@ -101,11 +97,7 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
 
 
 def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
-    """Load a teacher's weights.
-
-    Raises:
-        CheckpointError: they do not load completely, or are not there: then it says what to train first.
-    """
+    """Load a teacher's weights; CheckpointError if they are not complete, or if the teacher is to be trained first."""
     path = entry.checkpoint
     if entry.cfg and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
         raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
@@ -115,9 +107,9 @@ def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
 
 
 def teacher_model(entry: TeacherConfig) -> ModelConfig:
-    """The `model` section of a teacher; a file is looked up from here and from the project's folder."""
+    """The `model` section of a teacher; its `cfg` is looked up in the current folder, then in the project's folder."""
     if (entry.cfg is None) == (entry.model is None):
-        raise ConfigError("distill.teacher", "needs either cfg, a configuration file, or model, the section itself")
+        raise ConfigError("distill.teacher", "give either cfg, a configuration file, or model, the section itself")
     if entry.model is not None:
         return entry.model
     project = Path(__file__).resolve().parents[1]
@@ -129,8 +121,5 @@ def teacher_model(entry: TeacherConfig) -> ModelConfig:
 
 def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> list[Method]:
     """The methods of one student-teacher pair."""
-    methods = []
-    for i, entry in enumerate(entries):
-        own = {"type": entry["type"]} | split_options(entry, MethodOptions)[1]
-        methods.append(build(own, METHODS, f"distill.methods.{i}", student=student, teacher=teacher))
-    return methods
+    return [build({"type": entry["type"]} | split_options(entry, MethodOptions)[1], METHODS, f"distill.methods.{i}",
+                  student=student, teacher=teacher) for i, entry in enumerate(entries)]

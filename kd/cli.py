@@ -1,4 +1,4 @@
-"""What the scripts share: common arguments, and errors as one line and an exit code."""
+"""What the scripts share: arguments, and errors that become one line and an exit code."""
 import argparse
 import logging
 import sys
@@ -21,7 +21,7 @@ from .work_dir.log import TqdmHandler
 
 BAD_INPUT = (ConfigError, DataError, CheckpointError, UsageError, MissingExtra, WorkDirError)
 FAILURES = (TrainingError, ExportError, DownloadError, Incomplete)
-# What the operating system says about a path that was given and cannot be used.
+# Errors of the operating system about a path that the user gave.
 BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 # Arguments that several scripts have.
@@ -33,7 +33,8 @@ SHARED = {
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
     "--score-thr": {"type": float, "default": 0.3, "metavar": "SCORE",
                     "help": "detections with a lower score are left out; default: 0.3"},
-    "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, if no run has it"},
+    "runs": {"nargs": "+", "type": Path, "metavar": "RUN", "help": "work dirs of train.py; other paths are left out"},
+    "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, used if no run has recorded it"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
     "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
 
@@ -43,7 +44,7 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
 
     Args:
         shared: names of arguments from `SHARED`.
-        changes: by the argument's name in Python, what differs from `SHARED` here.
+        changes: settings that replace those in `SHARED`, by the argument's name in Python.
     """
     result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,41 +55,37 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is.
-
-    Raises:
-        UsageError: CUDA was asked for and is not there.
-    """
+    """The named device, by default CUDA if available, otherwise the CPU; UsageError if "cuda" is not available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def fraction(points: float | None) -> float | None:
-    """An AP in points, as people give it, as the fraction that the code works with."""
+    """Convert an AP from points, as people give it, to the fraction that the code uses."""
     return None if points is None else points / 100
 
 
 def say(text: str) -> None:
-    """Print; of several processes only the first one prints."""
+    """Print in the first process; the others print nothing."""
     if rank() == 0:
         print(text)
 
 
 def wrote(*paths: Path) -> None:
-    """Say what was written, see `say`."""
+    """Print which files were written, see `say`."""
     say(f"wrote {' and '.join(map(str, paths))}")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n by signal n.
+    """Run a script's main and exit: 0 done, 1 failed, 2 bad usage, configuration or data, 128 + n stopped by signal n.
 
-    A known error ends in one line, an unknown one in its traceback, which --debug shows for all. An error from the
-    operating system is known if it names the path.
+    A known error prints one line, an unknown error its traceback; with --debug, all errors print their tracebacks. An
+    error from the operating system is known if it names the path.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a class's name is no reason to stop
+    if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show a class's name
         sys.stdout.reconfigure(errors="backslashreplace")
-    log = logging.getLogger("densekd")  # the libraries' reports, as of loaded weights
+    log = logging.getLogger("densekd")  # reports from the code, for example on loaded weights
     log.handlers, log.propagate = [TqdmHandler()], False
     log.setLevel(logging.INFO)
     code = 0
@@ -106,7 +103,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error and a line about it; 0 if it is not known."""
+    """The exit code of an error and a line about it; the code is 0 if the error is not known."""
     if isinstance(error, Stopped):
         return 128 + error.signum, str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Student, frozen teachers and any list of methods."""
+"""The distiller: a student, its frozen teachers and the distillation methods."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ from .methods.base import Method, MethodOptions
 
 
 class PlannedMethod(NamedTuple):
-    """A method that runs now."""
+    """A method that runs at the current step."""
 
     method: Method
     name: str
     factor: float  # multiplies its losses
 
 
-Plan = list[tuple[Detector, list[PlannedMethod]]]  # each teacher that is needed now, with its methods
+Plan = list[tuple[Detector, list[PlannedMethod]]]  # each teacher that is needed at this step, with its methods
 
 
 class Passes(NamedTuple):
-    """The runs of student and teachers over one batch."""
+    """The passes of student and teachers over one batch."""
 
     student: DetectorPass
     teachers: list[DetectorPass]  # one for each teacher of the plan
@@ -31,14 +31,15 @@ class Passes(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """Runs the student and each teacher once per batch and sums the methods' losses onto the student's.
+    """Runs the student and each teacher once per batch, and adds the methods' losses to the student's.
 
-    Teachers are frozen and no part of `parameters()` or `state_dict()`, but they follow `.to()` and its kin.
+    Teachers are frozen and absent from `parameters()` and `state_dict()`, but `.to()`, `.cuda()` and similar calls
+    move them, too.
     """
 
     def __init__(self, student: Detector, teachers: list[Detector], methods: list[list[Method]],
                  options: list[list[MethodOptions]], eval_teacher: bool = True):
-        """`methods` and their `options` are listed for each teacher; every option has a name of its own."""
+        """`methods` and `options` hold a list for each teacher; every `MethodOptions` has its own name."""
         super().__init__()
         self.student = student
         self.methods = nn.ModuleList(nn.ModuleList(of_teacher) for of_teacher in methods)
@@ -46,7 +47,7 @@ class Distiller(nn.Module):
         self.eval_teacher = eval_teacher
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
-        object.__setattr__(self, "teachers", teachers)  # past nn.Module's registration
+        object.__setattr__(self, "teachers", teachers)  # so that nn.Module does not register them
         for teacher in teachers:
             teacher.requires_grad_(False)
         self.train(self.training)
@@ -68,31 +69,31 @@ class Distiller(nn.Module):
         return super().train(mode)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """Let `torch.compile` have the student and all teachers that are not sharded, see `Detector.compile`.
+        """Call `Detector.compile` for the student and all teachers that are not sharded.
 
         Raises:
-            ConfigError: a method needs outputs of modules by name.
+            ConfigError: a method needs the outputs of named modules.
         """
         for method in (method for methods in self.methods for method in methods):
             if method.student_modules or method.teacher_modules:
-                raise ConfigError("train.compile", f"{type(method).__name__} takes outputs of modules by name, which "
+                raise ConfigError("train.compile", f"{type(method).__name__} needs the outputs of named modules, which "
                                                    "compiled code does not give: distil levels, or do not compile")
         for detector in (self.student, *(teacher for teacher in self.teachers if not teacher.sharded)):
             detector.compile(*args, **kwargs)
 
     def advance(self, step: int, steps_per_epoch: int, epochs: int) -> None:
-        """Say where training stands, for the methods' schedules: steps done, of `epochs` epochs."""
+        """Set the progress that the methods' schedules use: `step` steps done, `epochs` epochs in total."""
         self.step, self.epoch, self.epochs = step, step / steps_per_epoch, epochs
 
     def plan(self) -> Plan:
-        """What runs at this step of the methods' schedules."""
+        """The methods that run at the current step, with their teachers."""
         plan = [(teacher, [PlannedMethod(method, option.name, option.factor(self.epoch, self.epochs))
                            for method, option in zip(methods, options) if option.runs(self.step, self.epoch)])
                 for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
         return [(teacher, entries) for teacher, entries in plan if entries]
 
     def whole_plan(self) -> Plan:
-        """All teachers with all methods, whatever the step."""
+        """All teachers with all methods, at any step."""
         return [(teacher, [PlannedMethod(method, option.name, option.weight)
                            for method, option in zip(methods, options)])
                 for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
@@ -104,11 +105,11 @@ class Distiller(nn.Module):
 
     def passes(self, images: Tensor, targets: list[dict], plan: Plan | None = None, with_heads: bool = False,
                assign: bool = True) -> Passes:
-        """Run the student, and the teachers that a plan needs, over a batch; arguments as for `loss`.
+        """Run the student and the teachers of a plan over a batch; `images` and `targets` are as in `loss`.
 
         Args:
             plan: by default `plan()`.
-            with_heads: run all teachers' heads, also where no method needs them.
+            with_heads: run the heads of all teachers, even if no method needs them.
             assign: assign the targets to the student's anchors.
         """
         plan = self.plan() if plan is None else plan
@@ -117,7 +118,7 @@ class Distiller(nn.Module):
                                 for teacher, entries in plan], plan)
 
     def run_student(self, images: Tensor, targets: list[dict], plan: Plan, assign: bool = True) -> DetectorPass:
-        """The student's pass, with all that the methods of a plan need of it."""
+        """The student's pass, with everything that the methods of a plan need from it."""
         methods = [entry.method for _, entries in plan for entry in entries]
         return self.student.run(images, targets, union(methods, "student_cuts"), union(methods, "student_modules"),
                                 assign=assign)
@@ -125,14 +126,14 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def run_teacher(self, teacher: Detector, entries: list[PlannedMethod], images: Tensor, targets: list[dict],
                     with_head: bool = False) -> DetectorPass:
-        """A teacher's pass over the student's batch, with all that `entries` need of it."""
+        """A teacher's pass over the student's batch, with everything that `entries` need from it."""
         methods = [entry.method for entry in entries]
         images = teacher.preprocess.convert(images, targets, self.student.preprocess)
         return teacher.run(images, targets, union(methods, "teacher_cuts"), union(methods, "teacher_modules"),
                            with_head or any(method.teacher_head for method in methods))
 
     def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """The student's losses plus every method's, scalars.
+        """The losses of the student and of every method, scalars.
 
         Args:
             images: (N, 3, H, W), normalised by the student's `preprocess`.
@@ -151,11 +152,11 @@ class Distiller(nn.Module):
         return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
 
     def key(self, key: str, name: str) -> str:
-        """A loss's name in the result: with the method's behind it where another one reports the same."""
+        """The name of a loss in the result: if several methods report `key`, the method's name is appended."""
         return key if sum(other == key for other, _ in self.reported) == 1 else f"{key}/{name}"
 
     def by_method(self, values: dict) -> dict[str, list]:
-        """The values of each method's losses, picked from a dict like `loss` returns."""
+        """The values of each method's losses, taken from a dict such as `loss` returns."""
         found = {}
         for key, name in sorted(self.reported):
             if self.key(key, name) in values:
@@ -163,19 +164,18 @@ class Distiller(nn.Module):
         return found
 
     def shares(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each method's share of the total loss, under `share/` and its name."""
+        """Each method's share of the total loss, under the key `share/NAME`."""
         total = total_loss(losses).detach()
         return {f"share/{name}": sum(values).detach() / total for name, values in self.by_method(losses).items()}
 
-    def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0
-                       ) -> dict[str, float]:
-        """Norm of the gradient of the student's own losses, and of each method's, at the student's neck.
+    def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0) -> dict[str, float]:
+        """Gradient norms at the student's neck: of the student's own losses, and of the losses of each method.
 
         The gradient of a level includes that of the levels which are computed from it.
 
         Args:
-            losses, features: from one `loss_and_pass`, before the backward pass: the losses, the pass's features.
-            scale: factor of the losses on their way back, so that fp16 does not lose small gradients.
+            losses, features: the losses and the pass's features from one `loss_and_pass`, before the backward pass.
+            scale: multiplies the losses before they are differentiated, so that fp16 does not lose small gradients.
         """
         of_methods = self.by_method(losses)
         own = losses.keys() - {self.key(key, name) for key, name in self.reported}
@@ -199,5 +199,5 @@ class Distiller(nn.Module):
 
 
 def union(methods: list[Method], attribute: str) -> tuple:
-    """What any of the methods asks for, each once."""
+    """The items that this attribute of any method lists, each once."""
     return tuple(dict.fromkeys(item for method in methods for item in getattr(method, attribute)))

@@ -9,11 +9,11 @@ class UsageError(ValueError):
 
 
 class Incomplete(RuntimeError):
-    """A command that was carried out, but for parts that were reported before."""
+    """A command that was carried out except for some parts, which were reported before."""
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class WorkDirError(OSError):
@@ -25,7 +25,7 @@ class ExportError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A run that a signal has stopped, after its state was saved."""
+    """A run that a signal stopped, after its state was saved."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)

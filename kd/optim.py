@@ -18,7 +18,7 @@ def sgd(model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay:
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
     optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
     if momentum:
-        # PyTorch makes these in the first step, from memory as it finds it, which stays there if that step is skipped.
+        # PyTorch would create these uninitialised in the first step, and leave them so if that step is skipped.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -37,9 +37,9 @@ OPTIMIZERS = {"SGD": sgd, "AdamW": adamw}
 
 @dataclass
 class OptimizerOptions:
-    """What every optimiser may say beside its own arguments."""
+    """Options that every optimiser has besides its own arguments."""
 
-    base_batch_size: int | None = None  # images a step that lr is meant for; it follows theirs (arXiv:1706.02677)
+    base_batch_size: int | None = None  # images per step that lr is meant for; lr scales linearly (arXiv:1706.02677)
 
     def __post_init__(self):
         if self.base_batch_size is not None and self.base_batch_size < 1:
@@ -48,11 +48,11 @@ class OptimizerOptions:
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_norm_and_bias: bool = True,
                      bias_lr_mult: float = 1.0, bias_decay_mult: float = 1.0) -> list[dict]:
-    """What is trained, grouped by learning rate and weight decay, beginning with the plain ones.
+    """The trained parameters in groups of equal learning rate and weight decay; first those with the plain values.
 
     Args:
-        decay_norm_and_bias: False spares norms and biases the weight decay.
-        bias_lr_mult, bias_decay_mult: factors for biases, those of norms not counted.
+        decay_norm_and_bias: False applies no weight decay to norms and biases.
+        bias_lr_mult, bias_decay_mult: factors for the biases of all layers except norms.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {(lr, weight_decay): []}
     for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
         of_norm = isinstance(model.get_submodule(owner), NORMS)
         bias = kind == "bias" and not of_norm
         rate, decay = (lr * bias_lr_mult, weight_decay * bias_decay_mult) if bias else (lr, weight_decay)
-        # A norm's may have more than one dimension, as FGD's LayerNorm; what else has less than two is a learned scale.
+        # Parameters with fewer than two dimensions are biases, scales or norms'; those of FGD's LayerNorm have three.
         spared = not decay_norm_and_bias and (of_norm or parameter.dim() < 2)
         groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay}
@@ -70,7 +70,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
 
 
 def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Optimizer:
-    """The optimiser of an `optimizer` section for what `model` trains; each group remembers its `initial_lr`.
+    """Build the optimiser of an `optimizer` section for the trained parameters; each group records its `initial_lr`.
 
     Args:
         batch: images per step over all processes.
@@ -85,9 +85,9 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take over what an optimiser's `state_dict` gave, each tensor laid out in memory as its parameter is now.
+    """Load an optimiser's `state_dict`, with each tensor in the memory layout that its parameter has now.
 
-    Fused optimisers go through both in the order of memory, without a look at their strides.
+    Fused optimisers read both in memory order and ignore their strides.
     """
     optimizer.load_state_dict(state)
     for parameter, own in optimizer.state.items():
@@ -97,7 +97,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
-    """Scale a model's gradients down to the norm `limit` where theirs is larger, and return what it was, a scalar."""
+    """Scale a model's gradients down to the norm `limit` if theirs is larger; return their norm before, a scalar."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if limit is not None:
@@ -107,17 +107,17 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
 
 @dataclass
 class ScheduleConfig:
-    """The `schedule` section: the learning rate as a factor of the optimiser's."""
+    """The `schedule` section: how the learning rate changes during training."""
 
     warmup_steps: int = 500       # optimiser steps of warm-up
-    warmup_factor: float = 0.001  # of the learning rate, at the first step
-    warmup: Literal["linear", "constant"] = "linear"  # from that factor up to 1, or at that factor until it ends
-    milestones: list[float] = field(default_factory=lambda: [8, 11])  # epochs after which the rate is multiplied
-    gamma: float = 0.1            # by this
+    warmup_factor: float = 0.001  # factor of the learning rate at the first step
+    warmup: Literal["linear", "constant"] = "linear"  # rises from warmup_factor to 1, or stays at warmup_factor
+    milestones: list[float] = field(default_factory=lambda: [8, 11])  # epochs after which gamma multiplies the rate
+    gamma: float = 0.1            # factor of the learning rate at each milestone
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0."""
+    """The factor of the learning rate at a step, counted from 0."""
     factor = schedule.gamma ** bisect_right([m * steps_per_epoch for m in sorted(schedule.milestones)], step)
     if step < schedule.warmup_steps - 1:
         done = step / (schedule.warmup_steps - 1) if schedule.warmup == "linear" else 0

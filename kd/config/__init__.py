@@ -1,4 +1,4 @@
-"""Configurations: what they may say, how they are read and checked."""
+"""Configurations: their sections, and how they are read and checked."""
 from .config import Config, parse_config
 from .load import load_config
 from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig, TTAConfig

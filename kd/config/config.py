@@ -15,8 +15,8 @@ from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig
 class Config(MutableMapping):
     """A whole configuration.
 
-    `cfg.train.epochs` is what the code reads. `cfg["train"]` is the section as it was written, which runs record.
-    Whoever changes what was written passes the configuration to `parse_config` once more.
+    The code reads `cfg.train.epochs`. `cfg["train"]` is the section as it was written, which runs record. After a
+    change to it, pass the configuration to `parse_config` again.
     """
 
     model: ModelConfig
@@ -52,11 +52,11 @@ class Config(MutableMapping):
 
     @property
     def input(self) -> DataConfig:
-        """The `data` section, or its defaults where there is none: how images are made ready for the detector."""
+        """The `data` section, or its defaults if there is none: how images are prepared for the detector."""
         return self.data or DataConfig(train=None)
 
     def with_num_classes(self, count: int) -> "Config":
-        """The configuration with the head's class count filled in, unless it has one; in the mapping, too."""
+        """The configuration and its mapping with the head's class count set, unless it is set already."""
         head = self.model.with_num_classes(count).head
         return parse_config(self.mapping | {"model": self.mapping["model"] | {"head": head}})
 

@@ -11,24 +11,22 @@ from models.build import nearest
 
 from .config import Config, parse_config
 
+TAG = "tag:yaml.org,2002:"
+PLAIN = {  # YAML 1.2's words and numbers: a pattern, and the characters that can come first
+    "bool": (r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"), "int": (r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    "float": (r"^[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+              "-+.0123456789")}
+
 
 class Yaml12Loader(yaml.SafeLoader):
-    """Safe YAML whose plain words and numbers are YAML 1.2's: `off` is a word, `1e-3` is a number."""
+    """Reads YAML safely, with the plain words and numbers of YAML 1.2: `off` is a word, `1e-3` is a number."""
 
 
 Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int",
-                           "tag:yaml.org,2002:timestamp")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(TAG) not in (*PLAIN, "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
-                                   list("tTfF"))
-Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"),
-                                   list("-+0123456789"))
-Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+.0123456789"))
+for kind, (pattern, first) in PLAIN.items():
+    Yaml12Loader.add_implicit_resolver(TAG + kind, re.compile(pattern), list(first))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: a file that is missing or not YAML, an unknown key, a wrong type, a missing value. The message is
-            one line with the key, the file that says it and the nearest valid name.
+            one line with the key, the file that sets it and the nearest valid name.
     """
     cfg, sources = read_with_bases(Path(path))
     for override in overrides:
@@ -48,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
-    """A file merged over its `_base_` files, and for every dotted key the file that said it."""
+    """A file merged over its `_base_` files, and for every dotted key the file that sets it."""
     if path.resolve() in inside:
         raise ConfigError("_base_", f"{path} inherits from itself")
     cfg = read_yaml(path)
@@ -73,23 +71,23 @@ def read_yaml(path: Path) -> dict:
 
 
 def parse_yaml(text: str, where: str, kind: type = object) -> Any:
-    """YAML text; an error in one line."""
+    """The value of a YAML text; an error is one line."""
     try:
         value = yaml.load(text, Loader=Yaml12Loader)
         dotted_keys(value)
     except RecursionError:
-        raise ConfigError("", f"{where} is nested too deeply, or holds itself") from None
+        raise ConfigError("", f"{where} is nested too deeply, or contains itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError("", f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if value is not None and not isinstance(value, kind):
-        raise ConfigError("", f"{where} must hold keys and values at its top, not {type(value).__name__}")
+        raise ConfigError("", f"{where} must have keys and values at its top level, not {type(value).__name__}")
     return value
 
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` upon `base`: mappings are merged key by key, all else is replaced; so is a mapping of another `type`."""
+    """`over` merged into `base`: mappings key by key; other values, and mappings of another `type`, are replaced."""
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "type" in over and "type" in base and over["type"] != base["type"]:
@@ -98,7 +96,7 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def dotted_keys(cfg: Any, prefix: str = "") -> list[str]:
-    """Every key of a tree, as `model.head.type`; entries of lists by their number."""
+    """All keys of a tree as dotted paths, for example `model.head.type`; list entries are numbered."""
     entries = cfg.items() if isinstance(cfg, dict) else enumerate(cfg) if isinstance(cfg, list) else ()
     keys = []
     for name, value in entries:
@@ -107,7 +105,7 @@ def dotted_keys(cfg: Any, prefix: str = "") -> list[str]:
 
 
 def source_of(key: str, sources: dict[str, str], default: str) -> str:
-    """Where a key, or the nearest key above it, was said."""
+    """The file or override that sets a key, or the nearest key above it."""
     while key:
         if key in sources:
             return sources[key]
@@ -116,7 +114,7 @@ def source_of(key: str, sources: dict[str, str], default: str) -> str:
 
 
 def apply_override(cfg: dict, sources: dict[str, str], override: str) -> None:
-    """Set `a.b.0.c=value` in a tree; the value is YAML. Mappings on the way are made, list entries must exist."""
+    """Apply `a.b.0.c=value` to a tree; the value is YAML. Missing mappings are created, list entries must exist."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError("", f'override "{override}" is not of the form key=value')
@@ -131,7 +129,7 @@ def apply_override(cfg: dict, sources: dict[str, str], override: str) -> None:
 
 
 def position(node: dict | list, name: str, key: str, override: str) -> str | int:
-    """What `name` indexes in a node: a mapping's key or a list's number."""
+    """The index for `name` in a node: the key of a mapping, or the number of a list entry."""
     if isinstance(node, dict):
         return name
     if not name.isdigit() or int(name) >= len(node):

@@ -20,7 +20,7 @@ INTRODUCTION = f"""# Configuration reference
 Every key that a configuration may have, its type and its default. `python scripts/write_reference.py` writes this page
 from the signatures that configurations are checked against; the tests fail when it is out of date.
 
-A default of "-" means that the key must be given, "derived" that it follows from other parts unless it is given.
+A default of "-" means that the key is required. "derived" means that it follows from other parts unless it is given.
 {", ".join(f"`{short}`" for short in ALIASES)} are short for {", ".join(f"`{full}`" for full in ALIASES.values())}.
 """
 
@@ -37,7 +37,7 @@ def configuration_reference() -> str:
             blocks += [summary(choice.common), arguments(choice.common, places)]
         documented: dict[Callable, str] = {}
         for name, call in choice.table.items():
-            blocks.append(f"### `type: {name}`" + (" (where none is said)" if name == choice.default else ""))
+            blocks.append(f"### `type: {name}`" + (" (the default)" if name == choice.default else ""))
             if call in documented:
                 blocks.append(f"As `{documented[call]}`.")
             else:
@@ -48,14 +48,14 @@ def configuration_reference() -> str:
 
 @dataclasses.dataclass
 class Places:
-    """What a configuration is made of, and the dotted keys where each is found."""
+    """The sections and tables of types in a configuration, and the dotted keys where they are used."""
 
     sections: dict[Callable, list[str]] = dataclasses.field(default_factory=dict)
     tables: dict[int, tuple[OneOf, list[str]]] = dataclasses.field(default_factory=dict)  # by the table's identity
 
 
 def collect(root: Callable) -> Places:
-    """Every section and every table of types, from one section on down, the upper ones first."""
+    """Every section and table of types in a section and below, the upper ones first."""
     places = Places({root: [""]})
     pending = [("", root)]
     while pending:
@@ -78,7 +78,7 @@ def collect(root: Callable) -> Places:
 
 
 def leaves(hint: Any) -> Iterator[Any]:
-    """The plain types, and the tables, that a type hint is made of."""
+    """The plain types and the tables of types in a type hint."""
     if get_origin(hint) is Annotated:
         yield get_args(hint)[1]
     elif get_origin(hint) is None or get_origin(hint) is Literal:
@@ -89,17 +89,17 @@ def leaves(hint: Any) -> Iterator[Any]:
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a mapping with this one's arguments is meant."""
+    """Whether a type hint stands for a mapping with the arguments of its class."""
     return inspect.isclass(hint) and hint not in (str, bool, int, float, dict, type(None)) and not is_given(hint)
 
 
 def is_given(hint: Any) -> bool:
-    """Whether only the program can give such a value: a network that is built already."""
+    """Whether only the program can give such a value, because it is a network."""
     return hint in (Detector, nn.Module)
 
 
 def arguments(call: Callable, places: Places, choice: OneOf | None = None) -> str:
-    """A table of what a class or function takes; `choice` is the table that it is from."""
+    """A markdown table of the arguments of a class or function; `choice` is the table of types that lists it."""
     described = descriptions(call, choice.table if choice else {})
     rows = []
     for name, (hint, default) in parameters(call).items():
@@ -113,12 +113,12 @@ def arguments(call: Callable, places: Places, choice: OneOf | None = None) -> st
 
 
 def in_yaml(text: str) -> str:
-    """A description of an argument with Python's constants as a configuration says them."""
+    """The description of an argument, with Python's constants as they are written in YAML."""
     return re.sub(r"\b(None|True|False)\b", lambda found: {"None": "null"}.get(found[0], found[0].lower()), text)
 
 
 def show_default(default: Any, call: Callable, name: str) -> str:
-    if dataclasses.is_dataclass(call):  # whose signature does not tell what a factory makes
+    if dataclasses.is_dataclass(call):  # its signature does not show what a factory returns
         field = next(field for field in dataclasses.fields(call) if field.name == name)
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else default
     if default is inspect.Parameter.empty:
@@ -174,9 +174,9 @@ def slug(heading: str) -> str:
 
 
 def summary(call: Callable) -> str:
-    """The first paragraph of a docstring; where that is only "`x` times `loss_weight`.", x's before it."""
+    """The first paragraph of a docstring; if it is only "`x` times `loss_weight`.", that of `x`."""
     text = " ".join((inspect.getdoc(call) or "").split("\n\n")[0].split())
-    if dataclasses.is_dataclass(call) and text.startswith(f"{call.__name__}("):  # what Python makes up
+    if dataclasses.is_dataclass(call) and text.startswith(f"{call.__name__}("):  # Python's default
         return ""
     other = re.fullmatch(r"`(\w+)` times `loss_weight`\.", text)
     named = getattr(sys.modules[call.__module__], other[1], None) if other else None
@@ -184,10 +184,10 @@ def summary(call: Callable) -> str:
 
 
 def descriptions(call: Callable, siblings: Mapping[str, Callable] = {}) -> dict[str, str]:
-    """What each argument is, as far as the code says it.
+    """The descriptions of the arguments that the code describes.
 
-    What a docstring does not say, or only by "see `x`", is looked for in the classes above and in all that it names,
-    among `siblings` too.
+    If a docstring does not describe an argument, or only by "see `x`", the base classes and everything that the
+    docstring mentions are searched, also among `siblings`.
     """
     if dataclasses.is_dataclass(call):
         return comments(call)
@@ -228,9 +228,8 @@ def argument_docs(docstring: str) -> dict[str, str]:
 
 def comments(call: type) -> dict[str, str]:
     """The comment behind each field of a dataclass."""
-    lines = inspect.getsource(call).splitlines()
     found = {}
-    for line in lines:
+    for line in inspect.getsource(call).splitlines():
         entry = re.match(r"    (\w+): .*?  # (.*)", line)
         if entry:
             found[entry[1]] = entry[2]

@@ -1,4 +1,4 @@
-"""The sections of a configuration that are kd's own."""
+"""The sections of a configuration that kd defines itself."""
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,20 +14,20 @@ class TrainConfig:
     """The `train` section."""
 
     epochs: int = 12
-    seed: int = 0                                   # of the initial weights, the order and the augmentation
+    seed: int = 0                                   # for initial weights, order of images and augmentation
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
-    channels_last: bool = True                      # convolutions' memory format; changes rounding and speed only
-    compile: bool = False                           # torch.compile backbones, necks and heads, the teachers' too
-    grad_clip: float | None = None                  # largest norm of the whole gradient; null does not clip
+    channels_last: bool = True                      # memory format of convolutions; affects only rounding and speed
+    compile: bool = False                           # torch.compile backbones, necks and heads, also of teachers
+    grad_clip: float | None = None                  # largest norm of the whole gradient; null: no clipping
     accumulate: int = 1                             # batches per optimiser step; each has its own loss normalisers
     ema: float | None = None                        # decay of a moving average of the weights, which is then evaluated
-    sync_bn: bool = False                           # batch norms that learn share statistics among processes (CUDA)
+    sync_bn: bool = False                           # trained batch norms use statistics of all processes (CUDA)
     checkpoint_every: int | None = None             # steps between checkpoints; null: at the end of epochs
-    keep: int = 1                                   # checkpoints kept: last.pth, last.1.pth, ...; best.pth beside them
+    keep: int = 1                                   # checkpoints kept: last.pth, last.1.pth, ...; best.pth is kept, too
     log_every: int = 10                             # steps between lines of metrics.jsonl and the log
-    check_images: int = 100                         # the teacher's AP on so many is shown before the first step; 0: off
+    check_images: int = 100                         # images for the teacher's AP before the first step; 0: off
     grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never
-    tensorboard: bool = False                       # write what metrics.jsonl gets for TensorBoard, too (extra viz)
+    tensorboard: bool = False                       # also write metrics.jsonl's records for TensorBoard (extra viz)
     vis_period: int = 500                           # steps between TensorBoard's pictures of detections; 0: none
 
     def __post_init__(self):
@@ -40,10 +40,10 @@ class TrainConfig:
 
 @dataclass
 class TTAConfig:
-    """The `eval.tta` section: test-time augmentation, views of every image whose detections are merged."""
+    """The `eval.tta` section: test-time augmentation, which merges detections on several views of every image."""
 
-    flip: bool = False                            # each image mirrored, too
-    scales: list[tuple[int, int]] | None = None   # each image at all of these, in place of data.scale
+    flip: bool = False                            # also detect on each image mirrored
+    scales: list[tuple[int, int]] | None = None   # detect at all of these, in place of data.scale
 
 
 @dataclass
@@ -51,8 +51,8 @@ class EvalConfig:
     """The `eval` section."""
 
     every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
-    batch_size: int | None = None  # images per step; null is data.batch_size. The figures do not depend on it
-    class_map: list[int] | None = None  # the detector's class for each of the data's; null: the same. Not for training
+    batch_size: int | None = None  # images per step; null: data.batch_size. The figures do not depend on it
+    class_map: list[int] | None = None  # for each class of the data, the detector's; null: the same. Not for training
     tta: TTAConfig | None = None   # augmentation in eval.py and predict.py; null: one view
 
     def __post_init__(self):
@@ -61,17 +61,17 @@ class EvalConfig:
 
 @dataclass
 class TeacherConfig:
-    """A teacher: its model, from a configuration file or said here, and its weights."""
+    """A teacher: its model, from a configuration file or given here, and its weights."""
 
-    checkpoint: str | None     # path or URL; null only where an untrained teacher is meant
-    cfg: str | None = None     # a configuration file whose `model` section is the teacher's
+    checkpoint: str | None     # path or URL; null only for an untrained teacher
+    cfg: str | None = None     # a configuration file with the teacher's `model` section
     model: ModelConfig | None = None
     part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
-    name: str | None = None    # tells its losses from another teacher's
+    name: str | None = None    # distinguishes its losses from those of other teachers
     weight: float = 1.0        # multiplies the losses of all methods with this teacher
-    class_map: list[int] | None = None  # the teacher's class for each of the student's; null: they have the same
-    precision: Precision | None = None  # of its convolutions; null is the student's
-    shard: bool = False        # for one too large for a device: in training its weights are spread over the processes
+    class_map: list[int] | None = None  # for each class of the student, the teacher's; null: the same
+    precision: Precision | None = None  # of its convolutions; null: as the student's
+    shard: bool = False        # for a teacher too large for one device: training spreads its weights over the processes
 
 
 @dataclass

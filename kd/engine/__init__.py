@@ -1,1 +1,1 @@
-"""What a run needs around the methods: configuration, training loop, evaluation, records, pictures."""
+"""The training loop, the check before it, and the replay of a failed step."""

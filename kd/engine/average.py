@@ -7,12 +7,9 @@ from models import Detector
 
 
 class WeightAverage:
-    """Exponential moving average of a detector's weights and statistics; the first update takes them as they are.
+    """Exponential moving average of a detector's weights and statistics; an update keeps the share `decay` of it.
 
-    As PyTorch's `AveragedModel` with its EMA, but that one waits for the GPU at every update.
-
-    Args:
-        decay: what is kept of the average at an update.
+    The first update copies them. PyTorch's `AveragedModel` with EMA is the same, but waits for the GPU at every update.
     """
 
     def __init__(self, detector: Detector, decay: float):
@@ -22,7 +19,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, detector: Detector) -> None:
-        """Take in the weights that a step has led to."""
+        """Add the weights after a step to the average."""
         pairs = list(zip(self.module.state_dict().values(), detector.state_dict().values()))
         own, other = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         torch._foreach_lerp_(own, other, 1 - self.decay if self.updates else 1.0)

@@ -1,4 +1,4 @@
-"""TensorBoard: metrics.jsonl's figures, and pictures of detections beside the ground truth. Needs the extra `viz`."""
+"""TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs the extra `viz`."""
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ from ..processes import distributed
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-IMAGES = 4  # in a picture
+IMAGES = 4  # per picture
 
 
 class Board:
-    """An event file in `tensorboard/` of the work dir; it is made when there is something for it.
+    """An event file in `tensorboard/` of the work dir; it is created with the first record.
 
     Args:
-        from_step: step from which a resumed run goes on; what was written for later steps is replaced.
+        from_step: the step at which a resumed run continues; records of later steps are replaced.
     """
 
     def __init__(self, cfg: Config, work_dir: Path, from_step: int, device: torch.device):
@@ -39,7 +39,7 @@ class Board:
         return self.open
 
     def show(self, record: dict) -> None:
-        """The numbers of one record, under `train/`, `val/` and, of classes, `val_class/`."""
+        """Write the numbers of a record under `train/`, `val/` or, for single classes, `val_class/`."""
         step = record["step"]
         for name, value in record.items():
             group = "val" if "AP" in record else "train"
@@ -51,7 +51,7 @@ class Board:
         self.writer.flush()
 
     def pictures(self, step: int, detectors: dict[str, Detector]) -> None:
-        """At every `vis_period` steps, what detectors find on the first images of data.val, beside the truth."""
+        """Every `vis_period` steps, write detections on the first images of data.val beside the ground truth."""
         period = self.cfg.train.vis_period
         if not period or step % period:
             return
@@ -67,11 +67,7 @@ def tensorboard() -> ModuleType:
 
 
 def open_board(cfg: Config, work_dir: Path, from_step: int, device: torch.device) -> Board | None:
-    """The board of a run, in its first process, if `train.tensorboard` is set.
-
-    Raises:
-        MissingExtra: TensorBoard is not installed.
-    """
+    """The board of a run, in its first process, if `train.tensorboard` is set; MissingExtra without TensorBoard."""
     if not cfg.train.tensorboard:
         return None
     tensorboard()

@@ -1,4 +1,4 @@
-"""A training run checked before it starts: what is distilled from where to where, what it costs, that it works."""
+"""The check of a training run before it starts: what is distilled, what it costs, and whether it works."""
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def check(cfg: Config, device: torch.device) -> str:
     """Build what a configuration trains, take two steps and detect on one batch. Nothing is written.
 
     Returns:
-        For people: the models, the teachers' AP, what each method compares, losses, time and memory.
+        Text for people: the models, the teachers' AP, what each method compares, losses, time and memory.
     Raises:
         ConfigError, DataError, CheckpointError: bad input.
     """
@@ -35,11 +35,11 @@ def check(cfg: Config, device: torch.device) -> str:
     losses, _ = train_step(run, run.model, [(images, targets)])
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
     start = time.perf_counter()
-    losses, _ = train_step(run, run.model, [(images, targets)])  # the first one was slower, having things to set up
+    losses, _ = train_step(run, run.model, [(images, targets)])  # the first step was slower, because of set-up
     losses["loss"].item()  # waits for the device
     seconds = time.perf_counter() - start
     shown = None if run.val_loader is None else next(iter(run.val_loader), None)
-    if shown is not None:  # as for a process that has none of very few images
+    if shown is not None:  # None in a process that gets no images because there are so few
         run.model.eval()
         with torch.no_grad(), autocast(device, amp):
             found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
@@ -50,7 +50,7 @@ def check(cfg: Config, device: torch.device) -> str:
 
 
 def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> list[str]:
-    """What every method compares with what, and its weights."""
+    """Lines that say what every method compares, and its weights."""
     lines, batch = [], to_device(images, targets, run.student, run.device)
     with torch.no_grad(), autocast(run.device, run.cfg.train.amp):
         student, teachers, plan = run.distiller.passes(*batch)

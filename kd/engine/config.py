@@ -1,4 +1,4 @@
-"""`load_config` under the name that it had first."""
+"""`load_config` under its first name."""
 from ..config import load_config
 
 __all__ = ["load_config"]

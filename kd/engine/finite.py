@@ -1,4 +1,4 @@
-"""Losses that are not finite: noticed without waiting for the device, and kept for a replay."""
+"""Detects losses that are not finite without waiting for the device, and keeps their step for a replay."""
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from ..processes import distributed
 
 
 class FiniteWatch:
-    """Keeps a step with a loss that is not finite from touching the weights, and tells of it one step later.
+    """Makes sure that a step whose loss is not finite does not change the weights, and reports it one step later.
 
-    Nobody waits for the device: the optimiser skips the step by a flag that is on the device, and the same flag, copied
-    meanwhile, is read before the next step begins. The weights are then still those that gave the loss.
+    Nothing waits for the device: a flag on the device makes the optimiser skip the step. Meanwhile the flag is copied,
+    and the copy is read before the next step, when the weights are still those that gave the loss.
     """
 
     def __init__(self, device: torch.device):
@@ -23,25 +23,21 @@ class FiniteWatch:
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def found_inf(self, broken: Tensor) -> Tensor:
-        """One where `broken` of any process is true, otherwise zero: a scalar on the device."""
+        """1 if `broken` is true in any process, otherwise 0: a scalar on the device."""
         flag = broken.float()
         if distributed.world_size() > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag
 
     def look_at(self, flag: Tensor, report: Callable[[], str]) -> None:
-        """Remember a step's flag; `report` saves what is to be known of it and says so, should it come to that."""
+        """Remember a step's flag. If the flag is set, `report` saves the step and returns the error message."""
         self.flag.copy_(flag.view(1), non_blocking=True)
         if self.copied is not None:
             self.copied.record()
         self.pending = report
 
     def check(self) -> None:
-        """Before the next step, or at the end.
-
-        Raises:
-            TrainingError: the last step that was looked at had a loss that is not finite.
-        """
+        """Raise TrainingError if the last step's loss was not finite; call it before the next step and at the end."""
         if self.pending is None:
             return
         if self.copied is not None:
@@ -52,11 +48,7 @@ class FiniteWatch:
 
 
 def keep_statistics(model: nn.Module) -> Callable[[Tensor], None]:
-    """Remember what the model's norms have collected, for a step that may be skipped.
-
-    Returns:
-        What puts it back if the flag that it is given, on the device, is true.
-    """
+    """A function that restores the present statistics of the model's norms if its argument, a device flag, is true."""
     before = [(buffer, buffer.clone()) for module in model.modules() if module.training
               for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
 
@@ -74,4 +66,4 @@ def describe_broken_step(losses: dict[str, Tensor], targets: list[dict], step: i
     images = ", ".join(str(target.get("image_id", "?")) for target in targets)
     return (f"{what} at step {step}, images {images}. The batch and the weights are in {path}: look at them with "
             f"scripts/train.py --replay {path}; lower optimizer.lr, set train.grad_clip, or train without train.amp. "
-            "The checkpoints are from before")
+            "The checkpoints are from earlier steps")

@@ -1,4 +1,4 @@
-"""A step that went wrong, kept and taken once more."""
+"""Saves a failed step, and repeats it."""
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ FORMAT = "densekd-replay"
 
 
 def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
-    """Write the batches of a step, and the weights that it began with."""
+    """Write the batches of a step, and the weights before it."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
     write_whole(path, {"format": FORMAT, "config": run.cfg.mapping, "step": step, "rank": distributed.rank(),
                        "steps_per_epoch": run.steps_per_epoch,
@@ -25,14 +25,15 @@ def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, lis
 
 
 def replay(path: Path, device: torch.device) -> str:
-    """Take the step of a file that `save_replay` wrote once more, without an optimiser.
+    """Repeat the step in a file from `save_replay`, without an optimiser.
 
     Returns:
-        For people: every loss, the modules whose outputs are not finite first, and parameters whose gradients are not.
+        Text for people: all losses, the first modules with outputs that are not finite, and parameters whose gradients
+        are not finite.
     Raises:
-        CheckpointError: no such file, or another one.
+        CheckpointError: the file does not exist, or is not a replay file.
     """
-    state = read_plain(path, FORMAT, "file", "a replay file, which a run leaves where a loss is not finite")
+    state = read_plain(path, FORMAT, "file", "a replay file, which a run writes when a loss is not finite")
     cfg = parse_config(state["config"])
     model = build_model(cfg, pretrained=False).to(device).train()
     student = model.student if isinstance(model, Distiller) else model

@@ -1,4 +1,4 @@
-"""A training run: what it consists of, how it is built, saved and put back."""
+"""A training run: its parts, and how it is built, saved and restored."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from .finite import FiniteWatch
 
 @dataclass
 class Run:
-    """What the steps, evaluations and checkpoints of a training run share."""
+    """The state that the steps, evaluations and checkpoints of a training run share."""
 
     cfg: Config
     device: torch.device
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def evaluated_model(self) -> Detector:
-        """The detector whose figures count: the average of the weights where there is one."""
+        """The detector that is evaluated: the moving average if there is one, otherwise the student."""
         return self.student if self.average is None else self.average.module
 
     @property
@@ -64,15 +64,15 @@ class Run:
 
 
 def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
-    """Data, models and optimiser of a run, at its first step."""
+    """Build the data, models and optimiser of a run, before its first step."""
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
-        raise ConfigError("data", "missing: what is to be trained on?")
+        raise ConfigError("data", "missing: give data.train, which is trained on")
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
     cfg = with_classes(cfg, train_set)
     val_set = build_dataset(data, "val", training=False) if data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
-        raise ConfigError("data.val", f"has classes {val_set.classes}, and data.train {train_set.classes}")
+        raise ConfigError("data.val", f"needs the classes of data.train, {train_set.classes}, not {val_set.classes}")
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
     model = build_model(cfg)
@@ -82,7 +82,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
     model = model.to(device, memory_format=memory_format(settings))
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
-            raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only")
+            raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
         distributed.synchronise_norms(model)
     if settings.compile:
         model.compile()
@@ -98,7 +98,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
 
 
 def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
-    """Refuse teachers whose checkpoints have the data's classes in another order; those without names pass."""
+    """Raise ConfigError if a teacher's checkpoint names the data's classes in another order."""
     for entry in cfg.teachers:
         path = entry.checkpoint
         if entry.class_map is None and path is not None and ("://" in path or Path(path).is_file()):
@@ -106,15 +106,14 @@ def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
 
 
 def save_run(run: Run, name: str) -> None:
-    """Write the run's state into its work dir. `model` is what is evaluated, `training` what is trained."""
+    """Write the run's state into its work dir; with a moving average, `model` is that and `training` the student."""
     if distributed.rank() != 0:
         return
     methods, reported = (run.distiller.methods.state_dict(), run.distiller.reported) if run.distiller else ({}, ())
-    state = {
-        "model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
-        "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best, "config": run.cfg.mapping,
-        "classes": run.train_loader.dataset.classes}
+    state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
+             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
+             "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
+             "config": run.cfg.mapping, "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
@@ -124,13 +123,9 @@ def save_run(run: Run, name: str) -> None:
 
 
 def restore_run(run: Run, state: dict, path: Path) -> None:
-    """Put a run where a checkpoint left it.
-
-    Raises:
-        CheckpointError: it belongs to another model, method or batch size.
-    """
+    """Restore a run from a checkpoint; CheckpointError if that is of another model, method or batch size."""
     if state["steps_per_epoch"] != run.steps_per_epoch:
-        raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps an epoch and this run "
+        raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps per epoch and this run "
                               f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
     try:
         run.student.load_state_dict(state.get("training", state["model"]))
@@ -150,10 +145,10 @@ def restore_run(run: Run, state: dict, path: Path) -> None:
 
 
 def describe_run(run: Run) -> str:
-    """What is about to run, in a few lines."""
+    """A few lines about the run, for its start."""
     data = run.train_loader.dataset
     size = typical_size(data.scale)
-    lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps an epoch, "
+    lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps per epoch, "
              f"{run.cfg.train.epochs} epochs on {run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]

@@ -1,4 +1,4 @@
-"""What data.skip_unreadable leaves out of a run."""
+"""The images that data.skip_unreadable leaves out of a run."""
 import logging
 
 from ..processes import distributed
@@ -7,7 +7,7 @@ from ..processes import distributed
 class SkippedImages:
     """The images that could not be read and were skipped: each named once in the log, and counted over the processes.
 
-    A resumed run begins to count anew.
+    A resumed run counts from zero again.
     """
 
     def __init__(self, log: logging.Logger):
@@ -15,12 +15,12 @@ class SkippedImages:
         self.lines: set[str] = set()
 
     def note(self, targets: list[dict]) -> None:
-        """Take what was skipped out of a batch's targets."""
+        """Log the images that were skipped in a batch, and remove their messages from its targets."""
         for target in targets:
             self._add(target.pop("skipped", ()))
 
     def report(self, epoch: int) -> None:
-        """At the end of an epoch, the number of all processes; those of other processes are named by now, too."""
+        """At the end of an epoch, log the images that other processes skipped, and the number over all processes."""
         self._add(distributed.gather(sorted(self.lines)))
         if self.lines:
             self.log.warning("epoch %d: %d images could not be read so far, and others took their places", epoch + 1,

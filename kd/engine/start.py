@@ -1,4 +1,4 @@
-"""AP of teachers and student before the first step, so that a useless teacher is noticed now and not after days."""
+"""AP of teachers and student before the first step, which shows a useless teacher before a long run."""
 from dataclasses import replace
 
 import torch
@@ -11,16 +11,16 @@ from ..config import Config
 from ..distiller import Distiller
 from ..evaluation.evaluate import eval_loader, evaluate
 
-SUSPICIOUS = 0.01  # an AP below this is no teacher's
+SUSPICIOUS = 0.01  # a teacher with a lower AP gets a warning
 
 
 def starting_points(model: Distiller, cfg: Config, device: torch.device) -> str:
-    """AP of every teacher and of the student on the first images of data.val, in lines for people."""
+    """AP of every teacher and of the student on the first images of data.val, as text for people."""
     first = replace(cfg.data.val, first=min(cfg.train.check_images, cfg.data.val.first or cfg.train.check_images))
     dataset = build_dataset(replace(cfg.data, val=first), "val", training=False)
 
     def ap_of(detector: Detector) -> float | None:
-        shared = not detector.sharded  # or else every process has to run it on every image
+        shared = not detector.sharded  # all processes must run a sharded one on the same images
         loader = eval_loader(cfg, dataset, shared)
         return evaluate(detector, loader, device, cfg.train.amp, shared=shared)["AP"]
 
@@ -29,7 +29,7 @@ def starting_points(model: Distiller, cfg: Config, device: torch.device) -> str:
         classes = teacher.bbox_head.num_classes
         if classes != dataset.num_classes:
             lines.append(f"  teacher {i}: none, it has {classes} classes and the data {dataset.num_classes}: "
-                         "distill.teacher.class_map would say which are which")
+                         "set distill.teacher.class_map to map them")
             continue
         ap = ap_of(teacher)
         lines.append(f"  teacher {i}: {show(ap)}")

@@ -1,4 +1,4 @@
-"""What a training step computes before its backward pass; training, --check, --replay and the benchmark share it."""
+"""A training step up to its backward pass, which training, --check, --replay and the benchmark share."""
 from typing import NamedTuple
 
 import torch
@@ -19,27 +19,22 @@ class StepLosses(NamedTuple):
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random in a step (masks of a method, dropped paths of a backbone) by the number of the step.
+    """Seed the random numbers of a step (masks of a method, dropped paths of a backbone) with the step's number.
 
-    So a resumed run draws the same numbers, and each process draws its own.
+    A resumed run then draws the same numbers, and each process draws its own.
     """
     torch.manual_seed(hash((seed, step, rank)))
 
 
 def to_device(images: Tensor, targets: list[dict], student: Detector, device: torch.device
               ) -> tuple[Tensor, list[dict]]:
-    """A batch from the loader on the device, its images normalised for the student.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-    """
+    """Move uint8 images (N, 3, H, W) and targets to the device, and normalise the images for the student."""
     images = student.preprocess(images.to(device, non_blocking=True), targets)
     return images, [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
                     for t in targets]
 
 
-def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device: torch.device,
-                   amp: str) -> StepLosses:
+def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device: torch.device, amp: str) -> StepLosses:
     """The losses of a batch from `to_device`.
 
     Args:

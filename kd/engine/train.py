@@ -36,7 +36,7 @@ SMALLEST_SCALE = 2.0 ** -20  # of the loss in fp16
 
 
 class Reports(NamedTuple):
-    """Where a run tells what happens."""
+    """Where a run reports what happens."""
 
     log: Logger
     metrics: Metrics
@@ -45,13 +45,13 @@ class Reports(NamedTuple):
 
 
 def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
-    """Train what a configuration describes, to the end of its epochs.
+    """Train the model of a configuration to the end of its last epoch.
 
     Returns:
         The figures of the last evaluation, empty without data.val.
     Raises:
         ConfigError, DataError, CheckpointError: bad input, before anything is written.
-        WorkDirError: the work dir cannot be written, or another run is in it.
+        WorkDirError: the work dir cannot be written, or another run uses it.
         TrainingError: a loss that is not finite.
         Stopped: SIGINT or SIGTERM, after saving.
     """
@@ -76,7 +76,7 @@ def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_fr
         log.info(starting_points(run.distiller, run.cfg, device))
     figures, last, every = {}, settings.epochs - 1, run.cfg.eval.every
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
-        log.info("all of its epochs are done already: a larger train.epochs goes on")
+        log.info("all epochs are done already: set a larger train.epochs to go on")
     reports = Reports(log, metrics, board, SkippedImages(log))
     with lock, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
@@ -88,7 +88,7 @@ def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_fr
 
 
 def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signals: StopSignals) -> None:
-    """The rest of one epoch, and a checkpoint at its end."""
+    """Train for the rest of one epoch, and save a checkpoint at its end."""
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
@@ -135,7 +135,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
 
 
 def in_runs(loader: Iterable, length: int) -> Iterator[list]:
-    """What a loader yields, in lists of `length`; the last may be shorter."""
+    """Collect what a loader yields in lists of `length`; the last one may be shorter."""
     batches = iter(loader)
     while taken := list(islice(batches, length)):
         yield taken
@@ -145,10 +145,10 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     """One optimiser step.
 
     Args:
-        model: the run's, or what wraps it.
-        batches: uint8 images (N, 3, H, W) and targets; of several the gradients are averaged.
+        model: the run's model, or a wrapper around it.
+        batches: uint8 images (N, 3, H, W) and targets; the gradients of several batches are averaged.
     Returns:
-        The losses, their sum, `loss`, and each method's share of it; gradient norms at the neck where they are due.
+        The losses, with their sum `loss` and each method's share of it; the gradient norms at the neck if they are due.
     """
     settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
     seed_step(settings.seed, run.step, distributed.rank())
@@ -168,7 +168,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
             losses, total, student = compute_losses(model, images, targets, run.device, settings.amp)
             norms = distiller.gradient_norms(losses, student.features, scaler.get_scale()) if norms_due else {}
             positives = student.positives
-            del student  # its outputs need not outlive the backward pass
+            del student  # so that the backward pass can free its outputs
             scaler.scale(total / len(batches)).backward()
         found.append(losses | {"loss": total, "positives_per_image": positives} |
                      (distiller.shares(losses) if distiller else {}))
@@ -191,7 +191,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
 
 
 def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tuple[Tensor, list[dict]]]) -> None:
-    """Let the optimiser skip a step whose loss or gradient is not finite, and have it found out before the next one."""
+    """Make the optimiser skip a step whose loss or gradient is not finite, and the run stop before the next step."""
     flag = run.finite.found_inf(broken)
     run.optimizer.grad_scale, run.optimizer.found_inf = None, flag  # what a GradScaler tells a fused optimiser
     step = run.step
@@ -205,18 +205,14 @@ def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tup
 
 
 def check_scale(run: Run) -> None:
-    """Stop a run of which every step overflows, however small fp16's loss scale.
-
-    Raises:
-        TrainingError: so it is.
-    """
+    """Raise TrainingError if every step overflows in fp16, so that the loss scale has become too small."""
     if run.scaler.get_scale() < SMALLEST_SCALE:
         raise TrainingError(f"train.amp=fp16: {int(run.overflows)} steps overflowed, at every loss scale. Train with "
-                            "train.amp=bf16 or none, where the first of them is kept for a replay")
+                            "train.amp=bf16 or none, which keep the first such step for a replay")
 
 
 def evaluate_epoch(run: Run, epoch: int, reports: Reports) -> dict:
-    """The student's figures on data.val, recorded, and a checkpoint if they are the best so far."""
+    """Evaluate on data.val, record the figures, and save a checkpoint if they are the best so far."""
     distributed.share_buffers(run.evaluated_model)
     figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
                        run.work_dir / "precision_recall.json")

@@ -1,4 +1,4 @@
-"""Distillation methods, one file each."""
+"""The distillation methods, one file each."""
 from .crosskd import CrossKD
 from .cwd import CWD
 from .fgd import FGD

@@ -1,42 +1,40 @@
 """CrossKD: cross-head knowledge distillation (Wang et al., arXiv:2306.11369)."""
-from typing import Annotated, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from losses import LOSSES, at_least_float32, channel_statistics
+from losses import at_least_float32, channel_statistics
 from models import Detector, DetectorPass, HeadOutputs
-from models.build import ConfigError, OneOf
+from models.build import ConfigError
 
-from .base import Method, adapter, build_mimic_losses, check_same_predictions, link, mimic
+from .base import Method, MimicLoss, adapter, build_mimic_losses, check_same_predictions, link, mimic
 
 
 class CrossKD(Method):
-    """The student's tower features go on through the teacher's head, and what comes out mimics the teacher.
+    """The student's tower features pass through the rest of the teacher's head; its predictions mimic the teacher's.
 
     Args:
-        reused_teacher_head_idx: convolutions of each tower that are the student's; the rest are the teacher's.
+        reused_teacher_head_idx: number of convolutions of each tower that the student runs; the teacher runs the rest.
         loss_cls_kd, loss_reg_kd, loss_center_kd: losses on class scores, boxes and, where the head has it,
-            centerness; by default the published ones of the head, which for FCOS have none on centerness.
-        adapter_kernel: size of the convolution to the teacher's width where the widths differ.
-        sync_stats: the means and deviations that features are aligned by are of all processes' batches together; the
-            original takes each process's own.
+            centerness; by default those published for the head, which for FCOS have none on centerness.
+        adapter_kernel: kernel size of the convolution that is added where student and teacher differ in channels.
+        sync_stats: align features by means and deviations over the batches of all processes; the original uses those
+            of each process.
     """
 
     teacher_head = True
     crosses_heads = True
 
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: int = 3,
-                 loss_cls_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
-                 loss_reg_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
-                 loss_center_kd: Annotated[dict, OneOf(LOSSES)] | None = None, adapter_kernel: Literal[1, 3] = 1,
-                 sync_stats: bool = False):
+                 loss_cls_kd: MimicLoss = None, loss_reg_kd: MimicLoss = None, loss_center_kd: MimicLoss = None,
+                 adapter_kernel: Literal[1, 3] = 1, sync_stats: bool = False):
         super().__init__()
         cut = reused_teacher_head_idx
         check_same_predictions(student.bbox_head, teacher.bbox_head, "CrossKD")
         for name, head in (("student", student.bbox_head), ("teacher", teacher.bbox_head)):
             if not 0 <= cut <= head.stacked_convs:
-                raise ConfigError("reused_teacher_head_idx", f"is {cut}, and the {name}'s head has layers "
-                                                             f"0..{head.stacked_convs}")
+                raise ConfigError("reused_teacher_head_idx", f"must be from 0 to {head.stacked_convs}, the number of "
+                                                             f"convolutions in the {name}'s towers, not {cut}")
         widths = [head.tower_channels if cut else head.in_channels for head in (student.bbox_head, teacher.bbox_head)]
         self.adapters = nn.ModuleList(adapter(*widths, adapter_kernel) for _ in ("cls", "reg"))
         self.student_cuts = self.teacher_cuts = (cut,)
@@ -45,7 +43,7 @@ class CrossKD(Method):
                                          loss_center_kd)
 
     def cross_head(self, student: DetectorPass, teacher: DetectorPass) -> HeadOutputs:
-        """The teacher's head's predictions from the student's tower features."""
+        """Predictions of the teacher's head from the student's tower features."""
         cls_feats, reg_feats = (
             [align_scale(adapt(own), other, sync_stats=self.sync_stats) for own, other in zip(*towers)]
             for adapt, *towers in zip(self.adapters, student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut]))
@@ -63,7 +61,7 @@ class CrossKD(Method):
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:
-    """The student's map (N, C, H, W) with each channel's mean and deviation over the batch as in the teacher's."""
+    """The student's map (N, C, H, W), rescaled to the teacher's mean and deviation of each channel over the batch."""
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     std, mean = channel_statistics(student, sync_stats)
     teacher_std, teacher_mean = channel_statistics(teacher, sync_stats)

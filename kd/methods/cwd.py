@@ -10,12 +10,12 @@ from .base import Method, check_same_predictions, link
 
 
 class CWD(Method):
-    """Each channel of a map is a distribution over places, which mimics the teacher's.
+    """Each channel of a map, as a distribution over positions, mimics the teacher's.
 
     Args:
         tau: temperature of the distributions (eq. 3).
         loss_weight: weight of the divergence (eq. 4), summed over maps.
-        on: "features" compares maps, "logits" each level's class scores.
+        on: "features" compares feature maps, "logits" the class scores of each level.
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
 
@@ -27,7 +27,7 @@ class CWD(Method):
         self.tau, self.loss_weight, self.teacher_head = tau, loss_weight, on == "logits"
         if self.teacher_head:
             if levels is not None or student_modules is not None:
-                raise ValueError("CWD on logits takes those of every level: levels and modules choose features")
+                raise ValueError("CWD on logits compares all levels: remove levels and student_modules")
             check_same_predictions(student.bbox_head, teacher.bbox_head, "CWD on logits", boxes=False)
         else:
             self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)

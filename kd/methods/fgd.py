@@ -11,19 +11,19 @@ from models.layers import from_host, kaiming_init
 
 from .base import BarChart, HeatMap, Method, adapter
 
-MAX_CELLS = 2 ** 26  # of a map, times boxes, held at once
+MAX_CELLS = 2 ** 26  # cells of a map, times boxes, that are in memory at once
 
 
 class FGD(Method):
-    """Feature imitation on neck outputs, weighted by where the teacher attends and by objects, plus global relation.
+    """Imitation of feature maps, weighted by the teacher's attention and by objects, plus a global relation.
 
     Args:
         levels, student_modules, teacher_modules: the maps that are distilled, see `FeaturePairs`.
         temp: temperature of the attention (eq. 5, 6).
         alpha_fgd, beta_fgd: weights of features on objects and on background (eq. 9).
-        gamma_fgd: weight of the attention's own imitation (eq. 10).
-        lambda_fgd: weight of the global relation (eq. 13). A weight of 0 leaves its part out.
-        adapter_kernel: size of the convolution to the teacher's width where the widths differ.
+        gamma_fgd: weight of the imitation of the attention itself (eq. 10).
+        lambda_fgd: weight of the global relation (eq. 13). A weight of 0 omits its part.
+        adapter_kernel: kernel size of the convolution that is added where student and teacher differ in channels.
     """
 
     def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None,
@@ -32,11 +32,9 @@ class FGD(Method):
                  lambda_fgd: float = 0.000005, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, None)
-        self.part_weights = {"alpha_fgd": alpha_fgd, "beta_fgd": beta_fgd, "gamma_fgd": gamma_fgd,
-                             "lambda_fgd": lambda_fgd}
-        self.losses = nn.ModuleList(
-            FeatureLoss(own, other, temp, alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd, adapter_kernel)
-            for own, other in zip(self.pairs.student_channels, self.pairs.teacher_channels))
+        self.part_weights = dict(alpha_fgd=alpha_fgd, beta_fgd=beta_fgd, gamma_fgd=gamma_fgd, lambda_fgd=lambda_fgd)
+        self.losses = nn.ModuleList(FeatureLoss(*channels, temp, **self.part_weights, adapter_kernel=adapter_kernel)
+                                    for channels in zip(self.pairs.student_channels, self.pairs.teacher_channels))
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         boxes = [t["boxes"] for t in student.targets]
@@ -49,9 +47,9 @@ class FGD(Method):
 
     def charts(self, student: DetectorPass, teacher: DetectorPass, trained: bool
                ) -> dict[str, list[list[HeatMap | BarChart]]]:
-        """Spatial attention of both, foreground weights and channel attention, a column for each pair of maps.
+        """Spatial attention of both models, foreground weights and channel attention; a column for each pair of maps.
 
-        The student's map is in the teacher's width, as the loss sees it, if the convolution between them is trained.
+        The student's map is shown after the convolution to the teacher's channels, if that convolution is trained.
         """
         columns, boxes = [], [target["boxes"] for target in student.targets[:1] if "boxes" in target]
         for loss, (own, other), (place, _) in zip(self.losses, self.pairs.maps(student, teacher), self.pairs.places()):
@@ -70,7 +68,7 @@ class FGD(Method):
 
 
 class FeatureLoss(nn.Module):
-    """FGD on one level. Parameter names are the original's."""
+    """FGD on one level. The parameter names are those of the original code."""
 
     def __init__(self, student_channels: int, teacher_channels: int, temp: float = 0.5, alpha_fgd: float = 0.001,
                  beta_fgd: float = 0.0005, gamma_fgd: float = 0.001, lambda_fgd: float = 0.000005,
@@ -124,7 +122,7 @@ class FeatureLoss(nn.Module):
 
 
 def context_block(channels: int) -> tuple[nn.Conv2d, nn.Sequential]:
-    """GcBlock (arXiv:1904.11492): where to look, and what to add to every channel; it starts by adding nothing."""
+    """GcBlock (arXiv:1904.11492): a weight for each cell, and layers that add to every channel, at first nothing."""
     mask = nn.Conv2d(channels, 1, 1)
     kaiming_init(mask, mode="fan_in")
     half = channels // 2
@@ -150,7 +148,7 @@ def attention(x: Tensor, temp: float) -> tuple[Tensor, Tensor]:
 
 
 def box_masks(boxes: list[Tensor], image_sizes: list[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N, H, W) of objects, one over the area of the smallest box there, and of background, summing to 1.
+    """Foreground and background weights (N, H, W): 1 / area of the smallest box on a cell; the background sums to 1.
 
     As in the original, boxes are divided by the image's size without padding and scaled to the whole padded map.
     """

@@ -11,7 +11,7 @@ from .base import Method
 
 
 class FitNet(Method):
-    """Maps are pulled towards the teacher's by half their squared distance (eq. 3), averaged over all entries.
+    """Maps mimic the teacher's: half the squared distance between them (eq. 3), averaged over all entries.
 
     Args:
         loss_weight: weight of the loss, summed over maps.

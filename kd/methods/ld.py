@@ -12,15 +12,15 @@ from .base import Method, check_same_predictions, link
 
 
 class LD(Method):
-    """Each side's distribution of positive anchors mimics the teacher's, softened by a temperature (eq. 4).
+    """The distribution of each box side mimics the teacher's on positive anchors, softened by a temperature (eq. 4).
 
-    An anchor counts as much as the student already believes it to be an object, as in the head's own box loss.
+    Each anchor is weighted by the student's highest class score, as in the head's own box loss.
 
     Args:
         loss_weight, T, class_reduction: of the KL divergence, see `losses.kd_kl_div_loss`.
-        vlr_weight: weight of the same divergence in the valuable localisation region, see `valuable_region`; 0 leaves
-            it out. Anchors count by their IoU with the box, divided by 16, as in the authors' code.
-        vlr_gamma: how far below the positives' threshold that region reaches (algorithm 1).
+        vlr_weight: weight of the same divergence in the valuable localisation region, see `valuable_region`; 0 omits
+            it. Anchors are weighted by their IoU with the box, divided by 16, as in the authors' code.
+        vlr_gamma: lower bound of that region, as a share of the positives' threshold (algorithm 1).
     """
 
     teacher_head = True
@@ -50,9 +50,9 @@ class LD(Method):
 
     @torch.no_grad()
     def valuable_region(self, student: DetectorPass) -> Tensor:
-        """IoU (N, P) with their box of the anchors that nearly were positive, zero elsewhere (algorithm 1).
+        """IoU (N, P) of almost positive anchors with their box; zero for all other anchors (algorithm 1).
 
-        They are those whose DIoU with a box lies below the threshold of its positives, but not below `vlr_gamma` of it.
+        Their DIoU with the box is below the threshold for positives, but at least `vlr_gamma` times this threshold.
         """
         priors = student.assignment.priors
         truth = pad_targets(student.targets, priors.boxes.dtype, priors.boxes.device)
@@ -68,7 +68,7 @@ class LD(Method):
 
 
 def center_distance(boxes: Tensor, others: Tensor) -> Tensor:
-    """DIoU's penalty (..., G, P): centres' squared distance over the enclosing diagonal's (arXiv:1911.08287, eq. 6)."""
+    """DIoU penalty (..., G, P): squared distance of centres / squared enclosing diagonal (arXiv:1911.08287, eq. 6)."""
     a, b = boxes.unsqueeze(-2), others.unsqueeze(-3)
     low, high = torch.min(a[..., :2], b[..., :2]), torch.max(a[..., 2:], b[..., 2:])
     distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).square().sum(-1) / 4

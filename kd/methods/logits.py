@@ -1,4 +1,4 @@
-"""Mimicking of class logits alone: plain (KD) and decoupled (DKD)."""
+"""Methods that mimic class logits only: plain (KD) and decoupled (DKD)."""
 from torch import Tensor
 
 from losses import binary_kd_loss, dkd_loss
@@ -11,8 +11,8 @@ from .base import Method, check_same_predictions, link
 class KD(Method):
     """Class scores mimic the teacher's, softened by a temperature (Hinton et al., arXiv:1503.02531, section 2).
 
-    Dense heads ask of every class by itself, so each score is a distribution over two outcomes. All anchors count that
-    the assignment has not ignored; the sum is divided by the head's own normaliser.
+    Dense heads score every class separately, so each score is a distribution over two outcomes. All anchors count
+    except those that the assignment ignores; the sum is divided by the head's own normaliser.
 
     Args:
         T: temperature.
@@ -37,9 +37,9 @@ class KD(Method):
 
 
 class DKD(Method):
-    """Decoupled mimicking (Zhao et al., arXiv:2203.08679, eq. 7): of the true class, and among the others.
+    """Decoupled mimicking (Zhao et al., arXiv:2203.08679, eq. 7): true class against the rest, and within the rest.
 
-    It needs a true class, so positives alone count; their class logits are taken as a softmax's.
+    It needs a true class, so only positive anchors count. A softmax over the classes turns their logits into scores.
 
     Args:
         alpha, beta: weights of the true class against the rest, and of the others among themselves.
@@ -54,7 +54,7 @@ class DKD(Method):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "DKD", boxes=False)
         if student.bbox_head.num_classes < 2:
-            raise ConfigError("", "DKD compares classes with one another, and there is only one")
+            raise ConfigError("", "DKD compares classes with one another, and there is only one; use KD")
         self.alpha, self.beta, self.T, self.loss_weight = alpha, beta, T, loss_weight
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:

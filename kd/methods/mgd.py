@@ -11,11 +11,11 @@ from .base import Method
 
 
 class MGD(Method):
-    """The teacher's whole map is generated from the student's, of which a random part of the cells is masked.
+    """Random cells of the student's map are masked, and convolutions generate the teacher's whole map from the rest.
 
     Args:
         alpha_mgd: weight of the squared error, summed over a map and averaged over images (eq. 4, 5).
-        lambda_mgd: share of cells that are masked (eq. 2); 0.65 is the published one of one-stage detectors.
+        lambda_mgd: share of cells that are masked (eq. 2); 0.65 is the published value for one-stage detectors.
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
@@ -24,7 +24,7 @@ class MGD(Method):
                  teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
         if not 0 <= lambda_mgd <= 1:
-            raise ValueError(f"lambda_mgd is a share of cells, from 0 to 1, not {lambda_mgd}")
+            raise ValueError(f"lambda_mgd, the share of masked cells, must be from 0 to 1, not {lambda_mgd}")
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
         self.alpha_mgd, self.lambda_mgd = alpha_mgd, lambda_mgd
         self.generation = nn.ModuleList(

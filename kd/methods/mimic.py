@@ -1,17 +1,13 @@
 """Plain prediction mimicking: the student's head against the teacher's, CrossKD's baseline (arXiv:2306.11369, 3.1)."""
-from typing import Annotated
-
 from torch import Tensor
 
-from losses import LOSSES
 from models import Detector, DetectorPass
-from models.build import OneOf
 
-from .base import Method, build_mimic_losses, check_same_predictions, mimic
+from .base import Method, MimicLoss, build_mimic_losses, check_same_predictions, mimic
 
 
 class Mimic(Method):
-    """The student's own predictions mimic the teacher's, with the losses that CrossKD puts on its crossed ones.
+    """The student's own predictions mimic the teacher's, with the same losses as in CrossKD.
 
     Args:
         loss_cls_kd, loss_reg_kd, loss_center_kd: see `CrossKD`.
@@ -19,10 +15,8 @@ class Mimic(Method):
 
     teacher_head = True
 
-    def __init__(self, student: Detector, teacher: Detector,
-                 loss_cls_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
-                 loss_reg_kd: Annotated[dict, OneOf(LOSSES)] | None = None,
-                 loss_center_kd: Annotated[dict, OneOf(LOSSES)] | None = None):
+    def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: MimicLoss = None,
+                 loss_reg_kd: MimicLoss = None, loss_center_kd: MimicLoss = None):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "Mimic")
         centerness = student.bbox_head.has_centerness and teacher.bbox_head.has_centerness

@@ -10,18 +10,17 @@ from .base import Method
 
 
 class PKD(Method):
-    """Maps are compared with each channel's mean and deviation over the batch taken out.
+    """Maps are compared after each channel is normalised by its mean and deviation over the batch.
 
     Args:
         loss_weight: weight of the loss, summed over maps.
-        sync_stats: means and deviations are of all processes' batches together; the original takes each process's own.
+        sync_stats: take means and deviations over the batches of all processes; the original uses each process's.
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0,
-                 levels: list[int] | None = None, student_modules: list[str] | None = None,
-                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1,
-                 sync_stats: bool = False):
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0, levels: list[int] | None = None,
+                 student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
+                 adapter_kernel: Literal[1, 3] = 1, sync_stats: bool = False):
         super().__init__()
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
         self.loss = PKDLoss(loss_weight, sync_stats)

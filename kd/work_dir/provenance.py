@@ -1,4 +1,4 @@
-"""Where a run's figures come from."""
+"""The origin of a run's figures."""
 import hashlib
 import platform
 import subprocess
@@ -15,7 +15,7 @@ from ..config import Config
 
 
 def provenance(cfg: Config, device: torch.device) -> dict:
-    """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
+    """The origin of a run's figures: configuration, code, versions, machine, and the teachers' files."""
     paths = [teacher.checkpoint for teacher in cfg.teachers]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg.mapping,
@@ -28,7 +28,7 @@ def provenance(cfg: Config, device: torch.device) -> dict:
 
 
 def commit() -> str | None:
-    """The code's commit, with a + where files have changed since; None outside a checkout."""
+    """The commit of the code, with a + if files have changed since; None outside a git checkout."""
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The distiller: what runs, what learns, what is saved, how losses are named, what is refused."""
+"""The distiller: what runs, is trained and is saved, names of losses, and what is refused."""
 import copy
 
 import pytest
@@ -140,7 +140,7 @@ def test_colliding_names_get_a_suffix():
 
 
 def test_two_methods_of_one_name_are_refused_or_kept_apart():
-    """No loss may be lost because its name is another's."""
+    """No loss may be lost because another one has the same name."""
     cuts = [{**CROSSKD, "reused_teacher_head_idx": cut, "name": "same"} for cut in (0, 2)]
     try:
         losses = make(*cuts).loss(*make_batch())
@@ -191,13 +191,13 @@ def test_crosskd_teaches_the_students_tower_through_the_teachers_head(head, cut)
         in_tower = name.startswith(("bbox_head.cls_convs", "bbox_head.reg_convs"))
         reached = int(name.split(".")[2]) < cut if in_tower else not name.startswith("bbox_head")
         assert (grad is not None) == reached, name
-        # A bias has none in effect, for means are aligned; nor has a block whose last norm starts at zero.
+        # A bias gets no gradient, because means are aligned; nor does a block whose last norm starts at zero.
         assert not reached or "bias" in name or "backbone" in name or grad.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_crosskd_aligns_features_in_float32(dtype):
-    """Of features that half precision holds, though not their squares: under AMP the losses are those without."""
+    """Half precision holds these features but not their squares; the losses under AMP equal those without it."""
     g = torch.Generator().manual_seed(0)
     maps = [(scale * torch.randn(2, 3, 4, 4, generator=g)).to(dtype) for scale in (1e4, 5e3)]
     with torch.autocast("cpu", dtype):
@@ -264,9 +264,10 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
     (CROSSKD, {}, teacher_entry(head_={"reg_max": 16}), "distributions over 9 distances.*over 17"),
     (CROSSKD, {}, teacher_entry(
         head_={"anchor_generator": anchors(strides=(4, 8, 16, 32, 64))}, neck={"start_level": 0}), "strides"),
-    ({**CROSSKD, "reused_teacher_head_idx": 3}, {}, teacher_entry(), "is 3, and the student's head has layers 0..2"),
-    ({**CROSSKD, "reused_teacher_head_idx": -1}, {}, teacher_entry(), "is -1"),
-    ({**CROSSKD, "reused_teacher_head_idx": 2}, {}, teacher_entry(head_={"stacked_convs": 1}), "teacher's head .*0..1"),
+    ({**CROSSKD, "reused_teacher_head_idx": 3}, {}, teacher_entry(), "from 0 to 2, .* the student's towers, not 3"),
+    ({**CROSSKD, "reused_teacher_head_idx": -1}, {}, teacher_entry(), "not -1"),
+    ({**CROSSKD, "reused_teacher_head_idx": 2}, {}, teacher_entry(head_={"stacked_convs": 1}),
+     "from 0 to 1, .* the teacher's towers, not 2"),
     ({"type": "CrossKD"} | {"adapter_kernel": 2}, {}, teacher_entry(), "adapter_kernel.*1, 3"),
     ({"type": "FGD", "levels": [5]}, {}, teacher_entry(), "levels.*0..4"),
     ({"type": "CrosKD"}, {}, teacher_entry(), 'did you mean "CrossKD"'),
@@ -274,7 +275,7 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
     ({"type": "FGD", "alpha": 1.0}, {}, teacher_entry(), 'methods.0.alpha: unknown key'),
     ({"type": "CrossKD", "loss_cls_kd": {"type": "KDQualityFocaLoss"}}, {}, teacher_entry(), "KDQualityFocalLoss"),
     (FGD, {}, {"model": small_config()}, "checkpoint"),
-    (FGD, {}, {"checkpoint": None}, "distill.teacher: needs either cfg"),
+    (FGD, {}, {"checkpoint": None}, "distill.teacher: give either cfg"),
     (FGD, {}, teacher_entry() | {"checkpiont": None}, 'did you mean "checkpoint"'),
 ])
 def test_refuses(method, student, teacher, message):
@@ -358,13 +359,13 @@ def test_compiled_it_gives_the_same(head):
 
 def test_compiled_code_gives_no_outputs_of_modules():
     distiller = make({"type": "FGD", "student_modules": ["neck.fpn_convs.0.conv"]})
-    with pytest.raises(ConfigError, match="train.compile: FGD takes outputs of modules by name"):
+    with pytest.raises(ConfigError, match="train.compile: FGD needs the outputs of named modules"):
         distiller.compile()
 
 
 @pytest.mark.parametrize("module", ["backbone.layer1.0.bn1", "backbone.layer1.0.bn2", "bbox_head.cls_convs.0.gn"])
 def test_what_a_module_gave_is_kept_as_it_was(module):
-    """The activation after it, and the sum with the shortcut, work in place."""
+    """The activation after the module, and the sum with the shortcut, work in place."""
     detector = small_detector(backbone={"zero_init_residual": False}).train()
     images, targets = make_batch()
     seen = detector.run(images, targets, modules=[module]).modules[module]

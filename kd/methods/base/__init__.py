@@ -1,8 +1,8 @@
-"""What the methods share."""
+"""What the distillation methods share."""
 from .features import FeaturePairs, adapter
 from .method import BarChart, HeatMap, Method, link
 from .options import MethodOptions
-from .predictions import build_mimic_losses, check_same_predictions, mimic
+from .predictions import MimicLoss, build_mimic_losses, check_same_predictions, mimic
 
-__all__ = ["BarChart", "FeaturePairs", "HeatMap", "Method", "MethodOptions", "adapter", "build_mimic_losses",
-           "check_same_predictions", "link", "mimic"]
+__all__ = ["BarChart", "FeaturePairs", "HeatMap", "Method", "MethodOptions", "MimicLoss", "adapter",
+           "build_mimic_losses", "check_same_predictions", "link", "mimic"]

@@ -1,4 +1,4 @@
-"""Which maps of the student a feature method compares with which of the teacher."""
+"""Pairs of a student's and a teacher's feature maps, for methods that compare maps."""
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -8,29 +8,33 @@ from models.build import nearest
 
 
 class FeaturePairs(nn.Module):
-    """Pairs of maps, the student's brought to the teacher's width by a convolution where they differ.
+    """Pairs of maps. Where the channels differ, a convolution takes the student's map to the teacher's channels.
 
     Args:
-        levels: neck outputs, by number; all by default.
-        student_modules, teacher_modules: names of modules whose outputs are compared in place of neck outputs, pair by
-            pair, `neck.fpn_convs.0.conv` say; the teacher's are the student's when not given.
-        adapter_kernel: size of the convolutions, 1 or 3.
+        levels: numbers of the neck outputs to compare; all by default.
+        student_modules, teacher_modules: names of modules whose outputs are compared pair by pair, in place of neck
+            outputs, for example `neck.fpn_convs.0.conv`; teacher_modules is student_modules by default.
+        adapter_kernel: kernel size of the convolutions, 1 or 3.
     """
 
     def __init__(self, student: Detector, teacher: Detector, levels: Sequence[int] | None = None,
                  student_modules: Sequence[str] | None = None, teacher_modules: Sequence[str] | None = None,
-                 adapter_kernel: int | None = 1):  # None: no convolutions, for a method that brings its own
+                 adapter_kernel: int | None = 1):  # None: no convolutions, for a method that has its own
         super().__init__()
         self.student_modules = tuple(student_modules or ())
         self.teacher_modules = tuple(teacher_modules or self.student_modules)
         if self.student_modules:
             if levels is not None or len(self.student_modules) != len(self.teacher_modules):
-                raise ConfigError("student_modules", "takes the place of levels, and needs one of teacher_modules each")
+                raise ConfigError("student_modules", "give these or levels, not both, and as many as teacher_modules")
             self.levels = ()
             self.student_channels = [module_channels(student, n, "student_modules") for n in self.student_modules]
             self.teacher_channels = [module_channels(teacher, n, "teacher_modules") for n in self.teacher_modules]
         else:
-            self.levels = tuple(same_levels(student, teacher) if levels is None else levels)
+            own, other = len(student.feature_channels), len(teacher.feature_channels)
+            if levels is None and own != other:
+                raise ConfigError("levels", f"the student has {own} feature levels and the teacher {other}: say which "
+                                            "to use")
+            self.levels = tuple(range(own) if levels is None else levels)
             check_levels(self.levels, student, teacher)
             self.student_channels = [student.feature_channels[level] for level in self.levels]
             self.teacher_channels = [teacher.feature_channels[level] for level in self.levels]
@@ -38,16 +42,16 @@ class FeaturePairs(nn.Module):
             self.student_channels, self.teacher_channels))
 
     def places(self) -> list[tuple[str, str]]:
-        """Names of what each pair is taken from, in the student and in the teacher."""
+        """The names of each pair's maps, in the student and in the teacher."""
         if self.student_modules:
             return list(zip(self.student_modules, self.teacher_modules))
         return [(f"neck output {level}",) * 2 for level in self.levels]
 
     def maps(self, student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
-        """The pairs as they are: maps (N, C_s, H, W) and (N, C_t, H, W).
+        """The pairs before the convolutions: maps (N, C_s, H, W) and (N, C_t, H, W).
 
         Raises:
-            ConfigError: what a module gives is no map, or the two maps of a pair differ in size.
+            ConfigError: the output of a module is not a map, or the two maps of a pair differ in size.
         """
         if self.student_modules:
             for seen, names in ((student.modules, self.student_modules), (teacher.modules, self.teacher_modules)):
@@ -60,7 +64,8 @@ class FeaturePairs(nn.Module):
         else:
             pairs = [(student.features[level], teacher.features[level]) for level in self.levels]
         for (own, other), (name, other_name) in zip(pairs, self.places()):
-            if not (is_map(own) and is_map(other)) or own.shape[-2:] != other.shape[-2:]:
+            are_maps = all(isinstance(x, Tensor) and x.dim() == 4 for x in (own, other))  # (N, C, H, W)
+            if not are_maps or own.shape[-2:] != other.shape[-2:]:
                 own, other = (tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
                               for x in (own, other))
                 raise ConfigError("distill.methods", f"{name} of the student is {own} and {other_name} of the teacher "
@@ -68,36 +73,19 @@ class FeaturePairs(nn.Module):
         return pairs
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
-        """The pairs in the teacher's width: two maps (N, C_t, H, W) each."""
+        """The pairs after the convolutions: two maps (N, C_t, H, W) each."""
         return [(adapt(own), other) for adapt, (own, other) in zip(self.adapters, self.maps(student, teacher))]
 
 
-def is_map(x: object) -> bool:
-    """Whether a module's output is a map (N, C, H, W)."""
-    return isinstance(x, Tensor) and x.dim() == 4
-
-
 def adapter(student_channels: int, teacher_channels: int, kernel: int | None) -> nn.Module:
-    """A convolution from one width to the other; nothing where they are the same or `kernel` is None."""
+    """A convolution between the two numbers of channels; an identity if they are equal or `kernel` is None."""
     if kernel is None or student_channels == teacher_channels:
         return nn.Identity()
     return nn.Conv2d(student_channels, teacher_channels, kernel, padding=kernel // 2)
 
 
-def same_levels(student: Detector, teacher: Detector) -> range:
-    """All neck outputs, of two detectors that have equally many.
-
-    Raises:
-        ConfigError: they have not.
-    """
-    own, other = len(student.feature_channels), len(teacher.feature_channels)
-    if own != other:
-        raise ConfigError("levels", f"the student has {own} feature levels and the teacher {other}: say which to use")
-    return range(own)
-
-
 def check_levels(levels: Sequence[int], student: Detector, teacher: Detector) -> None:
-    """Refuse levels that are not there, or that do not lie on one grid."""
+    """Raise ConfigError for levels that do not exist, or whose strides differ."""
     own, other = student.bbox_head.prior_generator.strides, teacher.bbox_head.prior_generator.strides
     for level in levels:
         if not 0 <= level < min(len(own), len(other)):
@@ -108,11 +96,7 @@ def check_levels(levels: Sequence[int], student: Detector, teacher: Detector) ->
 
 
 def module_channels(detector: Detector, name: str, key: str) -> int:
-    """Channels of the map that a detector's module gives: those of its last convolution.
-
-    Raises:
-        ConfigError: there is no such module, or no convolution in it.
-    """
+    """The output channels of a module's last convolution; ConfigError if there is no such module or convolution."""
     modules = dict(detector.named_modules())
     if name not in modules:
         raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')

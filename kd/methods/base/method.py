@@ -1,4 +1,4 @@
-"""What a distillation method is."""
+"""The base class of distillation methods."""
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from .features import FeaturePairs
 
 @dataclass
 class HeatMap:
-    """A map over an image, for a picture."""
+    """A map to be drawn over an image."""
 
     caption: str
     values: Tensor  # (H, W), covers the padded image
@@ -18,7 +18,7 @@ class HeatMap:
 
 @dataclass
 class BarChart:
-    """A row of bars, for a picture."""
+    """A row of bars to be drawn."""
 
     caption: str
     values: Tensor             # (C,)
@@ -39,7 +39,7 @@ class Method(nn.Module):
     teacher_modules: tuple[str, ...] = ()
     teacher_head: bool = False             # whether it needs the teacher's own predictions
     crosses_heads: bool = False            # whether it has `cross_head`
-    pairs: FeaturePairs                    # of methods that compare maps, see `pair_features`
+    pairs: FeaturePairs                    # only in methods that compare maps, see `pair_features`
 
     def pair_features(self, student: Detector, teacher: Detector, *choice: object) -> None:
         """Compare the maps that `FeaturePairs(student, teacher, *choice)` picks."""
@@ -51,12 +51,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def weights(self) -> dict[str, float]:
-        """The weights that its losses already have, by name: by default the `loss_weight` of each part."""
+        """The weights that are part of its losses, by name; by default every `loss_weight` in the method."""
         return {name or "loss_weight": module.loss_weight for name, module in self.named_modules()
                 if hasattr(module, "loss_weight")}
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
-        """What is compared with what, a line each, for people to read before a long run."""
+        """Lines that say what is compared with what, for people to read before a long run."""
         if hasattr(self, "pairs"):
             return [link(own, own_map, other, other_map) for (own, other), (own_map, other_map)
                     in zip(self.pairs.places(), self.pairs.maps(student, teacher))]

@@ -1,22 +1,18 @@
-"""Predictions of one head against another's: what may be compared, and CrossKD's losses on them."""
+"""Comparing the predictions of two heads: which heads fit together, and CrossKD's losses."""
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from losses import LOSSES, at_least_float32
 from models import DenseHead, DetectorPass, HeadOutputs
-from models.build import ConfigError, build
+from models.build import ConfigError, OneOf, build
 
+MimicLoss = Annotated[dict, OneOf(LOSSES)] | None  # a loss of `mimic` as a mapping with a type; None: the published one
 
 def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, boxes: bool = True) -> None:
-    """Refuse two heads whose outputs do not mean the same.
-
-    Args:
-        boxes: whether boxes are compared, beside class scores.
-    Raises:
-        ConfigError: saying what differs.
-    """
+    """Raise ConfigError if the class scores (with `boxes`, also the boxes) of two heads do not mean the same."""
     meaning = {"class score is the probability of": (student.score_meaning, teacher.score_meaning),
                "number of classes is": (student.num_classes, teacher.num_classes),
                "strides of the levels are": (student.prior_generator.strides, teacher.prior_generator.strides),
@@ -34,16 +30,15 @@ def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, 
 
 def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | None, loss_reg_kd: dict | None,
                        loss_center_kd: dict | None) -> torch.nn.ModuleDict:
-    """The losses of `mimic` by name: those said, otherwise the published ones of the teacher's head.
+    """The losses for `mimic`, by name: those given, otherwise those published for `head`, the teacher's.
 
-    Args:
-        centerness: whether both sides predict it.
+    `centerness` says whether both heads predict it.
     """
     said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
     chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
     if not centerness:
         if loss_center_kd is not None:
-            raise ConfigError("loss_center_kd", "centerness is not predicted on both sides")
+            raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors: remove this loss")
         chosen.pop("loss_center_kd", None)
     return torch.nn.ModuleDict({name: build(cfg, LOSSES, name) for name, cfg in chosen.items()})
 
@@ -52,11 +47,11 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
           losses: Mapping[str, torch.nn.Module]) -> dict[str, Tensor]:
     """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
 
-    Classes count wherever the student's assignment has not ignored the anchor; boxes count there as much as the
-    teacher believes in an object; centerness counts on positives.
+    The class loss covers all anchors that the student's assignment does not ignore. The box loss covers the same
+    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors.
 
     Args:
-        outputs: predictions on the student's features, by `head`.
+        outputs: predictions of `head` from the student's features.
     """
     assignment, target = student.assignment, teacher.outputs
     weight = at_least_float32(target.cls).amax(-1).sigmoid() * (assignment.label_weights != 0)
@@ -64,10 +59,9 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     form = "comparable_boxes" if head.box_form == teacher.head.box_form else "boxes"
     own, other = (getattr(made_by, form)(made, made_by.priors(made))
                   for made_by, made in ((head, outputs), (teacher.head, target)))
-    found = {
-        "loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
-                                             avg_factor=student.head.kd_normalizer(assignment)),
-        "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
+    found = {"loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
+                                                  avg_factor=student.head.kd_normalizer(assignment)),
+             "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,

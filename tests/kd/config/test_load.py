@@ -94,11 +94,11 @@ def test_files_that_cannot_be_read(write, tmp_path):
         load_config(write("b.yaml", "_base_: b.yaml\n"))
     with pytest.raises(ConfigError, match="line 2 is not valid YAML"):
         load_config(write("c.yaml", "model: {\n  a: ]\n"))
-    with pytest.raises(ConfigError, match="e.yaml is nested too deeply, or holds itself"):
+    with pytest.raises(ConfigError, match="e.yaml is nested too deeply, or contains itself"):
         load_config(write("e.yaml", "model: &m {backbone: *m}\n"))
     with pytest.raises(ConfigError, match="f.yaml is nested too deeply"):
         load_config(write("f.yaml", "model: " + "[" * 2000 + "]" * 2000 + "\n"))
-    with pytest.raises(ConfigError, match="keys and values at its top"):
+    with pytest.raises(ConfigError, match="keys and values at its top level"):
         load_config(write("d.yaml", "- 1\n"))
 
 
@@ -132,7 +132,7 @@ def test_sections_are_typed_and_the_mapping_stays_as_it_was_written():
 
 
 def test_a_mapping_that_was_changed_is_read_again():
-    """As tools do that take a published configuration and make its teacher untrained."""
+    """Some tools take a published configuration and make its teacher untrained."""
     cfg = load_config(ROOT / "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml")
     cfg["model"]["head"]["num_classes"] = 3
     cfg["distill"]["teacher"]["checkpoint"] = None

@@ -1,4 +1,4 @@
-"""The configuration reference is what the code says now, and says all of it."""
+"""The configuration reference agrees with the code, and is complete."""
 import re
 
 import pytest
@@ -57,9 +57,9 @@ def test_every_key_of_the_configurations_is_there(path):
 def test_what_a_row_says():
     page = configuration_reference()
     assert not re.search(r"\b(None|True|False)\b", page), "a configuration says null, true and false"
-    assert "| `warmup` | one of `linear`, `constant` | `linear` | from that factor up to 1, or at" in page
-    assert "| `milestones` | list of number | `[8, 11]` | epochs after which the rate is multiplied |" in page
-    assert "| `checkpoint` | text or null | - | path or URL; null only where an untrained teacher is meant |" in page
+    assert "| `warmup` | one of `linear`, `constant` | `linear` | rises from warmup_factor to 1, or" in page
+    assert "| `milestones` | list of number | `[8, 11]` | epochs after which gamma multiplies the rate |" in page
+    assert "| `checkpoint` | text or null | - | path or URL; null only for an untrained teacher |" in page
     assert "| `assigner` | [mapping with a type](#types-of-assigner) | `{type: ATSSAssigner, topk: 9}` |" in page
     assert "| `num_classes` | integer | derived | object classes, background not counted |" in page
     assert " anything " not in page and "`student`" not in re.findall(r"^\| (`\w+`) \|", page, re.M)
@@ -67,7 +67,7 @@ def test_what_a_row_says():
 
 def test_descriptions_are_followed_to_where_they_are():
     assert descriptions(GFLHead)["stacked_convs"].startswith("convolutions per tower")  # of DenseHead
-    assert descriptions(FGD)["levels"] == "neck outputs, by number; all by default."  # of FeaturePairs
+    assert descriptions(FGD)["levels"] == "numbers of the neck outputs to compare; all by default."  # of FeaturePairs
     assert descriptions(METHODS["Mimic"], METHODS)["loss_cls_kd"].startswith("losses on class scores")  # of CrossKD
 
 

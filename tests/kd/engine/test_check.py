@@ -1,4 +1,4 @@
-"""What a run shows before it starts: the teacher's AP, and all of `--check`."""
+"""The output before a run starts: the teacher's AP, and `--check`."""
 import json
 import os
 import subprocess
@@ -63,7 +63,7 @@ def test_a_teacher_of_other_classes_cannot_be_measured_without_a_map(scenes, tmp
     cfg["distill"]["methods"] = [{"type": "FGD"}]
     path = write_config(tmp_path / "cfg.yaml", cfg)
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
-    assert "teacher 0: none, it has 9 classes and the data 6: distill.teacher.class_map" in capsys.readouterr().out
+    assert "teacher 0: none, it has 9 classes and the data 6: set distill.teacher.class_map" in capsys.readouterr().out
 
 
 def test_shares_and_gradient_norms_are_logged(scenes, tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_detector_of_more_classes_is_evaluated_by_a_class_map(scenes, tmp_path
 
 
 def test_of_two_processes_one_prints(tmp_path):
-    """Also where the other has no image to evaluate."""
+    """Also if the other process has no image to evaluate."""
     scenes = generate_scenes(tmp_path / "scenes", train=4, val=1, size=(64, 64))
     path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

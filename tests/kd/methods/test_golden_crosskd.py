@@ -91,7 +91,7 @@ def test_ld():
 
 @pytest.mark.parametrize("head", ["gfl", "retinanet", "atss", "fcos"])
 def test_mimicking_is_crosskd_with_the_students_own_predictions(head):
-    """Where what CrossKD gets through the teacher's head passes for the student's predictions, its losses come out."""
+    """If the teacher's head's output replaces the student's predictions, the losses are those of CrossKD."""
     arrays, meta = golden.load(f"crosskd_{head}")
     model = distiller(meta, torch.float64)
     student, (teacher,), _ = model.passes(*golden.batch(arrays))
