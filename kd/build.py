@@ -20,7 +20,7 @@ def build_model(cfg: Config, pretrained: bool = True) -> Detector | Distiller:
     return build_distiller(cfg, pretrained) if cfg.distill else build_detector(cfg.model, pretrained)
 
 
-def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller:
+def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     """Build student, teachers and methods from the `model` and `distill` sections of a configuration.
 
     Raises:
@@ -29,6 +29,8 @@ def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller
     """
     cfg = parse_config(cfg)
     distill = cfg.distill
+    if distill is None:
+        raise ConfigError("distill", "missing: which teachers and methods?")
     student = build_detector(cfg.model, pretrained)
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in cfg.teachers]
     methods = [build_methods(distill.methods, student, teacher) for teacher in teachers]

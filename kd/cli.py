@@ -83,6 +83,8 @@ def run(main: Callable[[], None]) -> None:
     A known error prints one line, an unknown error its traceback; with --debug, all errors print their tracebacks. An
     error from the operating system is known if it names the path.
     """
+    debug = "--debug" in sys.argv  # in any place, also after a subcommand
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show a class's name
         sys.stdout.reconfigure(errors="backslashreplace")
     log = logging.getLogger("densekd")  # reports from the code, for example on loaded weights
@@ -95,7 +97,7 @@ def run(main: Callable[[], None]) -> None:
         code, message = explain(error)
         if not code:
             raise
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exc()
         print(message, file=sys.stderr)
     stop_processes()

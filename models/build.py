@@ -107,7 +107,12 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
-        read_section(choice.common, options, key)
+        checked = check_arguments(choice.common, options, key)
+        try:
+            choice.common(**checked)
+        except ConfigError as error:  # it may name the option alone
+            name = error.key.removeprefix(f"{key}.")
+            raise ConfigError(f"{key}.{name}", error.problem) from None
     check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.output import write_text
 
-from ..config import Config, parse_config
+from ..config import parse_config
 from ..evaluation.coco import format_figures
 from ..evaluation.evaluate import evaluate
 from ..exceptions import Stopped, TrainingError
@@ -44,7 +44,7 @@ class Reports(NamedTuple):
     skipped: SkippedImages
 
 
-def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
+def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
     """Train the model of a configuration to the end of its last epoch.
 
     Returns:

@@ -48,7 +48,7 @@ class Job:
             return None
         run = read_run(self.work_dir, metrics)
         wanted = self.config.with_num_classes(run.config["model"]["head"].get("num_classes"))
-        if setting(wanted.mapping) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
+        if setting(wanted) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
             raise WorkDirError(f"{self.work_dir} holds a run of another configuration: give another --work-dir, or "
                                "remove it")
         return run

@@ -1,4 +1,5 @@
 """Detectors for other runtimes: ONNX and torch.export files, checked against PyTorch."""
+import contextlib
 import json
 import os
 import warnings
@@ -96,7 +97,8 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"this detector cannot be exported as {kind}: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return found
 
 

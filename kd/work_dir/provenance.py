@@ -18,7 +18,7 @@ def provenance(cfg: Config, device: torch.device) -> dict:
     """The origin of a run's figures: configuration, code, versions, machine, and the teachers' files."""
     paths = [teacher.checkpoint for teacher in cfg.teachers]
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg.mapping,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},

@@ -59,7 +59,7 @@ def study(tmp_path, monkeypatch):
 def plan_all(study, *overrides, seeds=(0, 1), teacher=True):
     jobs = plan([study / "student.yaml", study / "fgd.yaml"], seeds, study / "work", overrides,
                 study / "teacher.yaml" if teacher else None)
-    recorded = {str(job.work_dir): copy.deepcopy(job.config.mapping) for job in jobs}
+    recorded = {str(job.work_dir): copy.deepcopy(dict(job.config)) for job in jobs}
     for job in jobs:
         recorded[str(job.work_dir)]["train"]["seed"] = job.seed or 0
         recorded[str(job.work_dir)]["model"]["head"]["num_classes"] = 6  # as train.py takes it from the annotations

@@ -138,7 +138,7 @@ def test_boxes_are_mirrored_within_the_image():
 
 def test_eval_script_takes_it_from_the_configuration(scenes, tmp_path, monkeypatch, capsys):
     _, _, cfg = detector_and_data(scenes, tmp_path)
-    path = write_config(tmp_path / "cfg.yaml", cfg.mapping)
+    path = write_config(tmp_path / "cfg.yaml", dict(cfg))
     figures = []
     for overrides in ([], ["eval.tta.flip=true", "eval.tta.scales=[[96, 64], [144, 96]]"]):
         assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / "model.pth", "--device",
