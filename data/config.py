@@ -12,15 +12,15 @@ class Split:
 
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file
-    first: int | None = None  # use only so many images, the file's first
+    first: int | None = None  # use only this many images, the first in the file
 
 
 @dataclass
 class DataConfig:
     """The `data` section."""
 
-    train: Split  # what is trained on
-    val: Split | None = None  # what is evaluated on
+    train: Split  # training data
+    val: Split | None = None  # data for evaluation
     batch_size: int = 2  # images per process and step
     workers: int = 2  # loader processes per training process; 0 loads in the training process itself
     scale: tuple[int, int] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge

@@ -1,4 +1,4 @@
-"""What bad data raises."""
+"""The errors that bad data raises."""
 from collections.abc import Sequence
 
 MAX_LISTED = 10  # problems named in an error; the rest are counted
@@ -9,7 +9,7 @@ class DataError(ValueError):
 
     def __init__(self, message: str):
         # An error from a DataLoader worker is raised again in the main process with its whole traceback as the
-        # message; the last line of that is the message which was meant.
+        # message; the last line of that is the original message.
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{__name__}.{type(self).__name__}: "))
 

@@ -4,7 +4,7 @@ from types import ModuleType
 
 
 class MissingExtra(RuntimeError):
-    """A feature was asked for whose packages are not installed."""
+    """A feature needs a package that is not installed."""
 
 
 def need(package: str, extra: str, feature: str, module: str | None = None) -> ModuleType:

@@ -1,4 +1,4 @@
-"""From a configuration to batches."""
+"""Data sets and loaders of a configuration."""
 import os
 import random
 import sys
@@ -41,8 +41,8 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
     Returns: images, uint8 (N, 3, H, W) in channels-last memory, and the list of N targets as they are.
     """
     sizes = [padded_size(image.shape[-2:]) for image, _ in samples]
-    # Images are decoded pixel by pixel (h, w, 3), and so they stay here: taking the channels apart would cost a worker
-    # a sixth of its time, and costs the device nothing.
+    # Decoded images are (h, w, 3) in memory and stay so here: to separate the channels would cost a worker a sixth of
+    # its time, and costs the device nothing.
     images = torch.zeros(len(samples), max(h for h, _ in sizes), max(w for _, w in sizes), 3, dtype=torch.uint8)
     images = images.permute(0, 3, 1, 2)
     for padded, (image, _) in zip(images, samples, strict=True):
@@ -55,33 +55,26 @@ def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
-    on; otherwise every image once. What it yields depends on `seed`, not on `workers`, nor on the global random state,
-    which it leaves alone.
+    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` or the global random state,
+    which it does not change.
     """
     if training:
         sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        # Forked, whatever Python's default: they start at once, and end when the training process is killed.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(_init_worker, seed=seed, rank=rank),
-        # without one, each epoch would take a number from the global generator
-        generator=torch.Generator().manual_seed(seed),
-    )
+    # Workers are forked, whatever Python's default is: they start at once, and end when the training process is killed.
+    context = "fork" if workers and sys.platform == "linux" else None
+    generator = torch.Generator().manual_seed(seed)  # else each epoch would draw a number from the global generator
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                      persistent_workers=workers > 0, multiprocessing_context=context, generator=generator,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
 
 
 def _init_worker(worker: int, seed: int, rank: int) -> None:
     """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread.
 
-    It leaves the process group, for signals to all of that, Ctrl-C say, are the training process's to answer: it still
-    needs batches until it has saved. Should that process die, the worker notices and ends by itself.
+    It leaves the process group, so that signals to the group (Ctrl-C) reach only the training process, which needs
+    batches until it has saved. If that process dies, the worker notices and ends by itself.
     """
     os.setpgrp()
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])

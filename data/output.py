@@ -1,4 +1,4 @@
-"""Writing what commands produce."""
+"""Writes the files that commands produce."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

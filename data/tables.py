@@ -7,7 +7,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def text_table(header: Sequence[str], rows: Rows) -> str:
-    """Columns in line for a terminal: words to the left, figures to the right."""
+    """Aligned columns for a terminal: words to the left, figures to the right."""
     columns = [[str.rjust if right else str.ljust, max(map(len, cells))]
                for right, *cells in zip(figures(rows, len(header)), header, *rows)]
     return "\n".join("  ".join(align(cell, width) for cell, (align, width) in zip(row, columns)).rstrip()
@@ -42,5 +42,5 @@ def percent(share: float | None) -> str:
 
 
 def rounded(value: float, digits: int = 0) -> float:
-    """Without a minus where nothing is left."""
+    """The rounded value, without a minus sign if it is zero."""
     return round(value, digits) + 0.0

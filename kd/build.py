@@ -16,15 +16,11 @@ from .methods.base import Method, MethodOptions
 
 
 def build_model(cfg: Config, pretrained: bool = True) -> Detector | Distiller:
-    """Build what a configuration trains: a distiller if it has a `distill` section, otherwise a detector.
-
-    Args:
-        pretrained: load the student's `backbone.weights`.
-    """
+    """Build a distiller, or a detector if there is no `distill` section; `pretrained` loads `backbone.weights`."""
     return build_distiller(cfg, pretrained) if cfg.distill else build_detector(cfg.model, pretrained)
 
 
-def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller:
+def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     """Build student, teachers and methods from the `model` and `distill` sections of a configuration.
 
     Raises:
@@ -33,6 +29,8 @@ def build_distiller(cfg: Config | Mapping, pretrained: bool = True) -> Distiller
     """
     cfg = parse_config(cfg)
     distill = cfg.distill
+    if distill is None:
+        raise ConfigError("distill", "missing: which teachers and methods?")
     student = build_detector(cfg.model, pretrained)
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in cfg.teachers]
     methods = [build_methods(distill.methods, student, teacher) for teacher in teachers]
@@ -101,11 +99,7 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
 
 
 def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
-    """Load a teacher's weights.
-
-    Raises:
-        CheckpointError: they do not load completely, or the file is missing; then it says what to train first.
-    """
+    """Load a teacher's weights; CheckpointError if they are not complete, or if the teacher is to be trained first."""
     path = entry.checkpoint
     if entry.cfg and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
         raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "

@@ -33,6 +33,7 @@ SHARED = {
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
     "--score-thr": {"type": float, "default": 0.3, "metavar": "SCORE",
                     "help": "detections with a lower score are left out; default: 0.3"},
+    "runs": {"nargs": "+", "type": Path, "metavar": "RUN", "help": "work dirs of train.py; other paths are left out"},
     "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, used if no run has recorded it"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
     "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
@@ -54,11 +55,7 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device with this name; by default CUDA if it is available, otherwise the CPU.
-
-    Raises:
-        UsageError: `name` is "cuda", and no CUDA device is available.
-    """
+    """The named device, by default CUDA if available, otherwise the CPU; UsageError if "cuda" is not available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -86,6 +83,8 @@ def run(main: Callable[[], None]) -> None:
     A known error prints one line, an unknown error its traceback; with --debug, all errors print their tracebacks. An
     error from the operating system is known if it names the path.
     """
+    debug = "--debug" in sys.argv  # in any place, also after a subcommand
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show a class's name
         sys.stdout.reconfigure(errors="backslashreplace")
     log = logging.getLogger("densekd")  # reports from the code, for example on loaded weights
@@ -98,7 +97,7 @@ def run(main: Callable[[], None]) -> None:
         code, message = explain(error)
         if not code:
             raise
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exc()
         print(message, file=sys.stderr)
     stop_processes()

@@ -39,7 +39,7 @@ class Distiller(nn.Module):
 
     def __init__(self, student: Detector, teachers: list[Detector], methods: list[list[Method]],
                  options: list[list[MethodOptions]], eval_teacher: bool = True):
-        """`methods` and `options` are a list for each teacher; every `MethodOptions` has its own name."""
+        """`methods` and `options` hold a list for each teacher; every `MethodOptions` has its own name."""
         super().__init__()
         self.student = student
         self.methods = nn.ModuleList(nn.ModuleList(of_teacher) for of_teacher in methods)
@@ -69,7 +69,7 @@ class Distiller(nn.Module):
         return super().train(mode)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """Compile the student and all teachers that are not sharded, see `Detector.compile`.
+        """Call `Detector.compile` for the student and all teachers that are not sharded.
 
         Raises:
             ConfigError: a method needs the outputs of named modules.
@@ -168,8 +168,7 @@ class Distiller(nn.Module):
         total = total_loss(losses).detach()
         return {f"share/{name}": sum(values).detach() / total for name, values in self.by_method(losses).items()}
 
-    def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0
-                       ) -> dict[str, float]:
+    def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0) -> dict[str, float]:
         """Gradient norms at the student's neck: of the student's own losses, and of the losses of each method.
 
         The gradient of a level includes that of the levels which are computed from it.

@@ -1,8 +1,8 @@
-"""From a configuration to objects: a table says which classes a `type` may name, a signature says what they take.
+"""Builds objects from a configuration. Tables list the classes that a `type` may name, and signatures the arguments.
 
-A section is a dataclass. A component, which may be of several types, stays a mapping until it is built: its annotation,
+A section is a dataclass. A component, which may have several types, stays a mapping until it is built: its annotation,
 `Annotated[dict, OneOf(ASSIGNERS)]`, names the table. One walk over the signatures checks a whole configuration and
-makes its sections, before anything is built.
+creates its sections before anything is built.
 """
 import difflib
 import inspect
@@ -21,13 +21,13 @@ ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
 
 
 class OneOf:
-    """Marks a parameter that takes a `{type: ...}` mapping, naming one of a table.
+    """Marks a parameter that takes a `{type: ...}` mapping, whose type is in a table.
 
     Args:
         table: the classes by name.
         derived: arguments that the program gives, so that the configuration need not.
-        common: a dataclass of options that go with every one of them and are not its own arguments.
-        default: the type meant where none is said.
+        common: a dataclass of options that every type has besides its own arguments.
+        default: the type if none is given.
     """
 
     def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None):
@@ -43,7 +43,7 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Advice on a wrong name: the nearest valid one, or all of them where none is near."""
+    """Advice on a wrong name: the nearest valid one, or all of them if none is near."""
     valid = sorted(valid)
     folded = {word.lower(): word for word in valid}
     close = difflib.get_close_matches(str(name).lower(), folded, n=1)
@@ -52,7 +52,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 @cache
 def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
-    """What a class or function takes: name -> (type hint, default; inspect.Parameter.empty without one)."""
+    """The parameters of a class or function: name -> (type hint, default; inspect.Parameter.empty without one)."""
     function = call.__init__ if inspect.isclass(call) else call
     hints = get_type_hints(function, include_extras=True)
     found = inspect.signature(function).parameters.values()
@@ -61,7 +61,7 @@ def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def read_section(section: type, args: Any, key: str) -> Any:
-    """The dataclass `section` made from a mapping, and the sections in it likewise; one that is made already stays.
+    """Make the dataclass `section`, and the sections in it, from a mapping; a section is returned as it is.
 
     Raises:
         ConfigError: see `check_arguments`.
@@ -76,7 +76,7 @@ def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] 
     Args:
         key: where the arguments stand in the configuration, for messages.
         derived: parameters that the program itself gives.
-        beside: names that would be valid in the same place, for advice only.
+        beside: other names that are valid in the same place, only for advice.
     Returns:
         The arguments, see `check_value`.
     Raises:
@@ -109,12 +109,17 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
-        read_section(choice.common, options, key)
+        checked = check_arguments(choice.common, options, key)
+        try:
+            choice.common(**checked)
+        except ConfigError as error:  # it may name the option alone
+            name = error.key.removeprefix(f"{key}.")
+            raise ConfigError(f"{key}.{name}", error.problem) from None
     check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
-    """The entries of a `{type: ...}` mapping that are `common`'s, and those that are its type's own arguments."""
+    """Split a `{type: ...}` mapping into the options in `common` and the own arguments of its type."""
     shared = set(parameters(common)) if common is not None else set()
     return ({k: v for k, v in cfg.items() if k in shared},
             {k: v for k, v in cfg.items() if k not in shared and k != "type"})
@@ -133,7 +138,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
     """Check one value against one type hint.
 
     Returns:
-        The value: a section for a mapping where the hint is a dataclass, a tuple where it is a tuple.
+        The value; for a mapping, a section if the hint is a dataclass; for a list, a tuple if the hint is one.
     Raises:
         ConfigError: it does not fit.
     """
@@ -193,9 +198,9 @@ def _check_sequence(value: Any, hint: Any, key: str) -> Sequence:
 
 
 def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
-    """Build what `cfg` describes: `table[cfg["type"]]` called with the rest, and with `derived` where cfg is silent.
+    """Build what `cfg` describes: call `table[cfg["type"]]` with its other entries, and with `derived` for the rest.
 
-    What a constructor refuses it names from itself (`num_outs`, say); the path down to it, `key`, is put before that.
+    If a constructor refuses an argument, it names it (for example `num_outs`), and `key` is put before this name.
 
     Raises:
         ConfigError: naming the key that is unknown, missing, of the wrong type, or refused by the constructor.

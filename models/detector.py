@@ -40,14 +40,14 @@ class ModelConfig:
 
 @dataclass
 class DetectorPass:
-    """One run of a detector over a batch: what its own losses and every distillation method share."""
+    """The results of one run over a batch, which the detector's own losses and all distillation methods share."""
 
     detector: "Detector"
     images: Tensor                # (N, 3, H, W), normalised for this detector
     targets: list[dict]
     features: list[Tensor]        # neck outputs (N, C, H_l, W_l), finest first
-    outputs: HeadOutputs | None   # None where no method needs this detector's head
-    assignment: Assignment | None  # what every anchor learns; None where nothing is to be learned
+    outputs: HeadOutputs | None   # None if no method needs this detector's head
+    assignment: Assignment | None  # what every anchor learns; None if targets are not assigned
     modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the requested modules, by name
 
     @property
@@ -56,14 +56,14 @@ class DetectorPass:
 
     @property
     def positives(self) -> Tensor:
-        """Anchors per image that learn a box, a scalar."""
+        """The number of anchors per image that learn a box, a scalar."""
         return self.assignment.positive.sum(1).mean()
 
     def run_head(self, layer: int, cls_feats: Sequence[Tensor], reg_feats: Sequence[Tensor]) -> HeadOutputs:
         """Predictions of this detector's head from other features, see `DenseHead.run_from`.
 
-        Gradients may flow back through it. In this detector's own fp16 small ones would be lost, for only training in
-        fp16 scales the loss: the precision around it holds instead.
+        Gradients may flow back through it. This detector's own fp16 would lose small gradients, because only training
+        in fp16 scales the loss; it is not used here, and the precision of the surrounding code holds.
         """
         with nullcontext() if self.detector.precision == "fp16" else self.detector.autocast():
             return self.head.run_from(layer, cls_feats, reg_feats)
@@ -75,7 +75,7 @@ class Detector(nn.Module):
     `forward` gives losses in training and detections in evaluation; `loss` and `predict` do the same by name.
     """
 
-    precision: Precision | None = None  # of its convolutions; None is what surrounds it
+    precision: Precision | None = None  # of its convolutions; None: that of the surrounding code
     sharded: bool = False               # whether its weights are spread over processes; they stay where they are
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
@@ -118,9 +118,9 @@ class Detector(nn.Module):
         return DetectorPass(self, images, targets, features, outputs, assignment, seen)
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """Let `torch.compile` have backbone, neck and head; what is made of their outputs stays as it is.
+        """Compile backbone, neck and head with `torch.compile`; the code after them is not compiled.
 
-        Outputs of submodules can then no longer be kept: compiled code does not see hooks that come and go.
+        Outputs of submodules can then no longer be kept, because compiled code does not see new hooks.
         """
         for part in (self.backbone, self.neck, self.bbox_head):
             if part is not None:
@@ -133,7 +133,7 @@ class Detector(nn.Module):
         for name in names:
             def keep(module, args, output, name=name):
                 seen[name] = output
-                return output.clone() if torch.is_tensor(output) else None  # what goes on is changed in place
+                return output.clone() if torch.is_tensor(output) else None  # later layers change the original in place
             hooks.append(self.get_submodule(name).register_forward_hook(keep))
         try:
             yield seen

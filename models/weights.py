@@ -1,11 +1,11 @@
-"""Loading weights of any known format into a model, with an account of every tensor.
+"""Loads weights of any known format into a model, and reports on every tensor.
 
     report = load_weights(detector, "runs/teacher/last.pth")
     report = load_weights(student, "fgd.pth", part="student", allow_missing=["bbox_head.gfl_cls.*"])
     report = load_backbone_weights(detector.backbone, "torchvision://resnet50")
 
-A load that does not fill the whole model is an error unless the caller names what may stay as it is. Reading is in
-`checkpoint_reader`, the formats are in `checkpoint_formats`, and addresses in `checkpoint_sources`.
+A load that does not fill the whole model is an error unless the caller names what may stay as it is. Files are read
+in `checkpoints/reader.py`; formats are in `checkpoints/formats.py`, and addresses in `checkpoints/sources.py`.
 """
 import logging
 import os
@@ -25,7 +25,7 @@ from .checkpoints.unpickler import CheckpointError, one_line
 __all__ = ["CheckpointError", "LoadReport", "load_backbone_weights", "load_weights", "open_checkpoint",
            "read_checkpoint", "summary"]
 
-# State that a model gets along without: counters, detectron2's running normaliser, GFL's constant bin positions, and
+# State that a checkpoint may lack: counters, detectron2's running normaliser, GFL's constant bin positions, and
 # the places in Swin's tables, which follow from the window's size.
 _OPTIONAL = re.compile(r"(.*\.)?(num_batches_tracked|loss_normalizer|integral\.project|relative_position_index)")
 _SUBMODULES = ("backbone.", "neck.", "bbox_head.")
@@ -60,18 +60,18 @@ class LoadReport:
 
 def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: str | None = None,
                  allow_missing: str | Iterable[str] = ()) -> LoadReport:
-    """Copies the weights of a checkpoint into `model`, in the model's own precision; logs and returns the account.
+    """Copies the weights of a checkpoint into `model`, in the model's own precision; logs and returns a report.
 
     Args:
         model: a detector, or one of its parts (backbone, neck, head), which then takes its own share of the file.
-        source: a path, a URL or name (see `checkpoint_sources.local_path`), or the content of a checkpoint.
+        source: a path, a URL or name (see `checkpoints.sources.local_path`), or the content of a checkpoint.
         part: `student` or `teacher` of an FGD checkpoint.
         allow_missing: patterns (as in fnmatch) for names of the model that may be missing from the file, or have
             another shape there.
 
-    The format is recognised by itself. A backbone's file fills the backbone of a detector; the rest of it is then
-    missing. Raises `CheckpointError`, in one line and before the model is touched, if the file cannot be read, if it
-    asks for anything that weights do not need, or if a parameter or running statistic of the model is missing or has
+    The format is detected automatically. A backbone's file fills the backbone of a detector; the rest of it is then
+    missing. Raises `CheckpointError`, in one line and before the model is changed, if the file cannot be read, if
+    it asks for anything that weights do not need, or if a parameter or running statistic of the model is missing or has
     another shape and no pattern covers it.
     """
     label, checkpoint = open_checkpoint(source, part)
@@ -113,9 +113,8 @@ def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None
         except CheckpointError as error:
             if "://" not in label:
                 raise
-            raise CheckpointError(
-                f"{error}; it was downloaded from {label}: delete the file to download it again"
-            ) from None
+            text = f"{error}; it was downloaded from {label}: delete the file to download it again"
+            raise CheckpointError(text) from None
     try:
         return label, parse_checkpoint(content, part)
     except CheckpointError as error:
@@ -123,8 +122,7 @@ def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None
 
 
 def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
-    """Puts a part's file under a whole model's names, or a whole model's file under a part's, whichever matches most
-    names."""
+    """Renames a part's weights as in a whole model, or a whole model's as in a part, so that most names match."""
 
     def matches(candidate: Weights) -> int:
         return len(candidate.keys() & wanted.keys())
@@ -139,8 +137,8 @@ def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
 
 def _compare(format_name: str, label: str, weights: Weights, wanted: Mapping[str, Tensor]) -> LoadReport:
     required = [name for name in wanted if not _OPTIONAL.fullmatch(name)]
-    mismatched = [(name, tuple(value.shape), tuple(weights[name].shape)) for name,
-                  value in wanted.items() if name in weights and weights[name].shape != value.shape]
+    mismatched = [(name, tuple(value.shape), tuple(weights[name].shape)) for name, value in wanted.items()
+                  if name in weights and weights[name].shape != value.shape]
     wrong = {name for name, _, _ in mismatched}
     return LoadReport(format=format_name, source=label,
                       matched=sum(name in weights and name not in wrong for name in required), total=len(required),
@@ -160,11 +158,9 @@ def _check(report: LoadReport, allow_missing: list[str]) -> None:
     shapes = [f"{name} (model {ours}, file {theirs})" for name, ours, theirs in mismatched]
     groups = {"missing": missing, "other shapes for": shapes, "in the file only": report.unexpected}
     problems = "; ".join(f"{what} {summary(names)}" for what, names in groups.items() if names)
-    raise CheckpointError(
-        f"{report.format} checkpoint {report.source} does not fit the model, "
-        f"{report.matched} of {report.total} tensors match: {problems}. "
-        "Use the configuration that it was trained with; in Python, allow_missing names what may stay as it is"
-    )
+    raise CheckpointError(f"{report.format} checkpoint {report.source} does not fit the model, {report.matched} of "
+                          f"{report.total} tensors match: {problems}. Use the configuration that it was trained with; "
+                          "in Python, allow_missing names what may stay as it is")
 
 
 def summary(names: list[str]) -> str:

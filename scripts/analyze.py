@@ -1,5 +1,5 @@
-"""Show what a detector loses AP to: classification, localisation, duplicates, background, missed objects; and with two
-checkpoints, where one is better than the other."""
+"""Show which errors cost a detector AP: classification, localisation, duplicates, background, missed objects. With two
+checkpoints, show where one is better than the other."""
 from pathlib import Path
 
 from kd import cli, load_config
@@ -15,7 +15,7 @@ def main() -> None:
         cfg={"action": "append", "help": "configuration; give a second one if the second checkpoint needs its own"},
         checkpoint={"action": "append",
                     "help": "file or URL of the weights, in any format; give two to compare them side by side"},
-        score_thr={"help": "lowest score in the confusion matrix and of objects that count as found; default: 0.3"})
+        score_thr={"help": "lowest score in the confusion matrix, and of detections that find objects; default: 0.3"})
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="also write analysis.md and analysis.json into this folder")
     args = parser.parse_intermixed_args()

@@ -1,5 +1,5 @@
-"""Time training steps beside those of torchvision's RetinaNet, inference, the parts of both, the input pipeline and
-the evaluation."""
+"""Measure the time of training steps, with torchvision's RetinaNet for comparison, of inference, of the parts of both,
+of the input pipeline and of the evaluation."""
 import json
 import sys
 from pathlib import Path
@@ -23,11 +23,10 @@ def main() -> None:
                         help="boxes per image; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=Workload.rounds, metavar="R",
                         help="rounds that are timed; the medians are shown; default: %(default)s")
-    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="in place of the configurations' train.amp")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="replaces train.amp of the configurations")
     parser.add_argument("--eval-images", type=int, default=Workload.eval_images, metavar="N",
-                        help="images with 100 detections each that the evaluation is timed on; COCO has 5000; "
-                             "default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, too")
+                        help="images, with 100 detections each, for timing the evaluation; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     args = parser.parse_intermixed_args()
     counts = (args.boxes, args.rounds, args.eval_images, 1 if args.batch is None else args.batch)
     if min(counts) < 1 or min(args.size or (64,)) < 64:

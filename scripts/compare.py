@@ -1,4 +1,4 @@
-"""Show runs in one table: AP over seeds, the gain over the student alone, the share of the gap to the teacher that is
+"""Show runs in a table: AP over seeds, the gain over the student alone, the share of the gap to the teacher that is
 closed, parameters, GFLOPs and speed."""
 import sys
 from pathlib import Path
@@ -9,9 +9,8 @@ from kd.work_dir.records import read_runs
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, "python scripts/compare.py runs/* --out table.md --out table.csv", "--teacher-ap")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="work dirs of train.py; other paths are left out")
+    parser = cli.parser(__doc__, "python scripts/compare.py runs/* --out table.md --out table.csv", "runs",
+                        "--teacher-ap")
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="FILE",
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of any format to mmdet's or torchvision's, or an FGD checkpoint to its student."""
+"""Convert a checkpoint of any known format to mmdet's or torchvision's, or an FGD checkpoint to its student."""
 from kd import cli
 from models.checkpoints.convert import CONVERSIONS, convert_checkpoint
 
@@ -7,7 +7,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/convert.py --checkpoint runs/student/last.pth --to mmdet "
                                  "--out student.pth", "--checkpoint", "--part")
     parser.add_argument("--to", required=True, choices=CONVERSIONS,
-                        help="torchvision is for RetinaNet; student writes an FGD file's student as mmdet's")
+                        help="torchvision: for RetinaNet; student: the student of an FGD checkpoint, in mmdet's format")
     parser.add_argument("--out", required=True, help="file to write")
     args = parser.parse_args()
     print(convert_checkpoint(args.checkpoint, args.to, args.out, args.part))

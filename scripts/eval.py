@@ -1,4 +1,4 @@
-"""COCO figures of a checkpoint on data.val."""
+"""Show the COCO figures of a checkpoint on data.val."""
 import json
 from pathlib import Path
 

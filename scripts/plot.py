@@ -1,5 +1,5 @@
-"""Draw runs: losses and AP over epochs, precision over recall of each class, AP over the length of training where there
-are several, and the share of the gap to the teacher that is closed. Runs that differ only in seed become one line,
+"""Draw runs: losses and AP over epochs, precision over recall of each class, AP over the length of training if there
+are several, and the share of the gap to the teacher that is closed. Runs that differ only in the seed become one line,
 their mean, in a band from the lowest to the highest."""
 import sys
 from pathlib import Path
@@ -12,9 +12,8 @@ from kd.work_dir.records import read_runs
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 "
-                                 "--out plots", "--teacher-ap")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="work dirs of train.py, or metrics.jsonl files from them")
+                                 "--out plots", "runs", "--teacher-ap",
+                        runs={"help": "work dirs of train.py, or metrics.jsonl files from them"})
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
     args = parser.parse_args()
     runs, notes = read_runs(args.runs)

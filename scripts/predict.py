@@ -1,4 +1,4 @@
-"""Draw what a detector finds in images and videos, and write it as COCO-format results."""
+"""Detect objects in images and videos, draw them, and write them as COCO-format results."""
 from pathlib import Path
 
 from data.inputs.files import find_files
@@ -18,7 +18,7 @@ def main() -> None:
                         help="images, videos, folders (searched with their subfolders) or quoted globs")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
     parser.add_argument("--class-thr", nargs="+", action="extend", default=[], metavar="NAME=SCORE",
-                        help="another least score for some classes")
+                        help="lowest score for a single class")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: data.batch_size")
     args = parser.parse_intermixed_args()
     if not 0 <= args.score_thr <= 1 or (args.batch_size or 1) < 1:

@@ -25,18 +25,17 @@ def main() -> None:
         command.add_argument("--out", required=True, type=Path, metavar="DIR",
                              help="folder for NAME.json of each split, and data.yaml; images stay where they are")
         command.add_argument("--split", nargs="+", metavar="NAME=SHARE",
-                             help="draw splits, as train=0.8 val=0.1 test=0.1; default: those that come with the data, "
-                                  "otherwise train=0.8 val=0.2")
-        command.add_argument("--seed", type=int, default=0, help="seed of that draw; default: 0")
+                             help="split at random, for example train=0.8 val=0.1 test=0.1; default: the splits of the "
+                                  "data, otherwise train=0.8 val=0.2")
+        command.add_argument("--seed", type=int, default=0, help="seed of the random split; default: 0")
         command.add_argument("--workers", type=int, default=2, help="processes that decode the images; default: 2")
         command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
         if name == "yolo":
-            command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name a line")
+            command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name per line")
     text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download continues where it stopped"
     coco = commands.add_parser("coco", help=text, description=text)
     coco.add_argument("--out", type=Path, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
-    coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017),
-                      help="default: all")
+    coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017), help="default: all")
     coco.add_argument("--server", default=COCO_SERVER, metavar="URL", help="where the archives are")
     coco.add_argument("--keep-archives", action="store_true", help="do not delete archives after unpacking")
     args = parser.parse_args()
@@ -46,21 +45,21 @@ def main() -> None:
     folder = read_labelled(args.command, args.input, getattr(args, "names", None))
     checks = prepare(folder, args.out, shares(args.split), args.seed, args.skip_unreadable, args.workers)
     print("\n\n".join(map(format_check, checks)))
-    print(f"\nA configuration inherits these data by\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]\n"
-          "docs/own_data.md goes on from here")
+    print(f"\nA configuration uses these data with\n  _base_: [..., {(args.out / 'data.yaml').resolve()}]\n"
+          "docs/own_data.md explains the next steps")
     if count := sum(len(check.problems) for check in checks):
         raise DataError(f"{counted(count, 'problem')} in the data, see above")
 
 
 def shares(texts: list[str] | None) -> dict[str, float] | None:
-    """NAME=SHARE, each."""
+    """The shares in texts of the form NAME=SHARE; None without any."""
     found = {}
     for text in texts or ():
         name, _, share = text.partition("=")
         try:
             found[name] = float(share)
         except ValueError:
-            raise UsageError(f'split "{text}" is not of the form NAME=SHARE, as train=0.8') from None
+            raise UsageError(f'split "{text}" is not of the form NAME=SHARE, for example train=0.8') from None
         if name not in ("train", "val", "test"):
             raise UsageError(f'split "{text}" must be called train, val or test')
     return found or None

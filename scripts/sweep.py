@@ -29,7 +29,7 @@ def main() -> None:
                         help="where the runs and the table go; default: runs/sweep")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per GPU, or one")
     args = parser.parse_intermixed_args()
-    seeds = [word for word in args.seeds if "=" not in word]  # --seeds takes what follows it for seeds
+    seeds = [word for word in args.seeds if "=" not in word]  # --seeds also takes the overrides that follow it
     overrides = [*(word for word in args.seeds if "=" in word), *args.overrides]
     if not seeds or not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {' '.join(seeds)}: give whole numbers, each once")

@@ -1,4 +1,4 @@
-"""Downloads that go on where they were cut off, checked by size and checksum, and archives unpacked safely."""
+"""Downloads that continue where they were interrupted, with checks of size and checksum, and safe unpacking."""
 import hashlib
 import http.client
 import os
@@ -54,11 +54,11 @@ def prepare_coco(out: Path, parts: Sequence[str] = tuple(COCO_2017), server: str
                  keep_archives: bool = False) -> list[str]:
     """Download and unpack COCO 2017 into `out`: train2017/, val2017/ and annotations/.
 
-    Whatever was done before is not done again: parts that are unpacked, and bytes that are downloaded.
+    Parts that are already unpacked, and bytes that are already downloaded, are skipped.
 
     Args:
-        parts: of `COCO_2017`.
-        server: the address that the archives lie below.
+        parts: names in `COCO_2017`.
+        server: the address of the folder with the archives.
         keep_archives: leave the zip files in `out`, too.
 
     Returns: a line for each part.
@@ -84,9 +84,9 @@ def prepare_coco(out: Path, parts: Sequence[str] = tuple(COCO_2017), server: str
 
 
 def download(url: str, file: Path, size: int, sha256: str) -> None:
-    """Download `url` to `file`, which is there when it is complete and right, and not before.
+    """Download `url` to `file`, which does not exist before it is complete and correct.
 
-    What has come so far is in `NAME.partial`; the next call goes on behind it, if the server can send parts of files.
+    The bytes so far are in `NAME.partial`; the next call continues after them, if the server can send parts of files.
 
     Raises DownloadError: no encrypted connection (but to this machine), a server that does not answer or answers
     something else, no room, another size or checksum.
@@ -99,17 +99,14 @@ def download(url: str, file: Path, size: int, sha256: str) -> None:
             reason = _fetch(url, partial, there, size, bar)
             failures = 0 if _size(partial) > there else failures + 1
             if failures == ATTEMPTS:
-                raise DownloadError(
-                    f"cannot download {url}: {reason}, after {there} of {size} bytes; the same command goes on there"
-                )
+                raise DownloadError(f"cannot download {url}: {reason}, after {there} of {size} bytes; the same command "
+                                    "goes on there")
             time.sleep(PAUSE * 2 ** (failures - 1) if failures else 0)
     if (found := _size(partial)) != size or (found := checksum(partial)) != sha256:
         partial.unlink()
         expected = size if isinstance(found, int) else sha256
-        raise DownloadError(
-            f"the download of {url} has the size or SHA-256 {found}, and should have {expected}: it was thrown away; "
-            "try again, or another server"
-        )
+        raise DownloadError(f"the download of {url} has the size or SHA-256 {found}, and should have {expected}: it "
+                            "was thrown away; try again, or another server")
     os.replace(partial, file)
 
 
@@ -118,19 +115,17 @@ def _size(file: Path) -> int:
 
 
 def _check_room(file: Path, count: int) -> None:
-    """Raise DownloadError if `count` bytes have no room."""
+    """Raise DownloadError if there is no room for `count` bytes."""
     free = shutil.disk_usage(file.parent).free
     if free < count:
-        raise DownloadError(
-            f"{file} needs {count / 2**30:.1f} GiB, and {file.parent} has {free / 2**30:.1f} GiB free: make room, or "
-            "give another folder"
-        )
+        raise DownloadError(f"{file} needs {count / 2**30:.1f} GiB, and {file.parent} has {free / 2**30:.1f} GiB free: "
+                            "make room, or give another folder")
 
 
 def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
-    """Append to `partial` what comes behind its first `there` bytes; returns why it has ended.
+    """Append to `partial` what follows its first `there` bytes; returns why the transfer has ended.
 
-    Raises DownloadError where another attempt would be of no use.
+    Raises DownloadError if another attempt would be useless.
     """
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
     try:
@@ -145,7 +140,7 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
                 raise DownloadError(f"cannot download {url}: it has {total} bytes there, and should have {size}")
             bar.reset(size)
             bar.update(start)
-            with open(partial, "ab" if start else "wb") as file:  # a server that cannot send parts begins anew
+            with open(partial, "ab" if start else "wb") as file:  # a server that cannot send parts starts again
                 while block := answer.read(BLOCK):
                     file.write(block)
                     bar.update(len(block))
@@ -155,7 +150,7 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
     except UnencryptedAddress as error:
         raise DownloadError(str(error)) from None
     except HTTPError as error:
-        if error.code < 500:  # it will answer no other way the next time
+        if error.code < 500:  # the next answer would be the same
             raise DownloadError(f"cannot download {url}: {error}") from None
         return str(error)
     except (OSError, http.client.HTTPException) as error:

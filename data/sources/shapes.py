@@ -1,7 +1,6 @@
-"""Shapes and textures of the built-in data set, as functions of coordinates.
+"""Shapes of the built-in data set, as functions of coordinates.
 
 A shape maps coordinates u, v (h, w), in which it spans about [-1, 1], to a signed distance (h, w): negative inside.
-A texture maps u, v to the share (h, w) in [0, 1] of its second colour.
 """
 import numpy as np
 from numpy import ndarray
@@ -41,26 +40,3 @@ def star(u: ndarray, v: ndarray) -> ndarray:
 
 
 SHAPES = {"disc": disc, "ring": ring, "square": square, "triangle": triangle, "cross": cross, "star": star}
-
-
-def plain(u: ndarray, v: ndarray) -> ndarray:
-    return np.zeros_like(u)
-
-
-def shaded(u: ndarray, v: ndarray) -> ndarray:
-    return np.clip(u / 2 + 0.5, 0, 1)
-
-
-def stripes(u: ndarray, v: ndarray) -> ndarray:
-    return np.clip(3 * np.sin(8 * u) + 0.5, 0, 1)
-
-
-def checks(u: ndarray, v: ndarray) -> ndarray:
-    return np.clip(5 * np.sin(7 * u) * np.sin(7 * v) + 0.5, 0, 1)
-
-
-def dots(u: ndarray, v: ndarray) -> ndarray:
-    return np.clip(4 * (np.cos(9 * u) + np.cos(9 * v)) - 2, 0, 1)
-
-
-TEXTURES = (plain, shaded, stripes, checks, dots)

@@ -1,1 +1,1 @@
-"""What a step and its parts take."""
+"""The benchmark: time and memory of a step and its parts."""

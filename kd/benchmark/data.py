@@ -1,4 +1,4 @@
-"""What the benchmark times beside the models: reading images, and computing AP."""
+"""The parts of the benchmark besides the models: reading images, and computing AP."""
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,22 +15,21 @@ from data.transforms import flip_image, read_image, resize_image, resized_size
 from ..evaluation.coco import coco_api, coco_figures
 from .timing import Call, interleave, medians_ms
 
-IMAGE_SIZE = (480, 640)  # as most images of COCO
+IMAGE_SIZE = (480, 640)  # of most COCO images
 
 
 def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int) -> dict:
-    """Milliseconds an image of a loader worker's work on generated JPEG files, resized to `scale`.
+    """Milliseconds per image for the work of a loader worker on generated JPEG files, resized to `scale`.
 
     `decode`, `resize`, `flip` and `collate` are each timed alone, on one thread as in a worker. `one worker` is the
-    training loader with one worker process, which flips every other image, from its start to the last batch's
-    arrival.
+    training loader with one worker process, which flips every other image, from its start to the last batch.
     """
     threads = torch.get_num_threads()
     with TemporaryDirectory() as folder:
         root = generate_scenes(Path(folder), images, 1, IMAGE_SIZE)
         files = sorted((root / "train").glob("*.jpg"))
         for file in files:
-            write_jpeg(read_image(file), str(file), quality=99)  # about as heavy as photographs
+            write_jpeg(read_image(file), str(file), quality=99)  # about as large as photographs
         dataset = CocoDataset(root / "train", root / "annotations" / "train.json", training=True, scale=scale)
         loader = build_loader(dataset, batch, training=True, workers=1)
         decoded = [read_image(file) for file in files]
@@ -53,7 +52,7 @@ def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int) -> 
 
 
 def over(items: Iterable, work: Callable[[Any], Any]) -> Call:
-    """Work on each item, whose result is let go, as in a worker, before the next."""
+    """A call that works on each item, and frees its result before the next one, as a worker does."""
     def run() -> None:
         for item in items:
             work(item)
@@ -61,7 +60,7 @@ def over(items: Iterable, work: Callable[[Any], Any]) -> Call:
 
 
 def time_evaluation(images: int, rounds: int = 1) -> dict:
-    """Milliseconds for the COCO figures of 100 generated detections an image, by pycocotools and as `eval` has it."""
+    """Milliseconds for COCO figures of 100 generated detections per image, by pycocotools and as in evaluation."""
     with TemporaryDirectory() as folder:
         dataset, results = generate_results(Path(folder), images)
         seconds = interleave({
@@ -72,7 +71,7 @@ def time_evaluation(images: int, rounds: int = 1) -> dict:
 
 def generate_results(folder: Path, images: int, boxes: int = 7, detections: int = 100, classes: int = 80
                      ) -> tuple[CocoDataset, list]:
-    """A data set without pictures, three classes an image, and detections on it, most of them near a box."""
+    """A data set without image files, three classes per image, and detections on it, most of them near a box."""
     rng = np.random.default_rng(0)
     height, width = IMAGE_SIZE
     annotations, results = [], []

@@ -1,4 +1,4 @@
-"""The benchmark: `run_benchmark` shows what is timed, in order."""
+"""The benchmark; `run_benchmark` lists what is timed, in order."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,25 +9,16 @@ from data.tables import text_table
 
 from ..config import load_config
 from ..processes.memory import peak_resident
+from . import steps
 from .data import time_evaluation, time_input
-from .steps import (
-    Workload,
-    build_subject,
-    make_batch,
-    part_calls,
-    predict_call,
-    prepare,
-    set_typical_threshold,
-    training_step,
-    yardstick_step,
-)
+from .steps import Workload
 from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
 MATMUL = "bf16 matrix products"
 CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.yaml",
            "configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml")
-SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8)}  # size and batch by device, where not said
+SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8)}  # size and batch by device, if not given
 
 
 def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, overrides: Sequence[str] = (),
@@ -37,38 +28,38 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
     Args:
         paths: configuration files.
         overrides: `key=value` settings for all of them.
-        note: is told what is being done.
+        note: called with a line on what is being done.
     Returns:
-        Medians over rounds, in milliseconds, and what they were measured on; `format_report` shows most of it.
+        Medians over rounds, in milliseconds, and the machine; `format_report` shows most of it.
     """
     torch.manual_seed(0)
-    configs = dict(zip(names(paths), (prepare(load_config(path, overrides), work) for path in paths)))
-    images, targets = make_batch(work, device, min(cfg.model.head["num_classes"] for cfg in configs.values()))
+    configs = dict(zip(names(paths), (steps.prepare(load_config(path, overrides), work) for path in paths)))
+    images, targets = steps.make_batch(work, device, min(cfg.model.head["num_classes"] for cfg in configs.values()))
     report = {"machine": machine(device), "workload": asdict(work), "overrides": list(overrides),
               "yardstick": {"name": YARDSTICK}, "configs": {name: {} for name in configs}}
 
-    subjects, steps = {}, {}
+    subjects, calls = {}, {}
     for name, entry in entries(report).items():
         note(f"building {name}")
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if name == YARDSTICK:
-            steps[name] = yardstick_step(images, targets, work)
+            calls[name] = steps.yardstick_step(images, targets, work)
         else:
-            subjects[name] = build_subject(configs[name], device, work)
-            steps[name] = training_step(subjects[name], images, targets)
+            subjects[name] = steps.build_subject(configs[name], device, work)
+            calls[name] = steps.training_step(subjects[name], images, targets)
         if device.type == "cuda":
-            entry["peak_memory_bytes"] = peak_gpu_memory(steps[name]) - before
-    time_steps(report, steps, device, work, note)
+            entry["peak_memory_bytes"] = peak_gpu_memory(calls[name]) - before
+    time_steps(report, calls, device, work, note)
 
     note("timing inference")
     for subject in subjects.values():
         subject.model.eval()
-        set_typical_threshold(subject, images, targets)
-    predictions = {name: predict_call(subject, images, targets) for name, subject in subjects.items()}
+        steps.set_typical_threshold(subject, images, targets)
+    predictions = {name: steps.predict_call(subject, images, targets) for name, subject in subjects.items()}
     times = medians_ms(interleave(predictions, work.rounds, work.warmup))
     for name, subject in subjects.items():
         note(f"timing the parts of {name}")
-        parts = interleave(part_calls(subject, images, targets), work.rounds, work.warmup)
+        parts = interleave(steps.part_calls(subject, images, targets), work.rounds, work.warmup)
         report["configs"][name] |= {"predict_ms": times[name], "parts_ms": medians_ms(parts)}
 
     note("timing the input pipeline")
@@ -80,35 +71,35 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
     return report
 
 
-def time_steps(report: dict, steps: dict[str, Call], device: torch.device, work: Workload,
+def time_steps(report: dict, calls: dict[str, Call], device: torch.device, work: Workload,
                note: Callable[[str], None]) -> None:
     """Put the training steps' times, shares and operations into the report."""
-    note(f"timing {len(steps)} training steps, {work.warmup} + {work.rounds} rounds")
-    calls = dict(steps)
+    note(f"timing {len(calls)} training steps, {work.warmup} + {work.rounds} rounds")
+    timed = dict(calls)
     if device.type == "cuda":
-        calls[MATMUL], products = matmul_call(device)
-    seconds = interleave(calls, work.rounds, work.warmup)
+        timed[MATMUL], products = matmul_call(device)
+    seconds = interleave(timed, work.rounds, work.warmup)
     medians = medians_ms(seconds)
     report["steps_ms"] = {name: [1e3 * value for value in values] for name, values in seconds.items()}
     if device.type == "cuda":
         report["matmul_flops_per_second"] = products / medians[MATMUL] * 1e3
     for name, entry in entries(report).items():
         note(f"profiling a training step of {name}")
-        loss, flops = with_flops(steps[name])
+        loss, flops = with_flops(calls[name])
         entry |= {"step_ms": medians[name], "ratio": medians[name] / medians[YARDSTICK], "loss": float(loss),
                   "flops": flops, "flops_per_second": flops / medians[name] * 1e3,
-                  "shares": shares(steps[name], work.profiled, device)}
+                  "shares": shares(calls[name], work.profiled, device)}
         if device.type == "cuda":
             entry["utilisation"] = entry["flops_per_second"] / report["matmul_flops_per_second"]
 
 
 def entries(report: dict) -> dict[str, dict]:
-    """What the report has on each model that trains, the yardstick first."""
+    """The report's entry for each model that trains, the yardstick first."""
     return {YARDSTICK: report["yardstick"]} | report["configs"]
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """Short names of configuration files, told apart where two are the same."""
+    """Short names of configuration files; the path if two have the same name."""
     stems = [Path(path).stem for path in paths]
     return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths)]
 

@@ -1,4 +1,4 @@
-"""What the benchmark times of a model: its training step, its inference, and their parts."""
+"""The calls that the benchmark times for a model: a training step, inference, and their parts."""
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -22,15 +22,15 @@ from .timing import Call
 
 @dataclass
 class Workload:
-    """What every model is given, and how often."""
+    """The input of every model, and how often it is timed."""
 
     size: tuple[int, int]      # height, width of the images before they are padded
-    batch: int                 # images a step
-    boxes: int = 7             # boxes an image
-    classes: int = 80          # where a configuration does not say it
+    batch: int                 # images per step
+    boxes: int = 7             # boxes per image
+    classes: int = 80          # if a configuration does not set it
     rounds: int = 9            # timed, after `warmup` that are not
     warmup: int = 2
-    profiled: int = 2          # training steps that shares are taken from
+    profiled: int = 2          # training steps that are profiled for `shares`
     amp: str | None = None     # in place of every configuration's train.amp, and of the yardstick's "none"
     input_images: int = 128    # JPEG files that the input pipeline is timed on
     eval_images: int = 500     # images with 100 detections each that the evaluation is timed on
@@ -69,7 +69,7 @@ def make_batch(work: Workload, device: torch.device, classes: int) -> tuple[Tens
 
 
 def prepare(cfg: Config, work: Workload) -> Config:
-    """The configuration with nothing to download, a class count, and the precision asked for."""
+    """The configuration without downloads, with a class count and with the workload's precision."""
     mapping = dict(cfg.with_num_classes(work.classes))
     backbone = {key: value for key, value in mapping["model"]["backbone"].items() if key != "weights"}
     mapping["model"] = mapping["model"] | {"backbone": backbone}
@@ -83,7 +83,7 @@ def prepare(cfg: Config, work: Workload) -> Config:
 
 
 def build_subject(cfg: Config, device: torch.device, work: Workload) -> Subject:
-    """A configuration's model in training, at the learning rate of the first step, so that it stays as it is."""
+    """A configuration's model in training, at the small learning rate of the first step, so that it hardly changes."""
     model = build_model(cfg).to(device, memory_format=memory_format(cfg.train)).train()
     if cfg.train.compile:
         model.compile()
@@ -95,7 +95,7 @@ def build_subject(cfg: Config, device: torch.device, work: Workload) -> Subject:
 
 
 def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
-    """A step as `train.train_step` makes it of a batch on the device, but for logging; it gives the loss."""
+    """A call like `train.train_step` on a batch on the device, without logging; it returns the loss."""
 
     def step() -> Tensor:
         batch = to_device(images, targets, subject.student, images.device)
@@ -117,7 +117,7 @@ def update(subject: Subject, total: Tensor) -> None:
 
 
 def yardstick_step(images: Tensor, targets: list[dict], work: Workload) -> Call:
-    """A step of torchvision's RetinaNet-R50, every layer trained, on the same images and boxes."""
+    """A training step of torchvision's RetinaNet-R50, with all layers trained, on the same images and boxes."""
     device, settings = images.device, TrainConfig(amp=work.amp or "none")
     model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, min_size=min(work.size),
                                    max_size=max(work.size)).to(device).train()
@@ -137,7 +137,7 @@ def yardstick_step(images: Tensor, targets: list[dict], work: Workload) -> Call:
 
 
 def predict_call(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
-    """From the batch on the device to detections, as `evaluate.detect`."""
+    """A call from the batch on the device to detections, as in `evaluate.detect`."""
 
     @torch.no_grad()
     def predict() -> list[dict]:
@@ -149,10 +149,10 @@ def predict_call(subject: Subject, images: Tensor, targets: list[dict]) -> Call:
 
 
 def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[str, Call]:
-    """Parts of a step and of inference, each on outputs that are made here once.
+    """Calls of the parts of a step and of inference, each on outputs that are computed here once.
 
-    Losses and methods go forward and backward, to the student's features and predictions and a method's own weights; a
-    method that reuses the teacher's head runs it. Anchors are those of a shape seen before.
+    Losses and methods run forward, and backward to the student's features and predictions and a method's own weights;
+    a method that reuses the teacher's head runs it. Anchors are those of a shape seen before.
     """
     model, student = subject.model, subject.student
     head, amp = student.bbox_head, autocast(images.device, subject.settings.amp)
@@ -177,8 +177,7 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
              "losses": under_amp(lambda: head.losses(own.outputs, own.assignment), train=True)}
     for i, (teacher, entries) in enumerate(plan):
         suffix = f" {i}" if len(plan) > 1 else ""
-        calls[f"teacher{suffix}"] = under_amp(
-            lambda t=teacher, e=entries: model.run_teacher(t, e, images, targets))
+        calls[f"teacher{suffix}"] = under_amp(lambda t=teacher, e=entries: model.run_teacher(t, e, images, targets))
         with amp:
             seen = model.run_teacher(teacher, entries, images, targets)
         for method, label, _ in entries:
@@ -188,7 +187,7 @@ def part_calls(subject: Subject, images: Tensor, targets: list[dict]) -> dict[st
 
 @torch.no_grad()
 def set_typical_threshold(subject: Subject, images: Tensor, targets: list[dict]) -> None:
-    """Let one in a thousand scores pass, as about as many of a trained detector's do, and none of a random one's."""
+    """Set a threshold that one score in a thousand passes, as with a trained detector; random scores are lower."""
     with autocast(images.device, subject.settings.amp):
         outputs = subject.student.run(subject.student.preprocess(images, targets), targets).outputs
     scores = at_least_float32(outputs.cls).sigmoid().flatten()
@@ -196,7 +195,7 @@ def set_typical_threshold(subject: Subject, images: Tensor, targets: list[dict])
 
 
 def cut_off(run: DetectorPass) -> tuple[DetectorPass, list[Tensor]]:
-    """A pass whose features and outputs are leaves to differentiate for, and these leaves."""
+    """A copy of a pass whose features and outputs are leaves that require gradients, and these leaves."""
     leaves = []
 
     def cut(value: Any) -> Any:

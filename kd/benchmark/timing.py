@@ -1,4 +1,4 @@
-"""Measuring calls: times taken in turn, where a call's time goes, its operations, its memory."""
+"""Measurements of calls: time, what takes it, operations, and memory."""
 import os
 import platform
 import re
@@ -22,11 +22,11 @@ Call = Callable[[], object]
 
 
 def interleave(calls: dict[str, Call], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time calls in turn, round by round, so that whatever disturbs the machine hits all of them alike.
+    """Time calls in turn, round by round, so that disturbances of the machine affect all of them equally.
 
     Args:
-        calls: by name; each round makes every one of them once, in this order.
-        rounds: how many are timed, after `warmup` that are not.
+        calls: by name; each round calls all of them once, in this order.
+        rounds: how many rounds are timed, after `warmup` rounds that are not.
     Returns:
         Seconds of each timed round, by name. A call on a GPU is timed to its end.
     """
@@ -61,20 +61,19 @@ BETWEEN = "between operators"  # Python, and the profiler itself
 
 
 def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> dict:
-    """Where the time of a call goes, from a profile of `times` of them.
+    """The shares of a call's time, from a profile of `times` calls.
 
-    An operator counts as convolution or norm if it is one (see above) or runs inside one, as the copies do that put a
-    convolution's input into another layout or precision. Everything else is overhead: activations, additions, anchors,
-    assignment, losses, distillation arithmetic, the optimiser.
+    An operator counts as convolution or norm if it is one (see above) or runs inside one, for example a copy that
+    changes the layout or precision of a convolution's input. Everything else is overhead: activations, additions,
+    anchors, assignment, losses, distillation arithmetic, the optimiser.
 
-    On the CPU shares are of wall time, in terms of each operator's own time, which adds up to the whole, with what
-    lies between operators counted as overhead. On a GPU they are of the time that its kernels, copies and fills take,
-    each counted for the operator that launched it; time in which the GPU has nothing to do is no part of them, so it
-    is to be had from the difference of a step's time and `device_ms`.
+    On the CPU, shares are of wall time: the own time of each operator, and the time between operators as overhead. On a
+    GPU, they are of the time of its kernels, copies and fills, each counted for the operator that launched it. The time
+    in which the GPU is idle is not included; it is the difference between a step's time and `device_ms`.
 
     Returns:
-        Shares `convolution`, `norm` and `overhead`, adding up to 1; `largest`, the `listed` largest shares within the
-        overhead, by operator; on a GPU `device_ms`, how long it was busy per call.
+        Shares `convolution`, `norm` and `overhead`, which add up to 1; `largest`, the `listed` largest shares within
+        the overhead, by operator; on a GPU `device_ms`, its busy time per call.
     """
     on_gpu = device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces each of its stages
@@ -86,7 +85,7 @@ def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> di
     spent = Counter()
     for event in profiler.events():
         if event.device_type == DeviceType.CPU:
-            # What a GPU does hangs on the operator that asked for it; an annotation's span there has its own name.
+            # Kernels are listed at the operator that launched them; one with the event's own name is an annotation.
             on_device = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
             spent[kind(event)] += on_device if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())
@@ -97,7 +96,7 @@ def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> di
 
 
 def kind(event: Any) -> str:
-    """What a profiler's event is part of: "convolution", "norm", or the operator itself."""
+    """The kind of a profiler's event: "convolution", "norm", or the name of the operator itself."""
     above = event
     while above is not None:
         for name, pattern in (("convolution", CONVOLUTION), ("norm", NORM)):
@@ -108,14 +107,14 @@ def kind(event: Any) -> str:
 
 
 def with_flops(call: Call) -> tuple[Any, int]:
-    """What a call gives, and the floating-point operations of its convolutions and matrix products, backward too."""
+    """A call's result, and the floating-point operations of its convolutions and matrix products, also backward."""
     with FlopCounterMode(display=False) as counter:
         result = call()
     return result, counter.get_total_flops()
 
 
 def matmul_call(device: torch.device, side: int = 8192, times: int = 10) -> tuple[Call, int]:
-    """Large bf16 matrix products, to be timed as what the device can reach at all, and their operations."""
+    """A call of large bf16 matrix products, which shows what the device can reach, and their operations."""
     a, b, out = (torch.randn(side, side, device=device).bfloat16() for _ in range(3))
 
     def multiply() -> None:
@@ -126,7 +125,7 @@ def matmul_call(device: torch.device, side: int = 8192, times: int = 10) -> tupl
 
 
 def peak_gpu_memory(call: Call) -> int:
-    """The most bytes of tensors on the GPU during the second of two calls, which has the first's optimiser state."""
+    """The peak bytes of tensors on the GPU in the second of two calls; the first one creates the optimiser state."""
     call()
     torch.cuda.reset_peak_memory_stats()
     call()
@@ -134,7 +133,7 @@ def peak_gpu_memory(call: Call) -> int:
 
 
 def machine(device: torch.device) -> dict:
-    """What was measured on, with which code."""
+    """The machine and the code of a measurement."""
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "cpu": cpu_name(),
             "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit(),

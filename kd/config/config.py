@@ -1,7 +1,7 @@
-"""A whole configuration: its sections as dataclasses, and the mapping that they were read from."""
-from collections.abc import Iterator, Mapping, MutableMapping
+"""A whole configuration: a dictionary, and its sections as dataclasses."""
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from data import DataConfig
 from models import ModelConfig
@@ -11,8 +11,8 @@ from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
 from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig
 
 
-@dataclass
-class Config(MutableMapping):
+@dataclass(eq=False)
+class Config(dict):
     """A whole configuration.
 
     The code reads `cfg.train.epochs`. `cfg["train"]` is the section as it was written, which runs record. After a
@@ -27,22 +27,6 @@ class Config(MutableMapping):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    mapping: dict[str, Any] = field(init=False, repr=False)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.mapping[name]
-
-    def __setitem__(self, name: str, section: Any) -> None:
-        self.mapping[name] = section
-
-    def __delitem__(self, name: str) -> None:
-        del self.mapping[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.mapping)
-
-    def __len__(self) -> int:
-        return len(self.mapping)
 
     @property
     def teachers(self) -> list[TeacherConfig]:
@@ -56,18 +40,16 @@ class Config(MutableMapping):
         return self.data or DataConfig(train=None)
 
     def with_num_classes(self, count: int) -> "Config":
-        """The configuration and its mapping with the head's class count set, unless it is set already."""
-        head = self.model.with_num_classes(count).head
-        return parse_config(self.mapping | {"model": self.mapping["model"] | {"head": head}})
+        """The configuration with the head's class count, unless it has one already."""
+        return parse_config(self | {"model": self["model"] | {"head": self.model.with_num_classes(count).head}})
 
 
-def parse_config(cfg: Config | Mapping) -> Config:
-    """Check a mapping with the sections of a configuration, or the mapping of a `Config`, which may have been changed.
+def parse_config(cfg: Mapping) -> Config:
+    """Check a dictionary with the sections of a configuration; it may be a `Config` that was changed.
 
     Raises:
         ConfigError, DataError: an unknown key, a wrong type, a missing value, or one out of range.
     """
-    mapping = cfg.mapping if isinstance(cfg, Config) else cfg
-    config = read_section(Config, mapping, "")
-    config.mapping = mapping
+    config = read_section(Config, dict(cfg), "")
+    config.update(cfg)
     return config

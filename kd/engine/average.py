@@ -7,12 +7,9 @@ from models import Detector
 
 
 class WeightAverage:
-    """Exponential moving average of a detector's weights and statistics; the first update copies them.
+    """Exponential moving average of a detector's weights and statistics; an update keeps the share `decay` of it.
 
-    It computes the same as PyTorch's `AveragedModel` with EMA, which waits for the GPU at every update.
-
-    Args:
-        decay: share of the average that an update keeps.
+    The first update copies them. PyTorch's `AveragedModel` with EMA is the same, but waits for the GPU at every update.
     """
 
     def __init__(self, detector: Detector, decay: float):

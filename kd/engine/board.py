@@ -1,4 +1,4 @@
-"""TensorBoard: the figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs `viz`."""
+"""TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs the extra `viz`."""
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -67,11 +67,7 @@ def tensorboard() -> ModuleType:
 
 
 def open_board(cfg: Config, work_dir: Path, from_step: int, device: torch.device) -> Board | None:
-    """The board of a run, in its first process, if `train.tensorboard` is set.
-
-    Raises:
-        MissingExtra: TensorBoard is not installed.
-    """
+    """The board of a run, in its first process, if `train.tensorboard` is set; MissingExtra without TensorBoard."""
     if not cfg.train.tensorboard:
         return None
     tensorboard()

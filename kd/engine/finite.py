@@ -37,11 +37,7 @@ class FiniteWatch:
         self.pending = report
 
     def check(self) -> None:
-        """Check the last step; call this before the next step and at the end.
-
-        Raises:
-            TrainingError: the loss of the last step was not finite.
-        """
+        """Raise TrainingError if the last step's loss was not finite; call it before the next step and at the end."""
         if self.pending is None:
             return
         if self.copied is not None:
@@ -52,11 +48,7 @@ class FiniteWatch:
 
 
 def keep_statistics(model: nn.Module) -> Callable[[Tensor], None]:
-    """Remember the statistics in the model's norms, for a step that may be skipped.
-
-    Returns:
-        A function that restores them if its argument, a flag on the device, is true.
-    """
+    """A function that restores the present statistics of the model's norms if its argument, a device flag, is true."""
     before = [(buffer, buffer.clone()) for module in model.modules() if module.training
               for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
 

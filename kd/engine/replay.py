@@ -18,7 +18,7 @@ FORMAT = "densekd-replay"
 def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Write the batches of a step, and the weights before it."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
-    write_whole(path, {"format": FORMAT, "config": run.cfg.mapping, "step": step, "rank": distributed.rank(),
+    write_whole(path, {"format": FORMAT, "config": dict(run.cfg), "step": step, "rank": distributed.rank(),
                        "steps_per_epoch": run.steps_per_epoch,
                        "batches": [(images.cpu(), targets) for images, targets in batches],
                        "model": run.student.state_dict(), "methods": methods})

@@ -113,7 +113,7 @@ def save_run(run: Run, name: str) -> None:
     state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
-             "config": run.cfg.mapping, "classes": run.train_loader.dataset.classes}
+             "config": dict(run.cfg), "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
@@ -123,11 +123,7 @@ def save_run(run: Run, name: str) -> None:
 
 
 def restore_run(run: Run, state: dict, path: Path) -> None:
-    """Restore a run from a checkpoint.
-
-    Raises:
-        CheckpointError: it belongs to another model, method or batch size.
-    """
+    """Restore a run from a checkpoint; CheckpointError if that is of another model, method or batch size."""
     if state["steps_per_epoch"] != run.steps_per_epoch:
         raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps per epoch and this run "
                               f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")

@@ -28,18 +28,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def to_device(images: Tensor, targets: list[dict], student: Detector, device: torch.device
               ) -> tuple[Tensor, list[dict]]:
-    """Move a batch from the loader to the device, and normalise its images for the student.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-    """
+    """Move uint8 images (N, 3, H, W) and targets to the device, and normalise the images for the student."""
     images = student.preprocess(images.to(device, non_blocking=True), targets)
     return images, [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
                     for t in targets]
 
 
-def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device: torch.device,
-                   amp: str) -> StepLosses:
+def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device: torch.device, amp: str) -> StepLosses:
     """The losses of a batch from `to_device`.
 
     Args:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.output import write_text
 
-from ..config import Config, parse_config
+from ..config import parse_config
 from ..evaluation.coco import format_figures
 from ..evaluation.evaluate import evaluate
 from ..exceptions import Stopped, TrainingError
@@ -44,7 +44,7 @@ class Reports(NamedTuple):
     skipped: SkippedImages
 
 
-def train(cfg: Config | Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
+def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
     """Train the model of a configuration to the end of its last epoch.
 
     Returns:
@@ -205,11 +205,7 @@ def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tup
 
 
 def check_scale(run: Run) -> None:
-    """Stop a run if every step overflows in fp16, however small the loss scale is.
-
-    Raises:
-        TrainingError: the loss scale has become too small.
-    """
+    """Raise TrainingError if every step overflows in fp16, so that the loss scale has become too small."""
     if run.scaler.get_scale() < SMALLEST_SCALE:
         raise TrainingError(f"train.amp=fp16: {int(run.overflows)} steps overflowed, at every loss scale. Train with "
                             "train.amp=bf16 or none, which keep the first such step for a replay")

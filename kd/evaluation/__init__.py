@@ -1,1 +1,1 @@
-"""What a detector is worth and what it costs."""
+"""Evaluation: COCO figures, error analysis, model cost, pictures of what is distilled."""

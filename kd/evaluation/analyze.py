@@ -22,13 +22,13 @@ from .tide import CORRECT, ERRORS, Judged, ap50, confusion_matrix, count_errors,
 
 @dataclass
 class Analysis:
-    """What one detector does on a data set. Per class lists have an entry per class, None without objects."""
+    """The errors of one detector on a data set. Lists have an entry for each class, None without objects."""
 
     name: str
     classes: list[str]
     ap: list[float | None]             # COCO's AP per class
     ap50: list[float | None]
-    lost: dict[str, list[float | None]]  # AP50 that each kind of error costs, per class
+    lost: dict[str, list[float | None]]  # AP50 that each type of error costs, per class
     by_size: dict[str, list[float | None]]  # AP per class of small, medium and large objects
     confusion: np.ndarray              # (K + 1, K + 1), see `confusion_matrix`
     judged: Judged
@@ -40,7 +40,7 @@ def analyze(cfgs: Sequence[Config], checkpoints: Sequence[str], device: torch.de
 
     Args:
         cfgs: a configuration for each checkpoint; their data.val must be the same.
-        score_thr: detections below are left out of the confusion matrix.
+        score_thr: detections with lower scores are left out of the confusion matrix.
     Raises:
         ConfigError, DataError, CheckpointError: bad input.
     """
@@ -66,7 +66,7 @@ def analyze_evaluation(name: str, evaluation: COCOeval, dataset: CocoDataset, sc
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each checkpoint: its file's, or its folder's where the file is a run's last.pth or best.pth."""
+    """A short name for each checkpoint: its file's, or its folder's if the file is a run's last.pth or best.pth."""
     names = []
     for path in map(Path, paths):
         own = path.parent.name if path.stem in ("last", "best") and path.parent.name else path.stem
@@ -78,15 +78,19 @@ Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
 
 def tables(found: Sequence[Analysis], score_thr: float = 0.3) -> list[Table]:
-    """The analysis as tables; of two detectors, the second one's difference from the first is shown, too."""
-    result = [ap_table(found), loss_table(found), count_table(found)]
+    """The analysis as tables; for two detectors, with the difference of the second from the first."""
+    by_size = [{"AP": each.ap, "AP50": each.ap50, **each.by_size} for each in found]
+    by_error = [{"AP50": each.ap50, **each.lost} for each in found]
+    result = [points_table("AP, and by size of object", found, by_size),
+              points_table("AP50, and what it would gain without the errors of one kind", found, by_error),
+              count_table(found)]
     if len(found) == 2:
         result.append(found_table(found, score_thr))
     return result + [confusion_table(each, score_thr) for each in found]
 
 
 def with_difference(name: str, values: Sequence[Sequence[float | None]], names: Sequence[str]) -> list[list[str]]:
-    """A row of points for each detector and, where there are two, one of their difference."""
+    """A row of points for each detector and, if there are two, a row of their difference."""
     rows = [[name if i == 0 else "", label, *map(points, row)] for i, (label, row) in enumerate(zip(names, values))]
     if len(values) == 2:
         rows.append(["", "difference", *(points(None if None in pair else pair[1] - pair[0], signed=True)
@@ -94,30 +98,17 @@ def with_difference(name: str, values: Sequence[Sequence[float | None]], names: 
     return rows
 
 
-def of_class(values: list[float | None], k: int | None) -> float | None:
-    """A class's value, or with None their mean."""
-    return mean(values) if k is None else values[k]
-
-
-def ap_table(found: Sequence[Analysis]) -> Table:
+def points_table(title: str, found: Sequence[Analysis], columns: Sequence[dict[str, list[float | None]]]) -> Table:
+    """A table of values in points: the mean over classes, and every class. `columns` has each detector's, by header."""
     rows, names = [], [each.name for each in found]
     for k, name in [(None, "all"), *enumerate(found[0].classes)]:
-        rows += with_difference(name, [[of_class(values, k) for values in
-                                        (each.ap, each.ap50, *(each.by_size[size] for size in SIZES))]
-                                       for each in found], names)
-    return "AP, and by size of object", ["class", "model", "AP", "AP50", *SIZES], rows
-
-
-def loss_table(found: Sequence[Analysis]) -> Table:
-    rows, names = [], [each.name for each in found]
-    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
-        rows += with_difference(name, [[of_class(values, k) for values in
-                                        (each.ap50, *(each.lost[error] for error in ERRORS))] for each in found], names)
-    return "AP50, and what it would gain without the errors of one kind", ["class", "model", "AP50", *ERRORS], rows
+        rows += with_difference(name, [[mean(values) if k is None else values[k] for values in own.values()]
+                                       for own in columns], names)
+    return title, ["class", "model", *columns[0]], rows
 
 
 def count_table(found: Sequence[Analysis]) -> Table:
-    """Numbers of errors: detections by the class that they say, and missed objects."""
+    """Numbers of errors: detections by their predicted class, and missed objects."""
     rows = []
     for k, name in [(None, "all"), *enumerate(found[0].classes)]:
         for i, each in enumerate(found):
@@ -127,7 +118,7 @@ def count_table(found: Sequence[Analysis]) -> Table:
 
 
 def found_table(found: Sequence[Analysis], score_thr: float) -> Table:
-    """Which objects both detectors find, one of them, or none, by class and size."""
+    """The numbers of objects that both detectors, only one of them, or none find, by class and size."""
     own, other = (found_from(each.judged, score_thr) for each in found)
     judged, rows = found[0].judged, []
     for k, name in [(None, "all"), *enumerate(found[0].classes)]:
@@ -142,7 +133,7 @@ def found_table(found: Sequence[Analysis], score_thr: float) -> Table:
 
 
 def found_from(judged: Judged, score_thr: float) -> np.ndarray:
-    """(G,) bool: objects that a detection with such a score finds."""
+    """(G,) bool: the objects that a detection with at least this score finds."""
     finders = (judged.kind == CORRECT) & (judged.score >= score_thr)
     return np.isin(np.arange(len(judged.object_label)), judged.object[finders])
 
@@ -162,10 +153,9 @@ def format_tables(found: Sequence[Analysis], score_thr: float = 0.3, markdown: b
 
 
 def save_analysis(found: Sequence[Analysis], out: Path, score_thr: float = 0.3) -> None:
-    """Write analysis.md and analysis.json, in which AP are fractions, into a folder."""
+    """Write analysis.md, and analysis.json with AP as fractions, into a folder."""
     write_text(out / "analysis.md", format_tables(found, score_thr, markdown=True) + "\n")
     content = [{"name": each.name, "classes": each.classes, "AP": each.ap, "AP50": each.ap50, "lost": each.lost,
-                "errors": [count_errors(each.judged, k) for k in range(len(each.classes))],
-                "AP_by_size": each.by_size, "confusion": each.confusion.tolist(), "score_thr": score_thr}
-               for each in found]
+                "errors": [count_errors(each.judged, k) for k in range(len(each.classes))], "AP_by_size": each.by_size,
+                "confusion": each.confusion.tolist(), "score_thr": score_thr} for each in found]
     write_text(out / "analysis.json", json.dumps(content, indent=1))

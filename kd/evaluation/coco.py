@@ -1,4 +1,4 @@
-"""COCO figures from detections, computed by pycocotools or faster-coco-eval."""
+"""COCO figures of detections, computed by pycocotools or faster-coco-eval."""
 import contextlib
 import gc
 import io
@@ -21,21 +21,21 @@ ImageResult = tuple[int | str, np.ndarray]
 
 
 def coco_figures(results: list[ImageResult], dataset: CocoDataset, fast: bool = True) -> dict:
-    """The twelve COCO figures and AP per class, as fractions; None where the data set has no such object.
+    """The twelve COCO figures and AP per class, as fractions; None if the data set has no such object.
 
     Args:
         results: what `detect` returned.
-        dataset: whose annotation file the figures are computed against.
+        dataset: its annotation file is the ground truth.
         fast: see `coco_api`.
     """
     return read_figures(coco_evaluation(results, dataset, fast), dataset)
 
 
 def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool = True) -> COCOeval:
-    """The evaluator after its work on `detect`'s results: matches, precisions and figures; its ids are numbers."""
+    """Evaluate `detect`'s results; the evaluator holds matches, precisions and figures, with numbers as image ids."""
     coco, coco_eval = coco_api(fast)
-    # Images are numbered in the order of their ids, in which pycocotools puts detections of equal score: its arrays
-    # hold neither texts nor very large numbers.
+    # pycocotools' arrays hold neither texts nor very large numbers, so images are numbered. Of detections with
+    # equal scores, those of the first image come first, so the numbers follow the order of the ids.
     ids = sorted(dataset.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     numbers = {image_id: number for number, image_id in enumerate(ids, start=1)}
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():  # pycocotools prints its progress
@@ -49,15 +49,15 @@ def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool
 
 
 def read_figures(evaluation: COCOeval, dataset: CocoDataset) -> dict:
-    """What `coco_figures` returns, out of an evaluation."""
-    figures = {name: known(value) for name, value in zip(FIGURES, evaluation.stats)}
+    """The result of `coco_figures`, from an evaluation. pycocotools' -1, for no objects, becomes None."""
+    figures = {name: None if value < 0 else float(value) for name, value in zip(FIGURES, evaluation.stats)}
     # precision: IoU threshold, recall, class, area range (first is all), most detections (last is 100)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return figures | {"per_class": {name: mean_precision(precision[:, :, k]) for k, name in enumerate(dataset.classes)}}
 
 
 def mean_precision(precision: np.ndarray) -> float | None:
-    """AP of a part of pycocotools' precisions, whose -1 mean that there is nothing to measure them on."""
+    """AP of a part of pycocotools' precisions; None if all are -1, which stands for a class without objects."""
     return float(precision[precision > -1].mean()) if (precision > -1).any() else None
 
 
@@ -72,7 +72,7 @@ def precision_recall(evaluation: COCOeval, dataset: CocoDataset) -> dict:
 
 
 def coco_api(fast: bool = True) -> tuple[type, type]:
-    """The classes COCO and COCOeval: pycocotools', or if `fast` faster-coco-eval's where it is installed.
+    """The classes COCO and COCOeval of pycocotools or, if `fast` and if it is installed, of faster-coco-eval.
 
     Their figures are equal; the extra `eval` installs the latter.
     """
@@ -85,7 +85,7 @@ def coco_api(fast: bool = True) -> tuple[type, type]:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Spare the evaluators' millions of small objects, none of them garbage, the collector's repeated visits."""
+    """Pause garbage collection, which would search the evaluators' millions of small objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -96,7 +96,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]) -> object:
-    """Annotations or detections as the evaluators take them."""
+    """Annotations or detections in the form that the evaluators take."""
     index = coco()
     index.dataset = {"images": [{"id": number} for number in numbers.values()], "annotations": annotations,
                      "categories": [{"id": category_id} for category_id in dataset.category_ids]}
@@ -105,10 +105,9 @@ def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: lis
 
 
 def read_truth(dataset: CocoDataset, numbers: dict) -> list[dict]:
-    """The file's annotations of the data set's images, with what COCO-like files may leave out.
+    """The annotations of the data set's images, completed with the fields that COCO-like files may leave out.
 
-    They are numbered from 1, in place of their ids: pycocotools counts an object of id 0 as missed even where it is
-    found.
+    Their ids are new, from 1 on, because pycocotools counts an object with id 0 as missed even if it is found.
     """
     content = json.loads(dataset.annotation_file.read_bytes())
     return [{"id": number, "image_id": numbers[a["image_id"]], "category_id": a["category_id"], "bbox": a["bbox"],
@@ -117,7 +116,7 @@ def read_truth(dataset: CocoDataset, numbers: dict) -> list[dict]:
 
 
 def list_detections(results: list[ImageResult], dataset: CocoDataset, numbers: dict) -> list[dict]:
-    """Detections in COCO's form."""
+    """Detections in COCO's result format."""
     if not results:
         return []
     rows = np.concatenate([part for _, part in results])
@@ -127,11 +126,6 @@ def list_detections(results: list[ImageResult], dataset: CocoDataset, numbers: d
     return [{"id": i, "image_id": image, "category_id": category, "bbox": box, "score": score, "area": area,
              "iscrowd": 0} for i, (image, category, box, score, area) in
             enumerate(zip(*(column.tolist() for column in columns)), start=1)]
-
-
-def known(value: float) -> float | None:
-    """A figure, or None for pycocotools' -1: nothing to measure it on."""
-    return None if value < 0 else float(value)
 
 
 def format_figures(figures: dict) -> str:

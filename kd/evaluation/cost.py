@@ -1,4 +1,4 @@
-"""What a detector costs: parameters, operations and memory, from tensors without content, which takes no time."""
+"""The cost of a detector in parameters, operations and memory, measured quickly with tensors without content."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class Level:
 
 @dataclass
 class Summary:
-    """What a detector costs on one image."""
+    """The cost of a detector on one image."""
 
     size: tuple[int, int]         # (h, w) of the image
     parameters: dict[str, int]    # by part, and by the modules in it as `part.module`
@@ -61,9 +61,9 @@ class Summary:
         return sum(self.flops[part] for part in PARTS if part in self.flops)
 
 
-def count_parameters(detector: Detector) -> int:
-    """Weights of backbone, neck and head."""
-    return sum(parameter.numel() for parameter in detector.parameters())
+def count_parameters(module: nn.Module) -> int:
+    """The number of weights of a detector, or of a part of it."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_flops(detector: Detector, size: tuple[int, int]) -> int:
@@ -72,42 +72,38 @@ def count_flops(detector: Detector, size: tuple[int, int]) -> int:
 
 
 def typical_size(scale: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) that a landscape image which fills `scale` is padded to."""
+    """The padded size (h, w) of a landscape image that fills `scale`."""
     return padded_size((min(scale), max(scale)))
 
 
 def summarize(detector: Detector, size: tuple[int, int]) -> Summary:
-    """What a detector costs on one image of (height, width)."""
+    """The cost of a detector on one image of (height, width)."""
     sizes, counts = run_counted(detector, size)
     flops, parameters, children = {}, {}, {}
     for part in PARTS:
         module = getattr(detector, part)
         if module is None:
             continue
-        parameters[part], flops[part] = numel(module), flops_of(counts, module, f"detector.{part}")
+        parameters[part], flops[part] = count_parameters(module), flops_of(counts, module, f"detector.{part}")
         children[part] = []
         for name, child in module.named_children():
-            cost = numel(child), flops_of(counts, child, f"detector.{part}.{name}")
+            cost = count_parameters(child), flops_of(counts, child, f"detector.{part}.{name}")
             if max(cost) >= SHOWN:
                 children[part].append(name)
                 parameters[f"{part}.{name}"], flops[f"{part}.{name}"] = cost
         rest = flops[part] - sum(flops[f"{part}.{name}"] for name in children[part])
-        if rest >= SHOWN:  # of functions that are no module's
+        if rest >= SHOWN:  # operations outside modules
             children[part].append("functions")
             parameters[f"{part}.functions"], flops[f"{part}.functions"] = 0, rest
     weight_bytes = sum(tensor.nbytes for tensor in [*detector.parameters(), *detector.buffers()])
     return Summary(size, parameters, flops, levels(detector, sizes), weight_bytes, measure(detector, size)[1], children)
 
 
-def numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def run_counted(detector: Detector, size: tuple[int, int]) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """(h, w) of each level's map, and the operations by module, of a run over shapes without numbers."""
+    """The (h, w) of each level's map, and the operations by module, from a run without numbers."""
     model = Maps(detector)
     hooks = [module.register_forward_hook(lambda *_: None) for module in detector.modules()
-             if isinstance(module, nn.Conv2d)]  # each is then run as a module, and counted by its name
+             if isinstance(module, nn.Conv2d)]  # a hook makes each count under its own name
     try:
         with in_mode(detector, training=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
             outputs = functional_call(model, without_numbers(model), (blank(detector, size),))
@@ -119,7 +115,7 @@ def run_counted(detector: Detector, size: tuple[int, int]) -> tuple[list[tuple[i
 
 
 def flops_of(counts: dict[str, int], module: nn.Module, name: str) -> int:
-    """Operations of a module; of one that is only a container, those of what it holds."""
+    """Operations of a module; for a module that only holds others, the sum of theirs."""
     if name in counts:
         return counts[name]
     return sum(flops_of(counts, child, f"{name}.{key}") for key, child in module.named_children())
@@ -142,16 +138,16 @@ def without_numbers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def measure(detector: Detector, size: tuple[int, int]) -> tuple[int, int | None]:
-    """Operations on one image, and the bytes that autograd keeps of it beside the weights until its backward pass.
+    """Operations on one image, and the bytes besides the weights that autograd keeps for the backward pass.
 
-    Losses are not counted. The latter is None where nothing learns, and with batch norms that wait for other processes.
+    Losses are not counted. The bytes are None if nothing is trained, or if batch norms wait for other processes.
     """
     model = Maps(detector)
     tensors, kept = without_numbers(model), {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()  # one that several operations keep counts once
+        kept[storage._cdata] = storage.nbytes()  # counts once if several operations keep it
         return tensor
 
     synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules())
@@ -159,7 +155,7 @@ def measure(detector: Detector, size: tuple[int, int]) -> tuple[int, int | None]
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with in_mode(detector, training=learns), torch.set_grad_enabled(learns), saved, \
             FlopCounterMode(display=False) as counter:
-        outputs = functional_call(model, tensors, (blank(detector, size),))  # it holds what is kept, until here
+        outputs = functional_call(model, tensors, (blank(detector, size),))  # keeps everything alive until `del`
     for tensor in tensors.values():
         kept.pop(tensor.untyped_storage()._cdata, None)
     del outputs
@@ -194,7 +190,7 @@ def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
 
 
 def brief(detector: Detector, size: tuple[int, int]) -> str:
-    """The sums in a line; of a detector in shards, which cannot be run over shapes, only the first."""
+    """The cost in one line; only the parameters for a sharded detector, which cannot run without numbers."""
     if detector.sharded:
         return f"{count_parameters(detector) / 1e6:.2f} M parameters in shards"
     flops, activations = measure(detector, size)
@@ -215,8 +211,8 @@ def models_of(cfg: Config) -> dict[str, Detector]:
     if cfg.model.head.get("num_classes") is None:
         classes = annotated_classes(cfg)
         if classes is None:
-            raise ConfigError("model.head.num_classes", "not known: there are no annotations of data.val to count "
-                                                        "classes in; give model.head.num_classes=80, say")
+            raise ConfigError("model.head.num_classes", "not known: data.val has no annotations that name the "
+                                                        "classes; give for example model.head.num_classes=80")
         cfg = cfg.with_num_classes(len(classes.names))
     student = build_detector(cfg.model, pretrained=False)
     found = {"student" if cfg.distill else "detector": student}
@@ -227,7 +223,7 @@ def models_of(cfg: Config) -> dict[str, Detector]:
 
 
 def format_summaries(summaries: dict[str, Summary]) -> str:
-    """Detectors beside each other, by title: costs by module, memory, and levels."""
+    """Detectors side by side, by title: costs by module, memory, and levels."""
     h, w = next(iter(summaries.values())).size
     header = [f"on one image of {h} x {w}"]
     for title in summaries:

@@ -1,4 +1,4 @@
-"""A detector's figures on a data set."""
+"""The figures of a detector on a data set."""
 import json
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str
 
 
 def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None) -> dict:
-    """`coco_figures`, which the first process computes and tells the others; it writes the curves, too."""
+    """`coco_figures` in all processes; the first process computes them, and writes the curves."""
     figures = None
     if distributed.rank() == 0:
         evaluation = coco_evaluation(results, dataset)
@@ -46,8 +46,8 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
     """Detections on every image of a loader's data set, in its order.
 
     Args:
-        shared: whether the processes have shares of the images, whose detections the first one gets, and the others
-            nothing; otherwise each has detections on all of them.
+        shared: whether each process has a share of the images; the first process then gets all detections, the others
+            none. Otherwise each process has all images and detections.
     """
     was_training = model.training
     model.eval()
@@ -90,7 +90,7 @@ def detect_views(detector: Detector, cfg: Config, dataset: CocoDataset, device: 
 
 
 def eval_loader(cfg: Config, dataset: CocoDataset, shared: bool = True) -> DataLoader:
-    """The loader that an evaluation goes through: this process's share, or if not `shared` everything."""
+    """The loader of an evaluation: this process's share of the images, or all of them if not `shared`."""
     rank, world = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     size = cfg.eval.batch_size or cfg.data.batch_size
     return build_loader(dataset, size, False, cfg.data.workers, rank=rank, world=world)

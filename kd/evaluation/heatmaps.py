@@ -19,11 +19,11 @@ def colour(values: Tensor) -> Tensor:
 
 
 def overlay(image: Tensor, values: Tensor, stride: tuple[float, float], top: float, width: int) -> Tensor:
-    """A map over a grey image, more of it where it is higher; uint8 (3, H', width).
+    """A coloured map over a grey image, less transparent where values are higher; uint8 (3, H', width).
 
     Args:
         image: uint8 (3, H, W), without padding.
-        values: (h, w), a cell being `stride` (vertically, horizontally) pixels of the image.
+        values: (h, w); a cell covers `stride` (vertical, horizontal) pixels of the image.
         top: the value of the brightest colour.
     """
     size = [round(cells * pixels) for cells, pixels in zip(values.shape, stride)]
@@ -37,11 +37,7 @@ def overlay(image: Tensor, values: Tensor, stride: tuple[float, float], top: flo
 
 
 def bars(values: Tensor, top: float, width: int, height: int, line: float | None = None) -> Tensor:
-    """A bar for each of the values (n,), `top` being as high as the picture; uint8 (3, height, width).
-
-    Args:
-        line: a value at which a line is drawn across.
-    """
+    """A bar for each of the values (n,), up to `top`, and a line at the value `line`; uint8 (3, height, width)."""
     picture = torch.full((3, height, width), 255, dtype=torch.uint8)
     column = torch.arange(width) * len(values) // width
     level = (values.float().cpu() / max(top, 1e-12)).clamp(0, 1)[column] * height

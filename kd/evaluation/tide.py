@@ -1,6 +1,6 @@
-"""What a detector's AP is lost to: the error types of TIDE (Bolya et al., arXiv:2008.08115, section 2).
+"""Why a detector loses AP: the error types of TIDE (Bolya et al., arXiv:2008.08115, section 2).
 
-A kind of error costs what AP at IoU 0.5 would gain if all errors of this kind alone were corrected.
+The cost of a type is how much AP at IoU 0.5 would rise if all errors of this type, and no others, were corrected.
 """
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
-FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU: from the one on an object counts as found, up to the other as not touched
+FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object counts as found; up to which it counts as not touched
 CORRECT, CLASS, BOX, BOTH, DUPLICATE, NOTHING = range(6)
 KINDS = {"classification": CLASS, "localisation": BOX, "both": BOTH, "duplicate": DUPLICATE, "background": NOTHING}
 ERRORS = (*KINDS, "missed")
@@ -16,19 +16,19 @@ ERRORS = (*KINDS, "missed")
 
 @dataclass
 class Judged:
-    """Every detection and object of a data set, and what is wrong with it. Classes are numbered from 0."""
+    """All detections and objects of a data set, with their errors. Classes are numbered from 0."""
 
     num_classes: int
-    image: np.ndarray    # (D,) number of its image; detections within a crowd of their class are not here
+    image: np.ndarray    # (D,) number of its image; detections inside crowds of their class are left out
     box: np.ndarray      # (D, 4) x, y, width, height
     label: np.ndarray    # (D,)
     score: np.ndarray    # (D,)
-    kind: np.ndarray     # (D,) CORRECT, or the kind of its error
-    object: np.ndarray   # (D,) the object found, or the one that it alone would find once put right; otherwise -1
-    object_image: np.ndarray  # (G,) crowds are not here
+    kind: np.ndarray     # (D,) CORRECT, or the type of its error
+    object: np.ndarray   # (D,) the object that it finds, or that it alone would find if corrected; otherwise -1
+    object_image: np.ndarray  # (G,) crowds are left out
     object_box: np.ndarray    # (G, 4)
     object_label: np.ndarray  # (G,)
-    object_area: np.ndarray   # (G,) as annotated, by which COCO tells sizes apart
+    object_area: np.ndarray   # (G,) as annotated; COCO's sizes depend on it
 
     @property
     def found(self) -> np.ndarray:
@@ -37,16 +37,12 @@ class Judged:
 
     @property
     def missed(self) -> np.ndarray:
-        """(G,) bool: objects that no detection finds, nor would with its box or its class put right."""
+        """(G,) bool: objects that no detection finds, or would find with its box or class corrected."""
         return ~np.isin(np.arange(len(self.object_label)), self.object)
 
 
 def judge(evaluation: COCOeval) -> Judged:
-    """Sort every detection that pycocotools has matched at IoU 0.5, or not, into the kinds of errors.
-
-    Args:
-        evaluation: after `evaluate()`, of boxes.
-    """
+    """Find every detection's type of error from pycocotools' matches of boxes at IoU 0.5, after its `evaluate()`."""
     params = evaluation.params
     at = int(np.abs(params.iouThrs - FOREGROUND).argmin())
     images, areas = len(params.imgIds), len(params.areaRng)
@@ -79,8 +75,8 @@ def judge_image(detections: list[tuple], objects: list[tuple], first: int) -> li
         detections: rows of image, label, box, score and the number of the object found, or -1.
         objects: rows of image, label, box and area, numbered from `first`.
     Returns:
-        The rows, each with its kind; where an error put right would find an object that nothing else finds, nor any
-        better detection would, the row names that object.
+        The rows, each with its kind. If a detection would find an object once its error is corrected, and no other
+        detection finds it and no better one would, the row has the number of that object.
     """
     labels = np.array([row[1] for row in objects], dtype=int)
     taken = np.isin(np.arange(len(objects)) + first, [row[7] for row in detections])
@@ -98,7 +94,7 @@ def judge_image(detections: list[tuple], objects: list[tuple], first: int) -> li
 
 
 def kind_of_error(overlaps: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[int, int]:
-    """The kind of a detection that finds nothing, and the object that it is meant for, or -1.
+    """The type of error of a detection that finds nothing, and the object that it is meant for, or -1.
 
     Args:
         overlaps: (G,) IoU with the image's objects; same: (G,) those of its class; taken: (G,) those found.
@@ -123,7 +119,7 @@ def iou(boxes: list, others: list) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, correct: np.ndarray, objects: int) -> float | None:
-    """COCO's AP of one class at one IoU: precision, made to fall, at 101 recalls. None without objects."""
+    """COCO's AP of one class at one IoU: mean of monotone precision at 101 recalls. None without objects."""
     if objects == 0:
         return None
     correct = correct[np.argsort(-scores, kind="stable")]
@@ -135,22 +131,22 @@ def average_precision(scores: np.ndarray, correct: np.ndarray, objects: int) -> 
 
 
 def class_aps(labels: np.ndarray, scores: np.ndarray, correct: np.ndarray, objects: np.ndarray) -> list[float | None]:
-    """AP of every class; `objects` (K,) are their numbers."""
+    """AP of every class; `objects` (K,) are the numbers of objects."""
     return [average_precision(scores[labels == k], correct[labels == k], int(count)) for k, count in enumerate(objects)]
 
 
 def ap50(judged: Judged) -> list[float | None]:
-    """AP at IoU 0.5 of every class, as pycocotools has it."""
+    """AP at IoU 0.5 of every class, the same as from pycocotools."""
     objects = np.bincount(judged.object_label, minlength=judged.num_classes)
     return class_aps(judged.label, judged.score, judged.kind == CORRECT, objects)
 
 
 def lost_ap(judged: Judged) -> dict[str, list[float | None]]:
-    """For every kind of error, what each class's AP at IoU 0.5 gains once all errors of that kind are put right.
+    """For every type of error, the gain in each class's AP at IoU 0.5 if all errors of this type are corrected.
 
-    Put right means: a box or a class is made that of its object, if nothing else finds that and no better detection
-    would, and otherwise the detection is taken out, as are the other kinds; objects missed are no longer counted. Where
-    a class has none left then, its AP is 1: all of it was lost by missing them (TIDE's own code says 0).
+    A wrong box or class becomes that of its object, if nothing else finds the object and no better detection would.
+    Other detections with this error are removed. Missed objects are no longer counted; if a class then has no objects
+    left, its AP is 1, because it lost all of its AP by missing them (TIDE's own code says 0).
     """
     before, objects = ap50(judged), np.bincount(judged.object_label, minlength=judged.num_classes)
     correct, lost = judged.kind == CORRECT, {}
@@ -167,12 +163,11 @@ def lost_ap(judged: Judged) -> dict[str, list[float | None]]:
 
 
 def count_errors(judged: Judged, label: int | None = None) -> dict[str, int]:
-    """Objects, errors of every kind and missed objects, of one class or of all; an error's class is the detection's."""
+    """Numbers of objects, of errors by type and of missed objects, for a class or all; errors by detected class."""
     here = judged.label >= 0 if label is None else judged.label == label
     objects = judged.object_label >= 0 if label is None else judged.object_label == label
-    return {"objects": int(objects.sum()), **{name: int((here & (judged.kind == kind)).sum())
-                                              for name, kind in KINDS.items()},
-            "missed": int((objects & judged.missed).sum())}
+    counts = {name: int((here & (judged.kind == kind)).sum()) for name, kind in KINDS.items()}
+    return {"objects": int(objects.sum()), **counts, "missed": int((objects & judged.missed).sum())}
 
 
 def gains(after: list[float | None], before: list[float | None]) -> list[float | None]:
@@ -187,10 +182,10 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def confusion_matrix(judged: Judged, score_thr: float) -> np.ndarray:
-    """(K + 1, K + 1) counts of objects by class (row) and the class that they were taken for (column).
+    """(K + 1, K + 1) counts of objects by their class (row) and the class that they were detected as (column).
 
-    Detections from `score_thr` on take, best first, the free object that they overlap most, if IoU is 0.5 or more. The
-    last row holds those that take none, the last column objects that none takes.
+    Detections with `score_thr` or more, best first, take the free object that they overlap most, if the IoU is 0.5 or
+    more. The last row counts detections that take no object, the last column objects that no detection takes.
     """
     k = judged.num_classes
     matrix = np.zeros((k + 1, k + 1), dtype=int)

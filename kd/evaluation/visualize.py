@@ -1,4 +1,4 @@
-"""Pictures of what is distilled: who detects what, where scores are high, and what the methods look at."""
+"""Pictures of what is distilled: detections, score maps, and the charts of the methods."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ BARS = 90    # height of a bar chart
 
 @dataclass
 class View:
-    """Predictions on one image, by the teacher, the student, or across their heads."""
+    """Predictions on one image, of the teacher, the student, or the teacher's head on the student's features."""
 
     title: str
     head: DenseHead
@@ -39,7 +39,7 @@ class View:
         return postprocess(self.head, self.outputs, [target], self.test, rescale=False)[0]
 
     def score_maps(self) -> list[Tensor]:
-        """(H, W) of every level: the best score of a cell's anchors and classes, as detection ranks them."""
+        """For every level (H, W), the best score of a cell over anchors and classes, as detection ranks them."""
         scores = self.outputs.cls[0].sigmoid().amax(-1)
         if self.outputs.centerness is not None:
             scores = scores * self.outputs.centerness[0].sigmoid()
@@ -55,17 +55,17 @@ def visualize(cfg: Config, checkpoint: str, out: Path, device: torch.device, ima
 
     Args:
         cfg: a configuration with a `distill` section.
-        checkpoint: the student's; one from a run of this configuration has its methods' own weights, too.
-        images: files; by default the first `count` of data.val. Those of data.val have their ground truth.
-        score_thr: detections below are not drawn.
+        checkpoint: the student's; one from a run of this configuration also has the methods' own weights.
+        images: files; by default the first `count` of data.val. Images of data.val have their ground truth.
+        score_thr: detections with lower scores are not drawn.
     Returns:
-        The files, and what had to be left out, a line each.
+        The files, and a line for everything that had to be left out.
     Raises:
         ConfigError, DataError, CheckpointError: bad input.
     """
     if cfg.distill is None or cfg.data is None:
         raise ConfigError("distill" if cfg.data else "data", "missing: give a configuration that distils, with its "
-                          "data; predict.py draws what a lone detector finds")
+                          "data; for a detector alone, use predict.py")
     dataset = build_dataset(cfg.data, "val", training=False)
     model = build_distiller(with_classes(cfg, dataset), pretrained=False).to(device).eval()
     load_weights(model.student, checkpoint, part)
@@ -90,7 +90,7 @@ def visualize(cfg: Config, checkpoint: str, out: Path, device: torch.device, ima
 
 
 def load_methods(model: Distiller, checkpoint: str) -> bool:
-    """Load the methods' own weights from a checkpoint of a run; whether it has them."""
+    """Load the methods' own weights from a checkpoint of a run; returns whether it has them."""
     try:
         model.methods.load_state_dict(read_checkpoint(Path(checkpoint))["methods"])
     except (CheckpointError, RuntimeError, KeyError):  # another format, or a run with other methods
@@ -103,7 +103,7 @@ def has_weights(module: torch.nn.Module) -> bool:
 
 
 def find_sample(path: Path, dataset: CocoDataset) -> tuple[str, Tensor, dict]:
-    """Name, image and target of a file: as data.val has it, or without ground truth."""
+    """Name, image and target of a file, with ground truth if the file is in data.val."""
     places = {(dataset.image_folder / name).resolve(): i for i, name in enumerate(dataset.file_names)}
     if path.resolve() in places:
         return path.stem, *dataset[places[path.resolve()]]
@@ -112,14 +112,14 @@ def find_sample(path: Path, dataset: CocoDataset) -> tuple[str, Tensor, dict]:
 
 
 def run_all(model: Distiller, image: Tensor, target: dict, device: torch.device) -> Passes:
-    """The passes of student and teachers over one image, with all methods and heads."""
+    """The passes of student and teachers over one image, for all methods, with all heads."""
     batch, targets = collate([(image, target)])
     batch = model.student.preprocess(batch.to(device), targets)
     return model.passes(batch, targets, model.whole_plan(), with_heads=True, assign=False)
 
 
 def views_of(passes: Passes, trained: bool) -> list[View]:
-    """Teachers, student, and the predictions across their heads."""
+    """The views of teachers and student, and of the teachers' heads on the student's features."""
     names = ["teacher"] if len(passes.teachers) == 1 else [f"teacher {i}" for i in range(len(passes.teachers))]
     views = [View(name, seen.head, seen.outputs, seen.detector.test) for name, seen in zip(names, passes.teachers)]
     student = passes.student
@@ -132,7 +132,7 @@ def views_of(passes: Passes, trained: bool) -> list[View]:
 
 
 def charts_of(passes: Passes, trained: bool) -> dict[str, list]:
-    """The charts of all methods, by name; where two have the same, the method's name is appended."""
+    """The charts of all methods, by name; if two charts have the same name, the method's name is appended."""
     found = [(kind, entry.name, columns) for seen, (_, entries) in zip(passes.teachers, passes.plan)
              for entry in entries for kind, columns in entry.method.charts(passes.student, seen, trained).items()]
     kinds = [kind for kind, _, _ in found]
@@ -142,7 +142,7 @@ def charts_of(passes: Passes, trained: bool) -> dict[str, list]:
 
 def detections_picture(image: Tensor, target: dict, views: list[View], classes: Sequence[str],
                        score_thr: float) -> Tensor:
-    """Ground truth, where it is known, and each view's detections, side by side."""
+    """The ground truth, if it is known, and each view's detections, side by side."""
     zoom, row = WIDTH / image.shape[2], []
     if "boxes" in target:
         row.append(captioned(draw_boxes(image, target["boxes"], target["labels"], classes, zoom=zoom), "ground truth"))
@@ -155,7 +155,7 @@ def detections_picture(image: Tensor, target: dict, views: list[View], classes: 
 
 
 def scores_picture(image: Tensor, target: dict, views: list[View], classes: Sequence[str]) -> Tensor:
-    """A row for each view: the image, with its ground truth where that is known, and the scores of every level."""
+    """A row for each view: the image, with its ground truth if that is known, and the scores of every level."""
     maps = [view.score_maps() for view in views]
     top = max(float(level.max()) for each in maps for level in each)
     plain = draw_boxes(image, target.get("boxes", torch.zeros(0, 4)), target.get("labels", torch.zeros(0).long()),

@@ -1,4 +1,4 @@
-"""Runs in one table: figures over seeds, gains over the student alone, and costs."""
+"""A table of runs: figures over seeds, gains over the student alone, and costs."""
 import json
 import math
 from collections.abc import Sequence
@@ -13,12 +13,11 @@ import torch
 from data import DataConfig
 from data.output import write_text
 from data.tables import csv_table, markdown_table, percent, points, text_table
-from data.transforms import padded_size
 from models import build_detector
 from models.checkpoints.sources import file_hash
 
 from ..evaluation.coco import AP_FIGURES
-from ..evaluation.cost import count_flops, count_parameters
+from ..evaluation.cost import count_flops, count_parameters, typical_size
 from ..work_dir.records import RunRecord, group_runs, methods_of, read_run, setting
 
 CONFIDENCE = 0.95
@@ -26,16 +25,16 @@ CONFIDENCE = 0.95
 
 @dataclass
 class Row:
-    """Runs that differ only in seed. AP are fractions, at the last evaluation; None: not known."""
+    """Runs that differ only in the seed. AP are fractions, from the last evaluation; None: not known."""
 
     name: str
     methods: str
     runs: list[RunRecord]
     figures: dict[str, tuple[float | None, float | None]]  # mean and standard deviation over seeds
     gain: float | None = None       # in AP over the student alone, mean over the seeds that both have
-    interval: float | None = None   # half the width of its confidence interval, by pairs of a seed; of two or more
+    interval: float | None = None   # half the width of its confidence interval, from two or more pairs of one seed
     teacher: float | None = None    # the teacher's AP
-    gap_closed: float | None = None  # the gain's share of what the teacher is above the student alone
+    gap_closed: float | None = None  # the gain as a share of the teacher's lead over the student alone
     parameters: int | None = None
     flops: int | None = None        # of one image of data.scale
     images_per_second: float | None = None  # in training
@@ -44,8 +43,7 @@ class Row:
 def compare(runs: Sequence[RunRecord], known_teacher: float | None = None) -> list[Row]:
     """A row for every setting among the runs that have been evaluated, in the order of the first run of each.
 
-    Args:
-        known_teacher: the AP of teachers that no run tells it of.
+    `known_teacher` is the AP of teachers for which no run has it.
     """
     groups = group_runs([run for run in runs if run.evaluations])
     rows = [Row(name, methods_of(members[0].config), members,
@@ -67,13 +65,13 @@ def compare(runs: Sequence[RunRecord], known_teacher: float | None = None) -> li
 
 
 def over_seeds(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and, of two or more, the sample's standard deviation."""
+    """Mean and, for two or more values, the sample's standard deviation."""
     known = [value for value in values if value is not None]
     return mean(known) if known else None, stdev(known) if len(known) > 1 else None
 
 
 def speed(runs: Sequence[RunRecord]) -> float | None:
-    """Images per second in training; the median, for the first steps are slow and a machine may have others at work."""
+    """The median of images per second in training, because first steps are slow and a machine may be shared."""
     lines = [line["images_per_second"] for run in runs for line in run.steps if "images_per_second" in line]
     return median(lines) if lines else None
 
@@ -92,7 +90,7 @@ def judge_gain(row: Row, alone: Row | None) -> None:
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of paired differences, and half the width of its confidence interval by Student's t; None for a lone one."""
+    """Mean of paired differences, and half the width of its confidence interval by Student's t; None for only one."""
     n = len(differences)
     if n < 2:
         return mean(differences), None
@@ -101,9 +99,9 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float | None]:
 
 @cache
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """How many standard errors to either side hold `confidence` of Student's t distribution.
+    """The standard errors to either side that contain `confidence` of Student's t distribution.
 
-    With t = sqrt(freedom) * tan(a) its density becomes cos(a) ** (freedom - 1), which is summed up finely enough.
+    With t = sqrt(freedom) * tan(a), the density is proportional to cos(a) ** (freedom - 1), summed in fine steps.
     """
     edges = np.linspace(0, np.pi / 2, 1_000_001)
     share = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
@@ -111,10 +109,10 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 
 def teacher_ap(run: RunRecord, runs: Sequence[RunRecord]) -> float | None:
-    """AP of the teacher's own run, of several teachers the best one's.
+    """AP of the teacher in its own run; for several teachers, the AP of the best one.
 
-    That is a run among `runs`, or the folder of the checkpoint; its file, where it is still there, must be the one that
-    was distilled from, by its SHA-256. Of a last.pth it is the last AP, of a best.pth the best.
+    The run is among `runs`, or in the folder of the checkpoint. If the file still exists, its SHA-256 must be that of
+    the file that was distilled from. For a last.pth it is the last AP of the run, for a best.pth the best.
     """
     found = []
     for path, digest in run.teachers.items():
@@ -124,7 +122,7 @@ def teacher_ap(run: RunRecord, runs: Sequence[RunRecord]) -> float | None:
             if place.is_file() and hash_of(place.resolve(), place.stat().st_mtime_ns) == digest:
                 found.append(ap_of(place, run, runs))
                 break
-        else:  # the file is gone, but what it was is on record
+        else:  # if the file is gone, the run's records still have its AP
             found.append(None if checkpoint.exists() else ap_of(checkpoint, run, runs))
     return max((ap for ap in found if ap is not None), default=None)
 
@@ -153,7 +151,7 @@ def cost(model: str, scale: tuple[int, int]) -> tuple[int, int]:
     """Parameters and floating-point operations of a `model` section, as JSON, on one image of (long, short) edges."""
     with torch.device("meta"):
         detector = build_detector(json.loads(model), pretrained=False)
-    return count_parameters(detector), count_flops(detector, padded_size((min(scale), max(scale))))
+    return count_parameters(detector), count_flops(detector, typical_size(scale))
 
 
 def with_deviation(value: float | None, deviation: float | None, signed: bool = False) -> str:
@@ -173,7 +171,7 @@ def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
 
 
 def explain(rows: Sequence[Row]) -> str:
-    """What the table's columns mean, as far as it has them."""
+    """The meaning of those columns that the table has."""
     lines = ["AP in points at the last evaluation; ± of AP: standard deviation over the seeds."]
     if any(row.gain is not None for row in rows):
         lines.append(f"gain: over the student alone, by pairs of one seed; ±: its {100 * CONFIDENCE:.0f}% confidence "
@@ -182,7 +180,7 @@ def explain(rows: Sequence[Row]) -> str:
 
 
 def rows_to_csv(rows: Sequence[Row]) -> str:
-    """The table for programs, AP as fractions, a deviation in a column of its own, nothing where nothing is known."""
+    """The table for programs: AP as fractions, deviations in their own columns, and unknown values empty."""
     header = ["run", "methods", "seeds", *(name for figure in AP_FIGURES for name in (figure, f"{figure}_deviation")),
               "gain", "gain_interval", "teacher_AP", "gap_closed", "parameters", "flops", "images_per_second"]
     cells = [[row.name, row.methods, " ".join(str(run.seed) for run in row.runs),
@@ -192,6 +190,6 @@ def rows_to_csv(rows: Sequence[Row]) -> str:
 
 
 def save_rows(rows: Sequence[Row], out: Path) -> None:
-    """Write the table: as CSV to a .csv, as markdown to anything else."""
+    """Write the table: as CSV to a .csv file, as markdown to any other."""
     text = rows_to_csv(rows) if out.suffix == ".csv" else f"{format_rows(rows, markdown=True)}\n\n{explain(rows)}"
     write_text(out, text + "\n")

@@ -7,6 +7,7 @@ import torch
 
 from data import CocoDataset, generate_scenes
 from data.output import write_text
+from data.tables import markdown_table, points
 from models import Detector
 
 from ..config import load_config
@@ -16,7 +17,7 @@ from ..inference.detectors import load_with_data
 from ..inference.draw import beside_truth, write_picture
 
 PARTS = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
-PICTURES = 6
+PICTURES, SCORE = 4, 0.5  # of the picture: the first scenes, boxes from this score on
 
 
 def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs/demo"), images: int = 400,
@@ -38,19 +39,17 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         start = time.perf_counter()
         figures = train(cfg, work_dir / part, device)
         minutes = (time.perf_counter() - start) / 60
-        detectors[title], dataset = load_with_data(cfg, work_dir / part / "last.pth", device)
-        rows.append(describe(title, detectors[title], figures, minutes, dataset))
-    table = "\n".join([
-        "| model | AP | AP50 | parameters (M) | GFLOPs | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |",
-        *rows])
+        detector, dataset = load_with_data(cfg, work_dir / part / "last.pth", device)
+        detectors[f"{title}: AP {100 * figures['AP']:.1f}, scores from {SCORE}"] = detector
+        rows.append(describe(title, detector, figures, minutes, dataset))
+    table = markdown_table(["model", "AP", "AP50", "parameters (M)", "GFLOPs", "minutes"], rows)
     write_text(work_dir / "table.md", table + "\n")
-    write_picture(beside_truth(detectors, dataset, PICTURES, zoom=2), work_dir / "detections.png")
+    write_picture(beside_truth(detectors, dataset, PICTURES, SCORE, zoom=2), work_dir / "detections.png")
     return table
 
 
-def describe(title: str, detector: Detector, figures: dict, minutes: float, dataset: CocoDataset) -> str:
-    """A row of the table; GFLOPs are of one image of the data set's size."""
-    target = dataset[0][1]
-    return (f"| {title} | {100 * figures['AP']:.1f} | {100 * figures['AP50']:.1f} | "
-            f"{count_parameters(detector) / 1e6:.2f} | {count_flops(detector, target['pad_size']) / 1e9:.2f} | "
-            f"{minutes:.1f} |")
+def describe(title: str, detector: Detector, figures: dict, minutes: float, dataset: CocoDataset) -> list[str]:
+    """A row of the table; GFLOPs are for one image of the data set's size."""
+    flops = count_flops(detector, dataset[0][1]["pad_size"])
+    return [title, points(figures["AP"]), points(figures["AP50"]), f"{count_parameters(detector) / 1e6:.2f}",
+            f"{flops / 1e9:.2f}", f"{minutes:.1f}"]

@@ -16,15 +16,11 @@ from ..work_dir.records import RunRecord, group_name, group_runs, methods_of, se
 from .compare import Row
 
 COLUMNS = 3
-MOST_CLASSES = 12  # beyond, precision-recall curves are of the mean and of the first classes
+MOST_CLASSES = 12  # if there are more, only the mean and these first ones get precision-recall curves
 
 
 def matplotlib_figure(panels: int, size: tuple[float, float] = (5, 3.6)) -> tuple[Any, np.ndarray]:
-    """A figure with so many panels of a size in inches, in rows of three.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """A figure of panels in rows of three, each of a size in inches; MissingExtra if matplotlib is not installed."""
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
     make = need("matplotlib", "viz", "a plot", module="matplotlib.figure").Figure  # no pyplot, so no display
@@ -36,13 +32,7 @@ def matplotlib_figure(panels: int, size: tuple[float, float] = (5, 3.6)) -> tupl
 
 
 def plot_runs(runs: Sequence[RunRecord], rows: Sequence[Row], out: Path) -> list[Path]:
-    """Every picture that the runs have something for.
-
-    Args:
-        rows: what `compare` makes of the runs.
-    Returns:
-        The files, PNG.
-    """
+    """Write every PNG picture for which the runs have values, and return the files; `rows` are `compare(runs)`."""
     groups = group_runs(runs)
     pictures = {"losses": plot_losses(groups), "ap": plot_aps(groups),
                 "precision_recall": plot_precision_recall(groups), "training_length": plot_lengths(groups),
@@ -60,7 +50,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 
 def draw_group(axis: Any, label: str, curves: Sequence[Curve], number: int, marker: str = "") -> None:
-    """A line; of several curves their mean, in a band from the lowest to the highest."""
+    """Draw a curve as a line, or the mean of several curves in a band from the lowest to the highest."""
     common = sorted(set.intersection(*(set(np.round(x, 6)) for x, _ in curves)))
     if not common:
         return
@@ -74,7 +64,7 @@ def draw_group(axis: Any, label: str, curves: Sequence[Curve], number: int, mark
 
 
 def draw_bar(axis: Any, label: str, values: Sequence[float], number: int) -> None:
-    """A bar with its figure; of several values their mean, with a line from the lowest to the highest."""
+    """Draw a bar with its value, or the mean of several values with a line from the lowest to the highest."""
     mean = float(np.mean(values))
     reach = [[mean - min(values)], [max(values) - mean]] if len(values) > 1 else None
     label = label if len(values) == 1 else f"{label} ({len(values)} seeds)"
@@ -84,7 +74,7 @@ def draw_bar(axis: Any, label: str, values: Sequence[float], number: int) -> Non
 
 def plot_lines(groups: dict[str, list[RunRecord]], names: Sequence[str], read: Callable[[RunRecord, str], Curve],
                y_label: str, marker: str = "", log: bool = False) -> Any | None:
-    """A panel for each name, with a curve of every group that has it, or a bar where all have single points only."""
+    """A panel for each name, with a curve for every group that has it, or a bar if all have single points only."""
     if not names:
         return None
     figure, axes = matplotlib_figure(len(names))
@@ -113,7 +103,7 @@ def plot_lines(groups: dict[str, list[RunRecord]], names: Sequence[str], read: C
 
 
 def logarithmic(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers, several in a decade where there are few."""
+    """A logarithmic y axis with plain numbers, and with more of them if it spans few decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -140,7 +130,7 @@ def plot_losses(groups: dict[str, list[RunRecord]]) -> Any | None:
 
 
 def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
-    """AP in its kinds, and AP of each class where there are few."""
+    """COCO's AP figures, and AP of each class if there are few classes."""
     def read(run: RunRecord, name: str) -> Curve:
         values = [(line["epoch"] + 1, line.get(name, (line.get("per_class") or {}).get(name)))
                   for line in run.evaluations]
@@ -182,15 +172,15 @@ def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:
 
 
 def precision_of(curves: dict, names: Sequence[str], iou: str) -> np.ndarray | None:
-    """(101,) mean precision of some classes, out of what `precision_recall` gave; None where they have no objects."""
+    """(101,) mean precision of some classes, from a result of `precision_recall`; None if they have no objects."""
     lines = [curves["precision"][name][iou] for name in names if curves["precision"].get(name, {}).get(iou)]
     return np.mean(lines, 0) if lines else None
 
 
 def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
-    """AP at the end over epochs of training, of settings that were trained in several lengths over the same seeds.
+    """Final AP over the number of epochs, for settings that were trained for several lengths with the same seeds.
 
-    Their schedules may differ; of two runs of one length and seed the first counts.
+    Their schedules may differ. If two runs have the same length and seed, the first counts.
     """
     settings: dict[str, dict[int, dict[int, RunRecord]]] = {}  # by epochs and seed
     for runs in groups.values():
@@ -223,7 +213,7 @@ def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
 
 
 def plot_gap(rows: Sequence[Row]) -> Any | None:
-    """What share of the gap between student alone and teacher every setting closes."""
+    """The share of the gap between student alone and teacher that each setting closes."""
     known = [row for row in rows if row.gap_closed is not None]
     if not known:
         return None

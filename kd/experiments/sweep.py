@@ -19,12 +19,12 @@ from ..work_dir.checkpoint import newest_checkpoint
 from ..work_dir.records import RunRecord, read_run, setting
 
 TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
-OUTPUT = "output.txt"  # in a run's work dir: what it printed
+OUTPUT = "output.txt"  # in a run's work dir: everything that the run printed
 
 
 @dataclass(eq=False)
 class Job:
-    """One run: a configuration with a seed, in a work dir of its own."""
+    """One run: a configuration with a seed, in its own work dir."""
 
     cfg: Path
     overrides: list[str]
@@ -38,7 +38,7 @@ class Job:
         return self.cfg.stem if self.seed is None else f"{self.cfg.stem} seed {self.seed}"
 
     def record(self) -> RunRecord | None:
-        """What it has left so far, if anything.
+        """The record of the run so far, if there is one.
 
         Raises:
             WorkDirError: its work dir holds a run of another configuration.
@@ -48,7 +48,7 @@ class Job:
             return None
         run = read_run(self.work_dir, metrics)
         wanted = self.config.with_num_classes(run.config["model"]["head"].get("num_classes"))
-        if setting(wanted.mapping) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
+        if setting(wanted) != setting(run.config) or (self.seed is not None and run.seed != self.seed):
             raise WorkDirError(f"{self.work_dir} holds a run of another configuration: give another --work-dir, or "
                                "remove it")
         return run
@@ -69,10 +69,10 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
     """The runs of a sweep, the teacher's first.
 
     Args:
-        overrides: for all runs; those of `distill` only for configurations that distil, and none but those of `data`
-            for the teacher.
-        teacher: a configuration that is trained first, once; it takes the place of the checkpoint in each of `cfgs`
-            whose `distill.teacher.cfg` it is.
+        overrides: for all runs; those of `distill` only for configurations that distil, and only those of `data` for
+            the teacher.
+        teacher: a configuration that is trained once, before the others; each of `cfgs` that has this file as its
+            `distill.teacher.cfg` uses the resulting checkpoint.
     Raises:
         ConfigError: a bad configuration, nothing to evaluate on, or a teacher's checkpoint that does not exist.
     """
@@ -95,18 +95,18 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
                  for seed in seeds]
     if trained is not None:
         if not any(job.waits for job in jobs):
-            raise ConfigError("", f"--teacher {teacher} is distill.teacher.cfg of none of the configurations")
+            raise ConfigError("", f"--teacher {teacher}: no configuration has this file as its distill.teacher.cfg")
         jobs.insert(0, trained)
     for job in jobs:
         if job.config.data is None or job.config.data.val is None:
-            raise ConfigError("data.val", f"missing in {job.cfg}: what are the runs to be compared on?")
+            raise ConfigError("data.val", f"missing in {job.cfg}: give the data on which the runs are compared")
     return jobs
 
 
 def is_teacher(config: Config, teacher: Path) -> bool:
-    """Whether a configuration's only teacher is of this configuration file."""
+    """Whether a configuration has one teacher, which this configuration file describes."""
     said = [entry.cfg for entry in config.teachers]
-    project = TRAIN.parents[1]  # such a file is looked up there, too
+    project = TRAIN.parents[1]  # the file is looked up there, too
     return len(said) == 1 and said[0] is not None and teacher.resolve() in (
         Path(said[0]).resolve(), (project / said[0]).resolve())
 
@@ -116,14 +116,14 @@ def check_teachers(config: Config, cfg: Path) -> None:
         checkpoint = entry.checkpoint
         if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
-                                                            "have it trained with --teacher and its configuration")
+                                                            "give its configuration with --teacher")
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None] = print) -> None:
-    """Run what is not finished, each in a process of its own, up to `at_once` at a time; the GPUs take turns.
+    """Run the unfinished jobs, each in its own process and up to `at_once` at a time, on the GPUs in turn.
 
     Raises:
-        TrainingError: a run has failed; the others were run all the same.
+        TrainingError: a run has failed; the other runs were still made.
         Stopped: SIGINT or SIGTERM, after the runs have saved.
         WorkDirError: a work dir holds another run.
     """
@@ -139,7 +139,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
                 for job in [job for job in pending if job.waits in failed]:
                     failed.add(job)
                     pending.remove(job)
-                    say(f"{job.name}: not run, for its teacher is not trained")
+                    say(f"{job.name}: not run, because its teacher is not trained")
                 ready = [job for job in pending if job.waits is None or job.waits in done]
                 free = [slot for slot in range(at_once) if slot not in running]
                 for slot, job in zip(free, [] if signals.asked else ready):
@@ -168,7 +168,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
 
 
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
-    """Start a run in a session of its own, so that Ctrl-C reaches it through us alone."""
+    """Start a run in its own session, so that Ctrl-C does not reach it directly."""
     job.work_dir.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
@@ -181,7 +181,7 @@ def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
 
 
 def report(job: Job, code: int, seconds: float, say: Callable[[str], None], stopping: bool) -> bool:
-    """Say how a run ended; whether it is all right."""
+    """Print how a run ended; returns whether it succeeded."""
     if stopping and code:
         say(f"{job.name}: stopped")
         return False

@@ -16,24 +16,24 @@ from .precision import memory_format
 
 @dataclass
 class Classes:
-    """What a detector's labels stand for."""
+    """The names and category ids of a detector's labels."""
 
     names: list[str]
     ids: list[int]  # category ids, for COCO results
 
     @property
     def categories(self) -> list[dict]:
-        """As in a COCO-format file."""
+        """The `categories` of a COCO-format file."""
         return [{"id": number, "name": name} for number, name in zip(self.ids, self.names)]
 
 
 def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: str | None = None,
                names: Sequence[str] | None = None) -> tuple[Detector, Classes]:
-    """The configuration's detector with a checkpoint's weights, in evaluation mode, and its classes. Needs no data.
+    """Load the configuration's detector with a checkpoint's weights, in evaluation mode, and its classes.
 
-    The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category ids are data.val's
-    if it has the same names, otherwise they count from 1. With `eval.class_map` only the classes that it selects are
-    left, which are data.val's.
+    No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category
+    ids are data.val's if it has the same names, otherwise they count from 1. With `eval.class_map`, only the classes
+    that it selects are left, which are those of data.val.
 
     Raises:
         ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
@@ -44,7 +44,7 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     if names is None:
         if annotated is None:
             raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
-                                  "data.val say them; give --classes")
+                                  "data.val contain them; give --classes")
         names = annotated.names
     names = [str(name) for name in names]
     classes = annotated if annotated and annotated.names == names else Classes(names, list(range(1, len(names) + 1)))
@@ -53,25 +53,21 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     if expected not in (None, len(names)):
         raise ConfigError(where, f"says {expected} classes, and there are {len(names)} names: {', '.join(names)}")
     if class_map is not None and count is None:
-        raise ConfigError("model.head.num_classes", "missing: eval.class_map selects from so many classes")
+        raise ConfigError("model.head.num_classes", "missing: the number of classes that eval.class_map selects from")
     return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
 
 
 def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
                    part: str | None = None) -> tuple[Detector, CocoDataset]:
-    """The configuration's detector with a checkpoint's weights, in evaluation mode, and its data.val.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: bad input.
-    """
+    """Load a checkpoint into the configuration's detector, in evaluation mode, and data.val; raises as `load_named`."""
     if cfg.data is None:
-        raise ConfigError("data", "missing: what is to be evaluated on?")
+        raise ConfigError("data", "missing: give data.val, which is evaluated on")
     dataset, class_map = build_dataset(cfg.data, "val", training=False), cfg.eval.class_map
     if class_map is None:
         cfg = with_classes(cfg, dataset)
     elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
         raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
-                                            f"{dataset.num_classes} classes, and model.head.num_classes to be said")
+                                            f"{dataset.num_classes} classes, and model.head.num_classes must be set")
     detector = load(cfg, checkpoint, part)
     if class_map is None:
         check_class_order(checkpoint, part, dataset.classes, "eval.class_map")
@@ -88,11 +84,7 @@ def load(cfg: Config, checkpoint: str | Path, part: str | None) -> Detector:
 
 
 def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
-    """The configuration with the class count of a data set.
-
-    Raises:
-        ConfigError: it says another count itself.
-    """
+    """The configuration with the class count of a data set; ConfigError if it sets another count."""
     given = cfg.model.head.get("num_classes")
     if given not in (None, dataset.num_classes):
         raise ConfigError("model.head.num_classes", f"is {given}, and {dataset.annotation_file} has "
@@ -101,7 +93,7 @@ def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
 
 
 def checkpoint_classes(meta: Mapping) -> list[str] | None:
-    """The names of the classes in the metadata of our checkpoints and mmdet's, None where there are none."""
+    """The names of the classes in the metadata of our checkpoints and mmdet's, or None if there are none."""
     inner = meta.get("dataset_meta")
     inner = inner if isinstance(inner, Mapping) else {}
     for found in (meta.get("classes"), inner.get("classes"), inner.get("CLASSES"), meta.get("CLASSES")):
@@ -111,13 +103,7 @@ def checkpoint_classes(meta: Mapping) -> list[str] | None:
 
 
 def check_class_order(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
-    """Refuse a checkpoint that has the data's classes in another order: its detections would get wrong names.
-
-    Args:
-        key: the setting that maps the classes, `eval.class_map` for example.
-    Raises:
-        ConfigError: the order is another one.
-    """
+    """Raise ConfigError if a checkpoint has the data's classes in another order, which the setting `key` can map."""
     names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
     if names and names != list(classes) and sorted(names) == sorted(classes) and len(set(names)) == len(names):
         order = ",".join(str(names.index(name)) for name in classes)
@@ -127,7 +113,7 @@ def check_class_order(checkpoint: str | Path, part: str | None, classes: Sequenc
 
 
 def annotated_classes(cfg: Config) -> Classes | None:
-    """The classes of data.val's annotations, None where there are none."""
+    """The classes of data.val's annotations, or None if there are none."""
     file = find_data(cfg.data.val.annotations) if cfg.data and cfg.data.val else None
     if file is None or not file.is_file():
         return None

@@ -26,8 +26,8 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
     Args:
         image: uint8 (3, H, W).
         boxes: (n, 4) xyxy in its pixels; labels: (n,); scores: (n,), those below `score_thr` are left out.
-        zoom: enlarge the picture so many times.
-        thickness: enlarge lines and text so many times.
+        zoom: factor of the picture's size.
+        thickness: factor of the size of lines and text.
     Returns:
         uint8 (3, H * zoom, W * zoom), rounded down.
     """
@@ -46,19 +46,19 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
 
 
 def text_font(factor: int = 1) -> dict:
-    """Arguments with which torchvision writes in the font that Pillow brings, so large that words stay apart."""
+    """Arguments that make torchvision write in Pillow's own font, large enough to separate words."""
     size = 11 * factor
     return {"font": io.BytesIO(ImageFont.load_default(size).font_bytes), "font_size": size}
 
 
 def enlarge(image: Tensor, zoom: float) -> Tensor:
-    """uint8 (3, H * zoom, W * zoom): in whole pixels where that is possible."""
+    """Enlarge to uint8 (3, H * zoom, W * zoom); a whole `zoom` repeats pixels, any other interpolates."""
     how = {"mode": "nearest"} if zoom == int(zoom) else {"mode": "bilinear", "antialias": True}
     return F.interpolate(image[None].float(), scale_factor=zoom, **how)[0].round().to(torch.uint8)
 
 
 def mosaic(rows: list[list[Tensor]]) -> Tensor:
-    """Pictures in rows of one length, white around the smaller ones; uint8 (3, H, W)."""
+    """Pictures in rows of equal length, with white around the smaller ones; uint8 (3, H, W)."""
     height, width = (max(picture.shape[side] for row in rows for picture in row) for side in (1, 2))
     pictures = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]), value=255)
                 for row in rows for picture in row]
@@ -91,7 +91,7 @@ def beside_truth(detectors: dict[str, Detector], dataset: CocoDataset, count: in
     """Ground truth and every detector's boxes on a data set's first images, side by side: uint8 (3, H, W).
 
     Args:
-        zoom: enlarge the pictures so many times; by default to WIDTH.
+        zoom: factor of the pictures' size; by default, each becomes WIDTH pixels wide.
     """
     rows = []
     for image, target in (dataset[index] for index in range(min(count, len(dataset)))):

@@ -1,4 +1,5 @@
 """Detectors for other runtimes: ONNX and torch.export files, checked against PyTorch."""
+import contextlib
 import json
 import os
 import warnings
@@ -27,7 +28,7 @@ OPSET = 18
 DIVISOR = 32
 INPUTS, OUTPUTS = ("images", "image_sizes"), ("boxes", "scores", "labels")
 TOLERANCE = 1e-3            # of scores, and of boxes in pixels
-RELATIVE_TOLERANCE = 1e-5   # of boxes besides: what float32 leaves of large coordinates
+RELATIVE_TOLERANCE = 1e-5   # added for boxes: the precision of large coordinates in float32
 CHECKED_IMAGES = 2          # of data.val, where none are given
 
 ExportedDetector = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDetector.forward` takes and gives
@@ -35,21 +36,21 @@ ExportedDetector = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDet
 
 @dataclass
 class Recipe:
-    """What one needs to know besides the file's inputs and outputs to run it; goes into the file, as JSON."""
+    """What a program needs to know to run an exported file; the file contains it as JSON."""
 
     classes: list[str]
     scale: tuple[int, int]      # images are resized to fit it: longest long edge, longest short edge
     antialias: bool             # smooth when shrinking
     divisor: int                # of the padded height and width
-    least_size: int             # of the padded height and width
-    nms: str                    # inside: suppressed already; outside: to be done
+    least_size: int             # smallest padded height and width
+    nms: str                    # inside: the file suppresses; outside: the caller must
     nms_iou_threshold: float
     max_per_img: int
 
 
 @dataclass
 class Agreement:
-    """How an exported file differs from PyTorch."""
+    """How far an exported file differs from PyTorch."""
 
     images: int = 0
     detections: int = 0  # compared
@@ -60,11 +61,11 @@ class Agreement:
     def __str__(self) -> str:
         line = (f"{self.detections} detections on {self.images} images: boxes differ from PyTorch's by at most "
                 f"{self.box:.1g} pixels, scores by {self.score:.1g}")
-        return line if self.detections else f"{line}; with no detections that says little, give others with --check"
+        return line if self.detections else f"{line}; without detections this says little: give others with --check"
 
 
 def recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str, nms: str) -> Recipe:
-    # torch.export takes for granted that no map is a single row or column.
+    # torch.export assumes that no feature map has a single row or column.
     least = DIVISOR if kind == "onnx" else max(detector.bbox_head.prior_generator.strides) + DIVISOR
     return Recipe(list(classes), cfg.input.scale, cfg.input.antialias, DIVISOR, least, nms,
                   detector.test.nms_iou_threshold, detector.test.max_per_img)
@@ -73,45 +74,41 @@ def recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str, n
 def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Sequence[Sample]) -> Agreement:
     """Write a detector, in evaluation mode on the CPU, as a file of `kind` "onnx" or "pt2", and check it on samples.
 
-    See `DeployedDetector.forward` for inputs and outputs. The number of images, their height and width are free; both
+    See `DeployedDetector.forward` for inputs and outputs. The number of images, their height and width may vary; both
     edges are multiples of 32, and in a pt2 file at least `about.least_size`.
 
     Raises:
         ConfigError: model.test leaves the number of detections open.
-        MissingExtra: what it takes is not installed.
-        ExportError: the file does not do what the detector does, or cannot be made. There is none then.
+        MissingExtra: a package that it needs is not installed.
+        ExportError: the file differs from the detector, or cannot be made. No file is left then.
     """
     partial = path.with_name(f"{path.name}.partial.{kind}")
+    side = 2 * about.least_size if kind == "onnx" else about.least_size
+    example = torch.zeros(2, 3, side, side + DIVISOR, dtype=torch.uint8), torch.tensor([[side, side], [side - 1, side]])
     try:
         with writing(path):
-            write(detector, partial, kind, about)
+            with torch.no_grad():
+                (to_onnx if kind == "onnx" else to_pt2)(detector, example, partial, about)
             found = check_export(load_exported(partial, kind), detector, about, samples)
             os.replace(partial, path)
     except (ConfigError, MissingExtra, ExportError, OSError):
         raise
-    except Exception as error:  # torch's exporters and runtimes raise of every kind
+    except Exception as error:  # torch's exporters and runtimes raise errors of all types
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"this detector cannot be exported as {kind}: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return found
 
 
-def write(detector: Detector, path: Path, kind: str, about: Recipe) -> None:
-    """Write a file, unchecked."""
-    side = 2 * about.least_size if kind == "onnx" else about.least_size
-    example = torch.zeros(2, 3, side, side + DIVISOR, dtype=torch.uint8), torch.tensor([[side, side], [side - 1, side]])
-    with torch.no_grad():
-        (to_onnx if kind == "onnx" else to_pt2)(detector, example, path, about)
-
-
 def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
-    """By tracing: of torch's two exporters the older, which takes a second where the newer takes half a minute."""
+    """Trace with the older of torch's two exporters: it takes a second, the newer one half a minute."""
     onnx = need("onnx", "export", "ONNX export")
     model = DeployedDetector(detector, about.nms == "inside", OnnxSuppress.apply)
     free = {"images": {0: "batch", 2: "height", 3: "width"}} | {name: {0: "batch"} for name in INPUTS[1:] + OUTPUTS}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is the older one, and of constants that it does not fold
+        warnings.simplefilter("ignore")  # warnings that it is the older one, and about constants
         torch.onnx.export(model, example, str(path), dynamo=False, opset_version=OPSET, input_names=list(INPUTS),
                           output_names=list(OUTPUTS), dynamic_axes=free)
     content = onnx.load(str(path))
@@ -121,7 +118,7 @@ def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, abou
 
 
 class OnnxSuppress(torch.autograd.Function):
-    """`suppress`, which is ONNX's own operator there."""
+    """`suppress`, which ONNX's own operator replaces in the file."""
 
     @staticmethod
     def forward(ctx: object, boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, iou_threshold: float,
@@ -146,11 +143,11 @@ class OnnxSuppress(torch.autograd.Function):
 
 
 def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
-    """By torch.export; who loads it imports torchvision first, for its suppression."""
+    """Use torch.export. A program must import torchvision, for its suppression, before it loads the file."""
     batch = Dim("batch")
     edges = {i: about.divisor * Dim(name, min=about.least_size // about.divisor) for i, name in ((2, "h"), (3, "w"))}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of its own code
+        warnings.simplefilter("ignore", FutureWarning)  # about torchvision's own code
         program = torch.export.export(DeployedDetector(detector, about.nms == "inside"), example,
                                       dynamic_shapes=({0: batch} | edges, {0: batch}))
     with open(path, "wb") as file:
@@ -174,7 +171,7 @@ def load_exported(path: Path, kind: str) -> ExportedDetector:
 # --- checks ---
 
 def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
-    """What to check on: the images at `paths`, without any the first of data.val, and without those noise.
+    """The images to check on: those at `paths`; if there are none, the first of data.val; without data, noise.
 
     Raises:
         UnreadableImage: one of them cannot be read.
@@ -184,7 +181,7 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
         try:
             dataset = build_dataset(cfg.data, "val", training=False)
             images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:CHECKED_IMAGES]]
-        except ValueError:  # there need be no data to export a model
+        except ValueError:  # an export needs no data
             images = []
     if not images:
         long, short = max(about.scale), min(about.scale)
@@ -195,11 +192,7 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
 
 
 def check_export(run: ExportedDetector, detector: Detector, about: Recipe, samples: Sequence[Sample]) -> Agreement:
-    """Compare an exported file with the detector on each image, and on all of them in one batch.
-
-    Raises:
-        ExportError: they differ.
-    """
+    """Compare an exported file with the detector on each image and on one batch of all; ExportError if they differ."""
     found = Agreement(images=len(samples))
     batches = [[sample] for sample in samples] + ([list(samples)] if len(samples) > 1 else [])
     for number, batch in enumerate(batches):
@@ -212,13 +205,13 @@ def check_export(run: ExportedDetector, detector: Detector, about: Recipe, sampl
             compared = compare(mine, theirs, detector, found)
             found.detections += compared * (number < len(samples))
     if not found.agrees:
-        raise ExportError(f"the exported file does not agree with PyTorch ({found}): is there a layer whose work "
+        raise ExportError(f"the exported file does not agree with PyTorch ({found}): is there a layer that "
                           "depends on the image's size, as Swin's windows do?")
     return found
 
 
 def pad_together(samples: Sequence[Sample], least: int) -> tuple[Tensor, list[dict]]:
-    """A batch (N, 3, H, W) of any images, as large as the largest and at least `least`, and its targets."""
+    """Pad images to the largest, and at least to `least`; returns the batch (N, 3, H, W) and its targets."""
     targets = [sample.targets[0] for sample in samples]
     height, width = (max(least, *(target["pad_size"][axis] for target in targets)) for axis in (0, 1))
     images = torch.zeros(len(samples), 3, *padded_size((height, width)), dtype=torch.uint8)
@@ -229,7 +222,7 @@ def pad_together(samples: Sequence[Sample], least: int) -> tuple[Tensor, list[di
 
 
 def finish(boxes: Tensor, scores: Tensor, labels: Tensor, about: Recipe, size: tuple[int, int]) -> dict:
-    """What is left for the caller to do with one image's outputs."""
+    """The work on one image's outputs that is left to the caller."""
     real = scores > 0
     boxes, scores, labels = boxes[real], scores[real], labels[real]
     if about.nms == "outside":
@@ -241,14 +234,14 @@ def finish(boxes: Tensor, scores: Tensor, labels: Tensor, about: Recipe, size: t
 
 
 def compare(mine: dict, theirs: dict, detector: Detector, found: Agreement) -> int:
-    """Note how far each detection is from the nearest one of its class in the other set; how many were compared.
+    """Note how far each detection is from the nearest of its class in the other set; returns the number compared.
 
-    Those that either set may lack count for nothing: with scores at the threshold, or next to those cut at the cap.
+    Detections that one set may lack are not compared: their scores are near the threshold, or near the cut at the cap.
     """
     test, compared = detector.test, 0
     least = test.score_thr
     capped = len(mine["scores"]) and (len(mine["scores"]) == test.max_per_img or test.clip == "after")
-    if capped:  # detectron2 drops boxes after the cap, so that a number below it does not tell
+    if capped:  # detectron2 drops boxes after the cap, so fewer boxes do not show that nothing was cut
         least = max(least, mine["scores"].min().item())
     for one, other in ((mine, theirs), (theirs, mine)):
         for box, score, label in zip(one["boxes"], one["scores"], one["labels"]):

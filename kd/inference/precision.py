@@ -1,4 +1,4 @@
-"""Number formats and memory layouts that a configuration asks for."""
+"""The number format and memory layout that a configuration sets."""
 import torch
 
 from ..config import TrainConfig

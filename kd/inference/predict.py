@@ -2,7 +2,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -25,8 +25,8 @@ from .detectors import Classes
 from .draw import draw_boxes, write_picture
 from .tta import merge, views
 
-PIXELS_PER_THICKNESS = 900  # of the longer edge: what is seen on a screen, there or shrunk to fit
-IMAGES_PER_WORKER = 8  # fewer are read before a worker process has started
+PIXELS_PER_THICKNESS = 900  # of the longer edge, so that lines are visible when a screen shrinks the picture
+IMAGES_PER_WORKER = 8  # fewer are read faster than a worker process starts
 
 
 class Predictor:
@@ -34,9 +34,9 @@ class Predictor:
 
     Args:
         detector: in evaluation mode, on `device`.
-        cfg: whose `data.scale`, `data.antialias` and `eval.tta` hold.
-        thresholds: (classes,) least score of each class.
-        batch_size: images per step; data.batch_size when not given. What is detected does not depend on it.
+        cfg: gives `data.scale`, `data.antialias` and `eval.tta`.
+        thresholds: (classes,), lowest score of each class.
+        batch_size: images per step; by default data.batch_size. The detections do not depend on it.
     """
 
     def __init__(self, detector: Detector, cfg: Config, thresholds: Tensor, device: torch.device,
@@ -55,16 +55,14 @@ class Predictor:
             for detector in self.detectors:
                 batch = detector.preprocess(images.to(self.device), targets)
                 found.append(detector.predict(batch, targets))
-        merged = [merge(per_sample, self.detector.test) for per_sample in zip(*found)]
-        return [self._above_threshold({key: value.cpu() for key, value in one.items()}) for one in merged]
-
-    def _above_threshold(self, found: dict) -> dict:
-        keep = found["scores"] >= self.thresholds[found["labels"]]
-        return {key: value[keep] for key, value in found.items()}
+        merged = [{key: value.cpu() for key, value in merge(per_sample, self.detector.test).items()}
+                  for per_sample in zip(*found)]
+        kept = [one["scores"] >= self.thresholds[one["labels"]] for one in merged]
+        return [{key: value[keep] for key, value in one.items()} for one, keep in zip(merged, kept)]
 
     def image_samples(self, sources: Sequence[Source], image_ids: Sequence[int], problems: list[str]
                       ) -> Iterator[Sample]:
-        """The images of files, read by worker processes; what is wrong with one is told and added to `problems`."""
+        """The images in files, read by worker processes; problems are printed, and added to `problems`."""
         dataset = ImageFiles([source.path for source in sources], image_ids, self.scales, self.antialias)
         workers = min(self.workers, len(sources) // IMAGES_PER_WORKER)
         for sample in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is):
@@ -73,27 +71,20 @@ class Predictor:
             else:
                 leave_out(sample, problems)
 
-    def frame_samples(self, frames: Iterable[Tensor], image_ids: Iterator[int]) -> Iterator[Sample]:
-        for frame in frames:
-            yield make_sample(frame, next(image_ids), self.scales, self.antialias)
-
 
 def leave_out(problem: str, problems: list[str]) -> None:
-    """Tell at once what is wrong with a file, and keep it."""
+    """Print a problem with a file at once, and add it to `problems`."""
     problems.append(problem)
     tqdm.write(f"left out: {problem}", file=sys.stderr)
 
 
 def as_it_is(sample: Sample | str) -> Sample | str:
-    """In place of the loader's own conversion, which makes lists of tuples."""
+    """Replaces the loader's own conversion, which turns tuples into lists."""
     return sample
 
 
 class Results:
-    """What was detected, in COCO format.
-
-    `images` and `results` grow as detections come, and are put in the order of the ids when they are written.
-    """
+    """Detections in COCO format. `add` extends `images` and `results`, and `write` sorts them by image id."""
 
     def __init__(self, classes: Classes):
         self.classes, self.images, self.results = classes, [], []
@@ -109,7 +100,7 @@ class Results:
                                                       found["labels"].tolist())]
 
     def write(self, folder: Path) -> None:
-        """`predictions.json`, a list of results, and `images.json`, the images and categories that its ids are of."""
+        """Write `predictions.json`, a list of results, and `images.json`, the images and categories of its ids."""
         self.images.sort(key=lambda image: image["id"])
         self.results.sort(key=lambda result: result["image_id"])  # stable: the best of each image stay first
         listed = {"images": self.images, "annotations": [], "categories": self.classes.categories}
@@ -120,7 +111,7 @@ class Results:
 def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Source], out: Path) -> tuple[Results, list]:
     """Detect on images and videos, and write pictures, videos and results into a folder.
 
-    Images are numbered from 1 in the order given, those that cannot be read too; frames of videos follow.
+    Images are numbered from 1 in the given order, also those that cannot be read; the frames of videos follow.
 
     Returns:
         The results, and a line for each file that could not be read: it was left out.
@@ -160,15 +151,15 @@ def predict_video(predictor: Predictor, classes: Classes, source: Source, path: 
     """Detect on every frame of a video and write it with boxes; images of the results also say their `frame`, from 0.
 
     Raises:
-        DataError: it cannot be read, to its end; what came before is kept.
+        DataError: it cannot be read to its end; the results before that are kept.
     """
     video = Video(source.path)
     with writing(path), ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=video.num_frames, desc=source.name, disable=None))
         writer = stack.enter_context(VideoWriter(path, video.rate))
         frames = count()
-        # Frames are of one size, so batches are in order.
-        for batch in batches_of_one_size(predictor.frame_samples(video, image_ids), predictor.batch_size):
+        samples = (make_sample(frame, next(image_ids), predictor.scales, predictor.antialias) for frame in video)
+        for batch in batches_of_one_size(samples, predictor.batch_size):  # frames have one size, so they stay in order
             for sample, found in zip(batch, predictor(batch)):
                 results.add(sample, found, source.name, frame=next(frames))
                 writer.write(draw(sample, found, classes))
@@ -183,7 +174,7 @@ def draw(sample: Sample, found: dict, classes: Classes) -> Tensor:
 
 
 def picture_name(name: str) -> str:
-    """A file's name below the output folder: its own, with the format that is written where that is another."""
+    """A file's name below the output folder: its own, with .png or .mp4 appended if it has another format."""
     path = Path(name)
     if Source(path, name).is_video:
         return name if path.suffix.lower() == ".mp4" else f"{name}.mp4"
@@ -191,10 +182,10 @@ def picture_name(name: str) -> str:
 
 
 def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[str] = ()) -> Tensor:
-    """The least score of each class, from one for all and exceptions of the form NAME=SCORE.
+    """The lowest score of each class, from one for all classes and exceptions of the form NAME=SCORE.
 
     Raises:
-        UsageError: an exception of another form, or for a class that there is not.
+        UsageError: an exception has another form, or names a class that does not exist.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
     for text in per_class:

@@ -13,9 +13,9 @@ from ..config import TTAConfig
 
 
 class Mirrored(nn.Module):
-    """A detector that sees every image mirrored left to right, and reports boxes in the image as it is.
+    """A detector that sees every image mirrored left to right, and returns boxes in the image before that.
 
-    It takes and gives what a `Detector` does in evaluation.
+    Its inputs and outputs are those of a `Detector` in evaluation.
     """
 
     def __init__(self, detector: Detector):
@@ -42,17 +42,16 @@ def views(detector: Detector, tta: TTAConfig, scale: tuple[int, int]) -> tuple[l
 
 
 def best(boxes: Tensor, scores: Tensor, labels: Tensor, test: TestConfig) -> Tensor:
-    """Indices of the detections that are left of all views' together, best first.
+    """Indices of the detections to keep from those on all views, best first.
 
-    Suppression within each class leaves of boxes that overlap the one of the best score; then at most `max_per_img`
-    are kept.
+    Of overlapping boxes of one class, non-maximum suppression keeps the best; then at most `max_per_img` are kept.
     """
     keep = class_nms(boxes, scores, labels, test.nms_iou_threshold)
     return keep if test.max_per_img < 0 else keep[:test.max_per_img]
 
 
 def merge(found: Sequence[dict], test: TestConfig) -> dict:
-    """One image's detections from those on its views, all in original pixels; those on a single view stay as they are.
+    """Merge one image's detections on several views, in original pixels; those on a single view do not change.
 
     Args:
         found: a dict of boxes (n, 4), scores (n,) and labels (n,) for each view.
@@ -65,7 +64,7 @@ def merge(found: Sequence[dict], test: TestConfig) -> dict:
 
 
 def merge_results(runs: Sequence[list[tuple]], test: TestConfig) -> list[tuple]:
-    """As `merge`, for what `evaluate.detect` gives: a list of image ids and rows (n, 6) for each view."""
+    """The same as `merge` for results of `evaluate.detect`: a list of image ids and rows (n, 6) for each view."""
     if len(runs) == 1:
         return runs[0]
     merged = []

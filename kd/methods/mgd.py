@@ -11,7 +11,7 @@ from .base import Method
 
 
 class MGD(Method):
-    """Random cells of the student's map are masked, and layers generate the teacher's whole map from it.
+    """Random cells of the student's map are masked, and convolutions generate the teacher's whole map from the rest.
 
     Args:
         alpha_mgd: weight of the squared error, summed over a map and averaged over images (eq. 4, 5).

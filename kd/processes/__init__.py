@@ -1,1 +1,1 @@
-"""Several processes, and signals to them."""
+"""Several processes, signals to them, and their memory."""

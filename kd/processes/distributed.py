@@ -1,4 +1,4 @@
-"""What little the engine needs of torch.distributed. A single process runs the same code."""
+"""What the engine needs from torch.distributed. A single process runs the same code."""
 import logging
 import os
 import re
@@ -14,7 +14,7 @@ from models.layers import FrozenBatchNorm
 
 
 def start_processes(device: torch.device) -> torch.device:
-    """Join the processes that torchrun or Slurm's srun started, if one did, and return the device of this one."""
+    """Join the processes that torchrun or Slurm's srun has started, if any, and return the device of this one."""
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         os.environ.update(slurm_environment(os.environ))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -23,18 +23,18 @@ def start_processes(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # What lies in ordinary memory goes by gloo also beside GPUs, so that asking for it does not wait for them.
+        # gloo transfers what lies in CPU memory, also on machines with GPUs, so that this does not wait for the GPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **fresh_store(os.environ))
     if rank() > 0:
-        logging.getLogger("densekd").setLevel(logging.CRITICAL)  # one process reports
+        logging.getLogger("densekd").setLevel(logging.CRITICAL)  # only the first process logs
     return device
 
 
 def fresh_store(env: Mapping[str, str]) -> dict:
-    """A place to meet for processes that torchrun has restarted; nothing where PyTorch finds one by itself.
+    """A new store for the processes that torchrun has restarted, as arguments; empty if PyTorch makes its own.
 
-    torchrun keeps its store over restarts, and with it the addresses of the processes that are no more, which PyTorch
-    then may connect to (pytorch/pytorch#135712). The count of restarts is the same for all processes of one node only.
+    torchrun keeps its store when it restarts, with the addresses of processes that have ended; PyTorch may then connect
+    to those (pytorch/pytorch#135712). The number of restarts is the same only for the processes of one node.
     """
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
         return {}
@@ -44,7 +44,7 @@ def fresh_store(env: Mapping[str, str]) -> dict:
 
 
 def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """What torch.distributed reads, from what srun sets: one task per process, the first node's port by the job."""
+    """torch.distributed's variables from srun's: one task per process; the port follows from the job's number."""
     nodes = env["SLURM_JOB_NODELIST"]
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)  # gpu[03-05,9],cpu1 -> gpu03
     return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"],
@@ -53,7 +53,7 @@ def slurm_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process in place of one that was lost."""
+    """Whether torchrun has restarted this process after one was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -71,7 +71,7 @@ def world_size() -> int:
 
 
 def gather(items: list) -> list:
-    """The processes' lists, short ones, one after another, on every process."""
+    """The concatenated lists of all processes, on every process; for short lists."""
     if world_size() == 1:
         return items
     parts = [None] * world_size()
@@ -80,23 +80,23 @@ def gather(items: list) -> list:
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
-    """The processes' rows (n, k), one after another, on the first process; None on the others.
+    """The concatenated rows (n, k) of all processes, on the first process; None on the others.
 
-    They travel as they are, without pickling, and pass through no other process.
+    The tensors are sent directly to the first process, without pickling.
     """
     if world_size() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.full_like(counts[0], len(rows)))
     counts = torch.cat(counts).tolist()
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])  # all send equally much
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])  # of one size everywhere
     parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
     dist.gather(padded, parts)
     return None if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 def from_first(value: object) -> object:
-    """The first process's value, small, on every process."""
+    """The value of the first process, on every process; for small values."""
     if world_size() == 1:
         return value
     values = [value]
@@ -105,9 +105,9 @@ def from_first(value: object) -> object:
 
 
 class Agreement:
-    """What one process has noticed, all will know: the largest of their numbers at the call before, so that none waits.
+    """Tells all processes the largest of the numbers that they passed to the previous call, so that none has to wait.
 
-    One process alone gets its own at once.
+    A single process gets its own number at once.
     """
 
     def __init__(self):
@@ -126,23 +126,22 @@ class Agreement:
 
 
 def data_parallel(model: nn.Module, device: torch.device, sometimes_unused: bool = False) -> nn.Module:
-    """A module whose gradients are averaged over the processes, and which starts with the first one's weights on all.
+    """Wrap a module so that gradients are averaged over the processes, and all start with the first one's weights.
 
-    Args:
-        sometimes_unused: whether there are steps at which a parameter takes no part.
+    `sometimes_unused` says whether a parameter may get no gradient at some steps.
     """
     if world_size() == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` has another name in newer PyTorch
-        # Buffers are shared when they are needed, see `share_buffers`, in place of at every step.
+        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames `broadcast_buffers`
+        # Buffers are shared only when they are needed, see `share_buffers`.
         return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True,
                                        find_unused_parameters=sometimes_unused)
 
 
 def synchronise_norms(model: nn.Module) -> None:
-    """Put a `SyncBatchNorm` in the place of every batch norm within a module, but for those that never learn."""
+    """Replace every batch norm inside a module with a `SyncBatchNorm`, except those that are never trained."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, FrozenBatchNorm):
@@ -150,7 +149,7 @@ def synchronise_norms(model: nn.Module) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: batch norms have seen other images on each."""
+    """Copy the first process's buffers to all: the batch norms of each process have seen different images."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""Teachers that are too large for one device: their weights lie in shards on all of them."""
+"""Teachers that are too large for one device: their weights are sharded over all devices."""
 import torch
 
 from models import Detector
@@ -7,15 +7,15 @@ from . import distributed
 
 
 def shard(detector: Detector, device: torch.device) -> None:
-    """Spread the weights of a detector's backbone and neck over the processes (FSDP2); nothing for one process.
+    """Shard the weights of a detector's backbone and neck over the processes (FSDP2); a single process changes nothing.
 
-    They come together part by part while the part runs, a ResNet's stages one by one, and go again. The head stays
-    whole: methods enter it in the middle, and gradients flow through it. Every process must run the detector as often
-    as the others do.
+    The weights of a part are gathered while it runs and then freed; each stage of a ResNet is a part. The head is not
+    sharded: methods start it from a middle layer, and gradients flow through it. All processes must run the detector
+    equally often.
     """
     if distributed.world_size() == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh  # here, for these two take half a second
+    from torch.distributed.device_mesh import init_device_mesh  # here, because these imports take half a second
     from torch.distributed.fsdp import fully_shard
     mesh, backbone = init_device_mesh(device.type, (distributed.world_size(),)), detector.backbone
     stages = [getattr(backbone, f"layer{i + 1}") for i in range(getattr(backbone, "num_stages", 0))]

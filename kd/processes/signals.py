@@ -1,23 +1,23 @@
-"""Stopping a run politely."""
+"""Stops a run after its state is saved."""
 import signal
 import time
 
 from .distributed import Agreement
 
-ECHO = 2.0  # seconds in which a signal is the one before once more: a launcher passes on what all have got
+ECHO = 2.0  # seconds in which a signal counts as a repeat: a launcher forwards signals that all processes have got
 
 
 class StopSignals:
     """Remembers SIGINT and SIGTERM while the context is open; a second one ends the program at once.
 
-    `asked` is the number of the signal that came, 0 before.
+    `asked` is the number of the received signal, 0 before that.
     """
 
     def __init__(self):
         self._agreement = Agreement()
 
     def agreed(self) -> int:
-        """The signal that any process had got by the call before, 0 if none; all processes get the same answer."""
+        """The signal that any process had received by the previous call, or 0; the same answer in all processes."""
         return self._agreement(self.asked)
 
     def __enter__(self) -> "StopSignals":

@@ -1,1 +1,1 @@
-"""A run's folder: who writes it and who reads it."""
+"""The folder of a run: writing and reading its files."""

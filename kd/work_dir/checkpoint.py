@@ -1,4 +1,4 @@
-"""Checkpoints of runs: written whole or not at all, and found again."""
+"""Checkpoints of runs: written completely or not at all, and found again."""
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +13,12 @@ FORMAT = "densekd"
 
 
 def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
-    """Write a checkpoint as `write_whole` does, so that a kill at any instant leaves a loadable one.
+    """Write a checkpoint with `write_whole`, so that a process killed at any moment leaves a loadable one.
 
     Args:
-        keep: how many there are of this name: last.pth, and before it last.1.pth, last.2.pth, ...
+        keep: how many are kept under this name: last.pth, and the ones before it as last.1.pth, last.2.pth, ...
     Raises:
-        TrainingError: it cannot be written, as on a full disk; the ones before are as they were.
+        TrainingError: it cannot be written, for example on a full disk; the earlier ones are unchanged.
     """
     names = [path] + [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep)]
 
@@ -31,7 +31,7 @@ def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
 
 
 def write_whole(path: Path, state: dict, before: Callable[[], None] = lambda: None) -> None:
-    """Write a file of torch's beside its place, do what is to be done `before` it is there, and rename it.
+    """Save with torch to a temporary file, call `before`, and rename the file to `path`.
 
     Raises:
         TrainingError: it cannot be written.
@@ -47,12 +47,12 @@ def write_whole(path: Path, state: dict, before: Callable[[], None] = lambda: No
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         reason = " ".join(str(error).split())[:150]
         partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path} cannot be written ({reason}): what was there before is as it was; make room and "
+        raise TrainingError(f"{path} cannot be written ({reason}): what was there before is unchanged; make room and "
                             "go on with --resume") from None
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of a run, as it was given to `save_checkpoint`.
+    """Read a checkpoint that `save_checkpoint` wrote.
 
     Raises:
         CheckpointError: missing, damaged, or not a checkpoint of a run.
@@ -61,11 +61,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def read_plain(path: Path, form: str, name: str, what: str) -> dict:
-    """A dict of tensors and plain values that this project wrote. Nothing in it can run code.
+    """Read a dict of tensors and plain values that this project wrote. Nothing in the file can run code.
 
     Args:
         form: the dict's `format`.
-        name, what: what the file is called, and what it is if it is one, in errors.
+        name, what: for errors: what the file is called, and what it should be.
     Raises:
         CheckpointError: missing, damaged, or of another kind.
     """
@@ -73,7 +73,7 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
         raise CheckpointError(f"{name} {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds for a damaged file, and advises to load it without protection
+    except Exception:  # torch raises many types for a damaged file, and advises to load it unsafely
         raise CheckpointError(f"{name} {path} cannot be read: it is damaged or cut off, or holds more than tensors and "
                               "plain values") from None
     if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
@@ -82,11 +82,7 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
 
 
 def newest_checkpoint(work_dir: Path, missing_ok: bool = False) -> Path | None:
-    """The newest checkpoint of a work dir that can be read.
-
-    Raises:
-        CheckpointError: there is none, and that is not `missing_ok`.
-    """
+    """The newest readable checkpoint of a work dir; if there is none, None if `missing_ok`, else CheckpointError."""
     for path in sorted(work_dir.glob("*.pth"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             read_checkpoint(path)

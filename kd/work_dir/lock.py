@@ -1,4 +1,4 @@
-"""The work dir of a run, which no other run may write into at the same time."""
+"""The lock on a work dir: two runs must not write into it at the same time."""
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,19 +9,19 @@ from ..exceptions import WorkDirError
 
 try:
     import fcntl
-except ImportError:  # Windows, where runs are not kept apart
+except ImportError:  # Windows, where there is no lock
     fcntl = None
 
 _held: WeakSet[IO] = WeakSet()
 
 
 def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
-    """Make a work dir and take its lock, `run.lock`, which is given back at the end of the context.
+    """Create a work dir and take its lock, `run.lock`, which is released at the end of the context.
 
-    The kernel holds the lock for this process alone, so that a run which was killed leaves none behind.
+    The kernel releases the lock when this process ends, so a run that is killed leaves no lock behind.
 
     Args:
-        lock: whether to take it; one process of a run does.
+        lock: whether to take the lock; only one process of a run takes it.
     Raises:
         WorkDirError: the folder cannot be made or written, or another run has the lock.
     """
@@ -29,7 +29,7 @@ def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
         work_dir.mkdir(parents=True, exist_ok=True)
         return _take(work_dir) if lock else nullcontext()
     except BlockingIOError:
-        text = f"another run is at work in {work_dir}: wait for its end, or give another --work-dir"
+        text = f"another run is at work in {work_dir}: wait until it ends, or give another --work-dir"
         raise WorkDirError(text) from None
     except OSError as error:
         text = f"work dir {work_dir} cannot be written ({error.strerror}): give another --work-dir"
@@ -37,7 +37,7 @@ def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
 
 
 def _take(work_dir: Path) -> IO:
-    """The open lock file."""
+    """Take the lock, and return its open file."""
     file = open(work_dir / "run.lock", "a")
     try:
         if fcntl:
@@ -45,14 +45,14 @@ def _take(work_dir: Path) -> IO:
     except BlockingIOError:
         file.close()
         raise
-    except OSError:  # a file system that knows no locks, as clusters have them: the run goes on without
+    except OSError:  # a file system without locks, as on some clusters: the run goes on without one
         pass
     _held.add(file)
     return file
 
 
 def _let_go() -> None:
-    """Close a forked process's copies of the locks: a loader's worker that outlives its run must not keep it."""
+    """Close a forked process's copies of the locks, so that a loader worker which outlives its run keeps none."""
     for file in _held:
         file.close()
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl and a text log."""
+"""The files that a run writes while it trains: metrics.jsonl and a text log."""
 import json
 import logging
 import sys
@@ -13,14 +13,14 @@ from data.output import writing
 
 
 class TqdmHandler(logging.StreamHandler):
-    """Log lines that a progress bar does not break."""
+    """Prints log lines without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
 
 
 def open_log(work_dir: Path, rank: int) -> logging.Logger:
-    """A logger to the terminal and to the work dir's train.log; silent but on rank 0."""
+    """A logger to the terminal and to train.log in the work dir; on other ranks than 0 it is silent."""
     log = logging.getLogger("densekd")
     for handler in list(log.handlers):
         handler.close()
@@ -35,7 +35,7 @@ def open_log(work_dir: Path, rank: int) -> logging.Logger:
 
 
 class Meter:
-    """Means of the losses and images per second since the last look, without asking the device at every step."""
+    """Means of the losses, and images per second, since the last `read`; it does not wait for the device each step."""
 
     def __init__(self):
         self.sums, self.counts, self.steps, self.images = {}, {}, 0, 0
@@ -43,14 +43,14 @@ class Meter:
 
     def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
         for name, value in losses.items():
-            finite = torch.isfinite(value.detach())  # under fp16 a step may overflow, and is skipped
+            finite = torch.isfinite(value.detach())  # under fp16 a step may overflow and be skipped
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(finite, 0)
-            self.counts[name] = self.counts.get(name, 0) + finite  # nor need a method run at every step
+            self.counts[name] = self.counts.get(name, 0) + finite  # a method may also not run at this step
         self.steps += 1
         self.images += images
 
     def read(self) -> dict[str, float | None]:
-        """The means since the last call; None where nothing was finite."""
+        """The means since the last call; None if no value was finite."""
         means = {name: float(value / self.counts[name]) if self.counts[name] else None
                  for name, value in self.sums.items()}
         speed = self.images / (time.perf_counter() - self.start)
@@ -59,12 +59,12 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl, a line for each record. A resumed run drops the lines that it will write again: those of later
-    steps than its first one, and the evaluation of that step unless it is `evaluated`.
+    """metrics.jsonl, one line for each record. A resumed run drops the lines that it will write again: those after
+    `from_step`, and the evaluation at that step unless it is `evaluated`.
 
     Args:
         path: the file; None in processes that do not write.
-        show: is given every record, too.
+        show: is called with every record, too.
     """
 
     def __init__(self, path: Path | None, from_step: int = 0, evaluated: bool = False,
@@ -73,7 +73,7 @@ class Metrics:
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
-            partial = path.with_name(path.name + ".tmp")  # a run that is killed here loses nothing
+            partial = path.with_name(path.name + ".tmp")  # so that a run which is killed here loses nothing
             partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             partial.replace(path)
 
@@ -86,7 +86,7 @@ class Metrics:
 
 
 def _is_done(line: str, step: int, evaluated: bool) -> bool:
-    """Whether a line is of what was done by a step; no line is that was cut off."""
+    """Whether a line records something that was done up to a step; an incomplete line does not."""
     try:
         record = json.loads(line)
         return record["step"] < step or (record["step"] == step and (evaluated or "AP" not in record))

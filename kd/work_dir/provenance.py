@@ -1,4 +1,4 @@
-"""Where a run's figures come from."""
+"""The origin of a run's figures."""
 import platform
 import subprocess
 import sys
@@ -14,10 +14,10 @@ from ..config import Config
 
 
 def provenance(cfg: Config, device: torch.device) -> dict:
-    """Where a run's figures come from: configuration, code, versions, machine, and the teachers' files."""
+    """The origin of a run's figures: configuration, code, versions, machine, and the teachers' files."""
     paths = [teacher.checkpoint for teacher in cfg.teachers]
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg.mapping,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
@@ -27,7 +27,7 @@ def provenance(cfg: Config, device: torch.device) -> dict:
 
 
 def commit() -> str | None:
-    """The code's commit, with a + where files have changed since; None outside a checkout."""
+    """The commit of the code, with a + if files have changed since; None outside a git checkout."""
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Runs read back from their work dirs: their figures, and which of them differ only in seed."""
+"""Read runs from their work dirs, and group those that differ only in the seed."""
 import copy
 import json
 import os
@@ -11,7 +11,7 @@ from data import DataError
 
 from ..config import TrainConfig
 
-# Settings that change neither the weights nor the figures.
+# The seed, and settings that change neither the weights nor the figures.
 SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
           "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
                     "vis_period")}
@@ -19,18 +19,18 @@ SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
 
 @dataclass
 class RunRecord:
-    """A work dir, or a metrics.jsonl that was kept of one."""
+    """A run, read from its work dir or from its metrics.jsonl alone."""
 
     path: Path
     name: str = ""
-    config: dict | None = None  # None of a lone metrics file, and so are the next
+    config: dict | None = None  # None for a metrics.jsonl alone, for which teachers is empty
     teachers: dict[str, str] = field(default_factory=dict)  # SHA-256 of the teachers' checkpoints by path
-    steps: list[dict] = field(default_factory=list)         # lines of training
-    evaluations: list[dict] = field(default_factory=list)   # lines of evaluations
+    steps: list[dict] = field(default_factory=list)         # training lines of metrics.jsonl
+    evaluations: list[dict] = field(default_factory=list)   # its evaluation lines
 
     @property
     def seed(self) -> int:
-        """As configured; of a lone metrics file the number after "seed" in its name, or 0."""
+        """The configured seed; for a metrics file alone, the number after "seed" in its name, or 0."""
         if self.config is not None:
             return self.config.get("train", {}).get("seed", TrainConfig.seed)
         said = re.search(r"seed[_-]?(\d+)$", self.path.stem)
@@ -38,12 +38,12 @@ class RunRecord:
 
     @property
     def epochs(self) -> int | None:
-        """How many it was to have."""
+        """The configured number of epochs."""
         return None if self.config is None else self.config.get("train", {}).get("epochs", TrainConfig.epochs)
 
     @property
     def done(self) -> int:
-        """Epochs up to the last evaluation."""
+        """The number of epochs up to the last evaluation."""
         return self.evaluations[-1]["epoch"] + 1 if self.evaluations else 0
 
     @property
@@ -52,13 +52,13 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps; from the evaluations, or as far as the lines of training tell."""
+        """Optimiser steps per epoch, from the evaluations; without any, an estimate from the training lines."""
         known = [line["step"] / (line["epoch"] + 1) for line in self.evaluations]
         return known[-1] if known else max(line["step"] / (line["epoch"] + 1) for line in self.steps)
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
-    """The runs among `paths`, named by where their ways part, and a line for each path that is none.
+    """Read the runs among `paths`; each is named by its path below their common folder. Other paths give a note each.
 
     Raises:
         DataError: none of them is a run.
@@ -77,13 +77,12 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
     if any(re.fullmatch(r"seed[_-]?\d+", str(run.path.resolve().relative_to(common))) for run in runs):
         common = common.parent
     for run in runs:
-        run.name = str(run.path.resolve().relative_to(common).with_suffix("" if run.path.suffix == ".jsonl"
-                                                                          else run.path.suffix))
+        run.name = str(run.path.resolve().relative_to(common)).removesuffix(".jsonl")
     return runs, notes
 
 
 def read_run(path: Path, metrics: Path) -> RunRecord:
-    """One run; lines that were cut off are left out."""
+    """Read one run; incomplete lines are left out."""
     run = RunRecord(path)
     for text in metrics.read_text(encoding="utf-8").splitlines():
         try:
@@ -105,11 +104,11 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
 
 
 def setting(config: dict, teachers: dict[str, str] | None = None, distilled: bool = True) -> str:
-    """What a configuration trains, seed apart, as a text to compare.
+    """What a configuration trains, apart from the seed, as a text that can be compared.
 
     Args:
-        teachers: SHA-256 of checkpoints by path, which are compared by it where known.
-        distilled: False leaves the teachers and methods out, so that it is the student alone.
+        teachers: SHA-256 of checkpoints by path, which replaces the path where it is known.
+        distilled: False leaves out teachers and methods, which gives the setting of the student alone.
     """
     config = copy.deepcopy(config)
     for section, names in SILENT.items():
@@ -123,7 +122,7 @@ def setting(config: dict, teachers: dict[str, str] | None = None, distilled: boo
 
 
 def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs that differ only in seed, by a common name, in order of the seed; unfinished ones by themselves."""
+    """Runs that differ only in the seed, by a common name, sorted by seed; each unfinished run is a group."""
     groups: dict[tuple, list[RunRecord]] = {}
     for run in runs:
         if run.config is None:
@@ -133,7 +132,7 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         else:
             key = (str(run.path),)
         if any(other.seed == run.seed for other in groups.get(key, ())):
-            key = (*key, str(run.path))  # the same once more
+            key = (*key, str(run.path))  # the same setting and seed again
         groups.setdefault(key, []).append(run)
     named = {}
     for members in groups.values():
@@ -145,7 +144,7 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def group_name(runs: Sequence[RunRecord]) -> str:
-    """What the names of runs have in common, without the seed."""
+    """The common part of the runs' names, without the seed."""
     if len(runs) == 1:
         return runs[0].name
     common = os.path.commonprefix([run.name for run in runs])
@@ -159,7 +158,7 @@ def teacher_entries(config: dict) -> list[dict]:
 
 
 def methods_of(config: dict | None) -> str:
-    """The methods of a configuration, `CrossKD+FGD` say, and `init_student` if it is set; empty for plain training."""
+    """The methods of a configuration, for example `CrossKD+FGD+init_student`; empty for plain training."""
     distill = (config or {}).get("distill")
     if not distill:
         return ""

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a path, a URL, or a name that stands for a URL. Downloads go to torch hub's cache."""
+"""Finds a checkpoint by its path, its URL or a name for a URL. Downloads go to torch hub's cache."""
 import hashlib
 import http.client
 import os
@@ -15,7 +15,7 @@ from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
 
 from .unpickler import CheckpointError, one_line
 
-# The end of a name, as torch hub and OpenMMLab put it: the start of the file's SHA-256, unless it reads as a date.
+# The end of a name from torch hub or OpenMMLab: the start of the file's SHA-256, unless it is a date.
 _CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -56,29 +56,26 @@ def local_path(source: str | os.PathLike) -> str:
         return _download(_DETECTRON2 + name)
     if scheme == "open-mmlab":
         if name not in _OPEN_MMLAB:
-            raise CheckpointError(
-                f"unknown checkpoint {source}: known are {', '.join(f'open-mmlab://{name}' for name in _OPEN_MMLAB)}"
-            )
+            known = ", ".join(f"open-mmlab://{name}" for name in _OPEN_MMLAB)
+            raise CheckpointError(f"unknown checkpoint {source}: known are {known}")
         return _download(_OPEN_MMLAB_FOLDER + _OPEN_MMLAB[name])
     raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
 
 
 def _torchvision_url(name: str) -> str:
-    import torchvision  # here, because reading a local file needs none of its models
+    import torchvision  # here, because a local file does not need its models
 
     model, _, version = name.partition("/")
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
         near = get_close_matches(model, known, 1) or known
-        raise CheckpointError(
-            f"torchvision has no classification model {one_line(model, 60)!r}; known: {', '.join(near)}"
-        )
+        raise CheckpointError(f"torchvision has no classification model {one_line(model, 60)!r}; known: "
+                              f"{', '.join(near)}")
     versions = torchvision.models.get_model_weights(model).__members__  # DEFAULT is among them, as an alias
     version = version or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in versions else "DEFAULT")
     if version not in versions:
-        raise CheckpointError(
-            f"torchvision has no weights {one_line(version, 60)!r} of {model}; known: {', '.join(versions)}"
-        )
+        raise CheckpointError(f"torchvision has no weights {one_line(version, 60)!r} of {model}; known: "
+                              f"{', '.join(versions)}")
     return versions[version].url
 
 

@@ -1,4 +1,4 @@
-"""The distiller: what runs, what learns, what is saved, how losses are named, what is refused."""
+"""The distiller: what runs, is trained and is saved, names of losses, and what is refused."""
 import copy
 
 import pytest
@@ -140,7 +140,7 @@ def test_colliding_names_get_a_suffix():
 
 
 def test_two_methods_of_one_name_are_refused_or_kept_apart():
-    """No loss may be lost because its name is another's."""
+    """No loss may be lost because another one has the same name."""
     cuts = [{**CROSSKD, "reused_teacher_head_idx": cut, "name": "same"} for cut in (0, 2)]
     try:
         losses = make(*cuts).loss(*make_batch())
@@ -191,13 +191,13 @@ def test_crosskd_teaches_the_students_tower_through_the_teachers_head(head, cut)
         in_tower = name.startswith(("bbox_head.cls_convs", "bbox_head.reg_convs"))
         reached = int(name.split(".")[2]) < cut if in_tower else not name.startswith("bbox_head")
         assert (grad is not None) == reached, name
-        # A bias has none in effect, for means are aligned; nor has a block whose last norm starts at zero.
+        # A bias gets no gradient, because means are aligned; nor does a block whose last norm starts at zero.
         assert not reached or "bias" in name or "backbone" in name or grad.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_crosskd_aligns_features_in_float32(dtype):
-    """Of features that half precision holds, though not their squares: under AMP the losses are those without."""
+    """Half precision holds these features but not their squares; the losses under AMP equal those without it."""
     g = torch.Generator().manual_seed(0)
     maps = [(scale * torch.randn(2, 3, 4, 4, generator=g)).to(dtype) for scale in (1e4, 5e3)]
     with torch.autocast("cpu", dtype):
@@ -365,7 +365,7 @@ def test_compiled_code_gives_no_outputs_of_modules():
 
 @pytest.mark.parametrize("module", ["backbone.layer1.0.bn1", "backbone.layer1.0.bn2", "bbox_head.cls_convs.0.gn"])
 def test_what_a_module_gave_is_kept_as_it_was(module):
-    """The activation after it, and the sum with the shortcut, work in place."""
+    """The activation after the module, and the sum with the shortcut, work in place."""
     detector = small_detector(backbone={"zero_init_residual": False}).train()
     images, targets = make_batch()
     seen = detector.run(images, targets, modules=[module]).modules[module]

@@ -68,7 +68,7 @@ def test_a_constant_warm_up_ends_at_once():
 
 @pytest.fixture
 def memory_of_nan():
-    """New memory holds NaN, where otherwise it holds what was there by chance."""
+    """New memory holds NaN instead of random values."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -24,7 +24,7 @@ def test_no_method_is_forgotten():
 
 
 class CopiesThatWait(TorchDispatchMode):
-    """Counts copies between CPU and GPU that are waited for. FakeTensorMode raises by itself at what reads a value on
+    """Counts copies between CPU and GPU that the CPU waits for. FakeTensorMode itself raises for what reads a value on
     the GPU: item(), nonzero(), a mask as index."""
 
     def __init__(self):
@@ -45,7 +45,7 @@ class CopiesThatWait(TorchDispatchMode):
 
 @contextmanager
 def pretended_gpu():
-    """A GPU on which nothing is computed; yields the copies that were waited for."""
+    """A GPU on which nothing is computed; yields the copies that the CPU waited for."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), CopiesThatWait() as copies:
         yield copies.found
 
@@ -76,7 +76,7 @@ def test_losses_do_not_wait(method, head):
 def test_the_average_of_the_weights_does_not_wait(monkeypatch):
     with pretended_gpu() as found:
         student, other = (build_distiller(config("FGD", "GFLHead")).student for _ in range(2))
-        monkeypatch.setattr(copy, "deepcopy", lambda _: other)  # which a pretended tensor cannot bear
+        monkeypatch.setattr(copy, "deepcopy", lambda _: other)  # a fake tensor cannot be copied
         average = WeightAverage(student, 0.9)
         found.clear()
         for _ in range(2):

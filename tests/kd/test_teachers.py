@@ -1,4 +1,4 @@
-"""Teachers from everywhere: their formats, classes, precision, and what a student inherits."""
+"""Teachers from other projects: their formats, classes and precision, and what a student inherits."""
 import pickle
 import re
 
@@ -27,7 +27,7 @@ CROSSKD = {"type": "CrossKD", "reused_teacher_head_idx": 1}
 
 
 def narrowed(path, classes):
-    """A published teacher's `model` section at a width for tests; all that its format needs is kept."""
+    """The `model` section of a published teacher, narrow for tests; everything that its format needs is kept."""
     model = without_weights(load_config(ROOT / path)["model"])
     return model | {"backbone": model["backbone"] | {"base_channels": 8}, "neck": model["neck"] | {"out_channels": 16},
                     "head": model["head"] | {"feat_channels": 16, "num_classes": classes}}
@@ -55,7 +55,7 @@ def to_detectron2(weights):
 
 @pytest.mark.parametrize("kind", ["mmdet", "torchvision", "detectron2"])
 def test_a_teacher_of_another_project(kind, tmp_path, reported):
-    """Built from its published configuration, loaded from its own format, it teaches RetinaNet; 91 classes by a map."""
+    """A teacher with its published configuration and format teaches RetinaNet; a map selects from its 91 classes."""
     path = {"mmdet": "configs/retinanet/retinanet_r50_1x.yaml", "torchvision": "configs/torchvision/retinanet_r50.yaml",
             "detectron2": "configs/detectron2/retinanet_r50_1x.yaml"}[kind]
     classes, class_map = (91, [1, 3, 90]) if kind == "torchvision" else (CLASSES, None)
@@ -94,7 +94,7 @@ def test_a_class_map_picks_the_teachers_scores():
     expected = teacher.run(images, targets).outputs
     teacher.bbox_head.select_classes([5, 0, 3])
     found = teacher.run(images, targets).outputs
-    # A convolution of another width may take another kernel, which adds in another order.
+    # A convolution of another width may use another kernel, which adds in another order.
     torch.testing.assert_close(found.cls, expected.cls[..., [5, 0, 3]], rtol=1e-12, atol=1e-12)
     assert torch.equal(found.box, expected.box)
     labels = torch.cat([d["labels"] for d in teacher.eval().predict(images, targets)])
@@ -130,7 +130,7 @@ def test_a_teachers_own_precision(precision, inside, outer):
     with torch.autocast("cpu", torch.bfloat16, enabled=outer is not None):
         losses = model.loss(*make_batch(((128, 128), (96, 128)), dtype=torch.float32))
     assert seen["student"] == {outer or torch.float32}
-    assert seen["teacher"] == {inside or outer or torch.float32}  # in its own pass and under CrossKD alike
+    assert seen["teacher"] == {inside or outer or torch.float32}  # in its own pass and in CrossKD's
     assert all(value.dtype == torch.float32 for value in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
@@ -146,7 +146,7 @@ def test_a_bf16_teacher_gives_nearly_the_same_losses():
 
 
 def test_an_fp16_teacher_loses_no_gradient_on_the_way_back():
-    """Of a size as many anchors make it, without a loss scale."""
+    """The gradient is as small as with many anchors, and there is no loss scale."""
     found = []
     for precision in ("fp32", "fp16"):
         model = small_distiller(CROSSKD | {"weight": 1e-5}, teacher=teacher_entry() | {"precision": precision},

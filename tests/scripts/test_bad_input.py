@@ -1,4 +1,4 @@
-"""Bad data through train.py: one clear line and exit code 2, or a counted skip, never a silent wrong."""
+"""Bad data in train.py: one clear line and exit code 2, or a counted skip, but never a silent error."""
 import json
 import os
 import shutil
@@ -21,7 +21,7 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def scenes(sound, tmp_path):
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(sound, tmp_path / "scenes")
 
 
@@ -33,7 +33,7 @@ def change(scenes, edit, split="train"):
 
 
 def train(monkeypatch, capsys, scenes, *overrides):
-    """Exit code, the lines of stderr, and what the log says, of one epoch."""
+    """Exit code, the lines of stderr, and the log of one epoch."""
     path = write_config(scenes / "cfg.yaml", config(scenes, epochs=1))
     code = run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", scenes / "run", "--device", "cpu",
                       *overrides)
@@ -148,7 +148,7 @@ def test_an_image_of_another_size_than_annotated(scenes, monkeypatch, capsys):
 
 
 def odd_data(folder):
-    """Images and boxes of every odd kind that can be trained on, in one split, with names beyond ASCII."""
+    """A split with all unusual images and boxes that can be trained on, and with names beyond ASCII."""
     images, classes = folder / "Bilder 画像", ["Zelle", "細胞", "🔬 клетка"]
     images.mkdir(parents=True)
     entries, boxes = [], []
@@ -265,5 +265,5 @@ def test_two_runs_in_one_work_dir(scenes, monkeypatch, capsys):
     finally:
         process.kill()
         process.wait()
-    # killed, it has left no lock behind, though its worker lives on for some seconds
+    # a killed run leaves no lock, although its worker lives on for some seconds
     assert run_script(monkeypatch, "train.py", "--cfg", path, *again, "--resume") == 0

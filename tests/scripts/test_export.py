@@ -158,7 +158,7 @@ def test_checks_on_given_images_and_without_data(lively, tmp_path, monkeypatch, 
     code, printed, _ = export(monkeypatch, capsys, lively, tmp_path / "a.onnx", "data.val=null")
     assert code == 0 and "on 2 images" in printed  # noise
     code, printed, _ = export(monkeypatch, capsys, lively, tmp_path / "a.onnx", "model.test.score_thr=0.9999")
-    assert code == 0 and "0 detections on 2 images" in printed and "with no detections that says little" in printed
+    assert code == 0 and "0 detections on 2 images" in printed and "without detections this says little" in printed
     code, _, error = export(monkeypatch, capsys, lively, tmp_path / "b.onnx", "--check", tmp_path / "nowhere.png")
     assert code == 2 and len(error) == 1 and not (tmp_path / "b.onnx").exists()
 

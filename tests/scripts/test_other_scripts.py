@@ -53,7 +53,7 @@ EXTRAS = ("matplotlib", "tensorboard", "onnx", "onnxruntime", "av", "faster_coco
 
 
 def test_the_core_does_without_the_extras():
-    """No module and no script imports one before it is asked for what needs it."""
+    """No module and no script imports an optional package before it is needed."""
     code = f"""
 import importlib, pathlib, runpy, sys
 for name in {EXTRAS!r}:

@@ -1,4 +1,4 @@
-"""prepare_data.py: other formats become COCO's, and COCO is downloaded."""
+"""prepare_data.py: conversion of other formats to COCO's, and the download of COCO."""
 import json
 import re
 import shutil
@@ -20,7 +20,7 @@ SIZE = (64, 96)
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Ten images with the annotations that every format is to lead back to: {file name: [(class, x1, y1, x2, y2)]}."""
+    """Ten images, and the annotations that every format must give: {file name: [(class, x1, y1, x2, y2)]}."""
     root = generate_scenes(tmp_path_factory.mktemp("scenes"), train=10, val=1, size=SIZE)
     content = json.loads((root / "annotations" / "train.json").read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -84,7 +84,7 @@ def prepare(monkeypatch, capsys, kind, source, out, *arguments):
 
 
 def read_back(out):
-    """Boxes by file's name, of all splits, and the names in each."""
+    """The boxes of all splits by file name, and the file names in each split."""
     boxes, names = {}, {}
     for file in out.glob("*.json"):
         content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The scripts in several processes: under torchrun, which restarts them when one is lost, and as it starts them."""
+"""The scripts in several processes: with torchrun, also when it restarts them, and with its environment alone."""
 import json
 import os
 import re
@@ -20,7 +20,7 @@ from kd.processes.distributed import fresh_store
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Of a number of images that no number of processes divides."""
+    """A data set whose number of images no number of processes divides."""
     return generate_scenes(tmp_path_factory.mktemp("scenes"), train=13, val=7, size=(64, 64))
 
 
@@ -30,7 +30,7 @@ def as_torchrun_does(environment: dict, *arguments) -> None:
 
 
 def start_processes(world: int, log: Path, *arguments: object) -> list:
-    """A script in `world` processes that find in their environment what torchrun puts there."""
+    """Run a script in `world` processes with the environment that torchrun sets."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -71,7 +71,7 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are found in Linux's /proc")
 def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
-    """To the same weights, bit for bit, as a run that nobody disturbs."""
+    """The weights are the same, bit for bit, as those of an undisturbed run."""
     distill = {"teacher": {"model": model(), "checkpoint": None},
                "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_stats": True}, {"type": "MGD"}]}
     cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
@@ -81,7 +81,7 @@ def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
     assert_they_end(processes, 0, tmp_path / "log")
     assert sorted(file.name for file in whole.iterdir()) == [
         "best.pth", "last.pth", "metrics.jsonl", "precision_recall.json", "run.json", "run.lock", "train.log"]
-    assert (tmp_path / "log").read_text().count("step 12/12") == 1  # the first process alone speaks
+    assert (tmp_path / "log").read_text().count("step 12/12") == 1  # only the first process prints
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                 "--max-restarts", "1", "--monitor-interval", "0.1"]
     with open(tmp_path / "log", "w") as log:
@@ -121,7 +121,7 @@ def test_a_signal_to_one_process_stops_all_after_saving(scenes, tmp_path):
 
 
 def test_the_store_of_a_restart():
-    """Only torchrun's own is entered anew, and only where all processes know how often it has been."""
+    """Only torchrun's own store is replaced, and only if all processes know the number of restarts."""
     alone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert fresh_store(alone) == fresh_store(alone | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) == {}
     assert fresh_store(alone | {"WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == {}

@@ -22,7 +22,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(scenes, tmp_path_factory):
-    """A teacher, trained by the script in a process of its own: (configuration, work dir, what it printed)."""
+    """A teacher that the script trained in its own process: (configuration, work dir, output)."""
     folder = tmp_path_factory.mktemp("trained")
     path = write_config(folder / "cfg.yaml", config(scenes))
     done = subprocess.run([sys.executable, ROOT / "scripts/train.py", "--cfg", path, "--work-dir", folder / "run",
@@ -175,7 +175,7 @@ def test_eval_refuses_another_models_checkpoint(trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize("clip", ["null", "35"])
 def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch, capsys, clip):
-    """It names the loss and the images, touches no weight, and leaves a file that shows the step again."""
+    """The error names the loss and the images, no weight changes, and a file can repeat the step."""
     path, _, _ = trained
     run = tmp_path / "run"
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", run, "optimizer.lr=1e30", "--device", "cpu",
@@ -219,7 +219,7 @@ def test_mixed_precision(trained, tmp_path, monkeypatch, amp):
 
 
 def test_the_same_classes_in_another_order(trained, scenes, tmp_path, monkeypatch, capsys):
-    """They would be found under wrong names: it is refused with what puts it right, which then does."""
+    """Detections would get wrong names: the error gives the setting that corrects this, and the setting works."""
     path, work_dir, _ = trained
     checkpoint, out = work_dir / "last.pth", tmp_path / "figures.json"
     assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", checkpoint, "--out", out) == 0

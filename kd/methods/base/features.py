@@ -96,11 +96,7 @@ def check_levels(levels: Sequence[int], student: Detector, teacher: Detector) ->
 
 
 def module_channels(detector: Detector, name: str, key: str) -> int:
-    """The channels of a module's output, which are those of its last convolution.
-
-    Raises:
-        ConfigError: there is no such module, or it has no convolution.
-    """
+    """The output channels of a module's last convolution; ConfigError if there is no such module or convolution."""
     modules = dict(detector.named_modules())
     if name not in modules:
         raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')

@@ -18,9 +18,11 @@ class MethodOptions:
 
     def __post_init__(self):
         if self.every < 1:
-            raise ConfigError("distill.methods", f"every must be at least 1, not {self.every}")
-        if self.warmup_epochs < 0 or (self.stop_epoch is not None and self.stop_epoch <= 0):
-            raise ConfigError("distill.methods", "warmup_epochs must be at least 0, and stop_epoch above 0")
+            raise ConfigError("every", f"must be at least 1, not {self.every}")
+        if self.warmup_epochs < 0:
+            raise ConfigError("warmup_epochs", f"must be at least 0, not {self.warmup_epochs}")
+        if self.stop_epoch is not None and self.stop_epoch <= 0:
+            raise ConfigError("stop_epoch", f"must be above 0, not {self.stop_epoch}")
 
     def runs(self, step: int, epoch: float) -> bool:
         """Whether the method runs after this many steps and epochs of training."""

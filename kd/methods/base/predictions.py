@@ -12,11 +12,7 @@ from models.build import ConfigError, OneOf, build_loss
 MimicLoss = Annotated[dict, OneOf(LOSSES)] | None  # a loss of `mimic` as a mapping with a type; None: the published one
 
 def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, boxes: bool = True) -> None:
-    """Raise ConfigError, which says what differs, if the outputs of two heads do not mean the same.
-
-    Args:
-        boxes: whether boxes are compared besides class scores.
-    """
+    """Raise ConfigError if the class scores (with `boxes`, also the boxes) of two heads do not mean the same."""
     meaning = {"class score is the probability of": (student.score_meaning, teacher.score_meaning),
                "number of classes is": (student.num_classes, teacher.num_classes),
                "strides of the levels are": (student.prior_generator.strides, teacher.prior_generator.strides),
@@ -36,8 +32,7 @@ def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | No
                        loss_center_kd: dict | None) -> torch.nn.ModuleDict:
     """The losses for `mimic`, by name: those given, otherwise those published for `head`, the teacher's.
 
-    Args:
-        centerness: whether both heads predict it.
+    `centerness` says whether both heads predict it.
     """
     said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
     chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
@@ -66,10 +61,9 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     form = "comparable_boxes" if head.box_form == teacher.head.box_form else "boxes"
     own, other = (getattr(made_by, form)(made, made_by.priors(made))
                   for made_by, made in ((head, outputs), (teacher.head, target)))
-    found = {
-        "loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
-                                             avg_factor=student.head.kd_normalizer(assignment)),
-        "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
+    found = {"loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
+                                                  avg_factor=student.head.kd_normalizer(assignment)),
+             "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,

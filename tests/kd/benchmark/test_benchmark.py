@@ -28,7 +28,7 @@ METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"}]
 
 
 def distilled():
-    """RetinaNet from a wider one, with weights that are nowhere to be found."""
+    """A RetinaNet distilled from a wider one, with weights that do not exist."""
     teacher = {"model": model(16, "RetinaHead"), "checkpoint": "nowhere.pth"}
     cfg = config(Path("nowhere"), distill={"teacher": teacher, "methods": METHODS}, head="RetinaHead")
     cfg["model"]["backbone"]["weights"] = "nowhere.pth"
@@ -98,7 +98,7 @@ def test_on_a_gpu(tmp_path, amp):
     report = run_benchmark([write_config(tmp_path / "distilled.yaml", distilled())], torch.device("cuda"), work)
     for entry in (report["yardstick"], report["configs"]["distilled"]):
         assert 0 < entry["utilisation"] < 1 and entry["peak_memory_bytes"] > 1e6
-        # No part of an annotation's span is taken for work: the GPU cannot be busy for longer than a step takes.
+        # The span of an annotation does not count as work: the GPU cannot be busy for longer than a step.
         assert 0 < entry["shares"]["device_ms"] < 1.5 * entry["step_ms"]
         assert min(entry["shares"][part] for part in ("convolution", "norm", "overhead")) > 0
 
@@ -156,7 +156,7 @@ def test_a_step_trains_the_student_and_what_its_methods_learn():
     assert changed <= trained and {"student.bbox_head.retina_cls.weight", "student.bbox_head.cls_convs.0.conv.weight",
                                    "methods.0.1.losses.0.channel_add_conv_s.3.weight"} <= changed
     assert all(map(torch.equal, teacher, subject.model.teacher.parameters()))
-    # So small a step that the model stays as it is: the first of the warm-up.
+    # The first step of the warm-up is so small that the model hardly changes.
     assert max((value - before[name]).abs().max() for name, value in subject.model.named_parameters()) < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Times taken in turn, and where a call's time goes."""
+"""Times of calls in turn, and the shares of a call's time."""
 import time
 
 import pytest
@@ -39,7 +39,7 @@ def test_shares_add_up_and_name_what_is_neither_convolution_nor_norm(step):
     assert {"aten::exp", "aten::mul", "between operators"} <= set(found["largest"])  # mul: backward of exp
     assert not any("conv" in name or "norm" in name for name in found["largest"] if name.startswith("aten::"))
     assert sum(found["largest"].values()) <= found["overhead"] + 1e-9
-    # What runs inside a convolution or norm, as allocations do, is counted there.
+    # Operators inside a convolution or norm, for example allocations, count as part of it.
     assert shares(lambda: nn.functional.conv2d(torch.ones(1, 1, 99, 99), torch.ones(1, 1, 9, 9)).detach(), 3,
                   CPU)["largest"].keys() <= {"between operators", "aten::ones", "aten::empty", "aten::fill_",
                                              "aten::detach", "detach"}

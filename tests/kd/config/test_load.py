@@ -1,4 +1,8 @@
 """Configurations: inheritance, overrides, YAML 1.2, and errors that name the key and the file."""
+import copy
+import json
+import pickle
+
 import pytest
 from runs import ROOT
 
@@ -132,7 +136,7 @@ def test_sections_are_typed_and_the_mapping_stays_as_it_was_written():
 
 
 def test_a_mapping_that_was_changed_is_read_again():
-    """As tools do that take a published configuration and make its teacher untrained."""
+    """Some tools take a published configuration and make its teacher untrained."""
     cfg = load_config(ROOT / "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml")
     cfg["model"]["head"]["num_classes"] = 3
     cfg["distill"]["teacher"]["checkpoint"] = None
@@ -149,3 +153,23 @@ def test_aliases_that_repeat_without_end_are_refused(write):
         load_config(write("cfg.yaml", MODEL + "\n".join(lines)))
     cfg = load_config(write("cfg.yaml", MODEL + "schedule: {milestones: &m [1, 2]}\ntrain: {epochs: 3}\n"))
     assert cfg.schedule.milestones == [1, 2]
+
+
+def test_a_configuration_is_a_dictionary(write):
+    """The one that was written, for whoever records, prints or merges it."""
+    cfg = load_config(write("cfg.yaml", MODEL))
+    assert cfg == dict(cfg) == json.loads(json.dumps(cfg)) == copy.deepcopy(cfg) and list(cfg) == ["model"]
+    assert cfg | {"train": {"epochs": 3}} == {"model": cfg["model"], "train": {"epochs": 3}}
+    assert pickle.loads(pickle.dumps(cfg)).train.epochs == cfg.train.epochs == 12
+
+
+def test_an_option_of_a_method_is_named_with_its_source():
+    with pytest.raises(ConfigError) as error:
+        load_config(ROOT / "configs/bccd/fgd_gfl_r18w16_r18w32.yaml", ["distill.methods.0.every=0"])
+    assert str(error.value) == ('distill.methods.0.every: must be at least 1, not 0 '
+                                '(override "distill.methods.0.every=0")')
+
+
+def test_a_distiller_needs_a_distill_section(write):
+    with pytest.raises(ConfigError, match="distill: missing"):
+        build_distiller(load_config(write("cfg.yaml", MODEL)))

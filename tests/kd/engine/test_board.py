@@ -1,4 +1,4 @@
-"""TensorBoard: what a run writes for it, and without it."""
+"""TensorBoard: what a run writes for it, and runs without it."""
 import json
 import sys
 

@@ -1,4 +1,4 @@
-"""What a run shows before it starts: the teacher's AP, and all of `--check`."""
+"""The output before a run starts: the teacher's AP, and `--check`."""
 import json
 import os
 import subprocess
@@ -112,7 +112,7 @@ def test_a_detector_of_more_classes_is_evaluated_by_a_class_map(scenes, tmp_path
 
 
 def test_of_two_processes_one_prints(tmp_path):
-    """Also where the other has no image to evaluate."""
+    """Also if the other process has no image to evaluate."""
     scenes = generate_scenes(tmp_path / "scenes", train=4, val=1, size=(64, 64))
     path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

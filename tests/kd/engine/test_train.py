@@ -30,7 +30,7 @@ def scenes(tmp_path_factory):
 
 
 def assert_same(first, second, place=""):
-    """Two nested states are equal, bit for bit."""
+    """Assert that two nested states are equal bit for bit."""
     assert type(first) is type(second), place
     if isinstance(first, dict):
         assert first.keys() == second.keys(), place
@@ -45,7 +45,7 @@ def assert_same(first, second, place=""):
 
 
 def steps_in(work_dir):
-    """The steps, and the epochs whose evaluations, are in metrics.jsonl; but for a last line that is being written."""
+    """The steps and the evaluated epochs in metrics.jsonl, without a last line that is still being written."""
     lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
     return [line["step"] for line in lines if "loss" in line], [line["epoch"] for line in lines if "AP" in line]
 
@@ -55,7 +55,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(scenes, tmp_path):
     run = build_run(parse_config(cfg), tmp_path, CPU)
     groups = list(engine.in_runs(run.train_loader, 2))
     assert [len(group) for group in groups] == [2, 2] == [2] * run.steps_per_epoch
-    groups[1] = groups[1][:1]  # as the last one of an epoch may be
+    groups[1] = groups[1][:1]  # like the last group of an epoch
     run.model.train()
 
     def gradients(batch):
@@ -73,7 +73,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(scenes, tmp_path):
 
 
 def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path, monkeypatch):
-    """With accumulation, whose last group in an epoch is shorter, momentum, an average of the weights and masks."""
+    """Resume with accumulation (the last group of an epoch is shorter), momentum, a weight average and masks."""
     distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
     cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
                       train={"accumulate": 3, "ema": 0.5, "checkpoint_every": 1, "check_images": 0})
@@ -121,7 +121,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated(scenes, tmp_path, monke
 
 @pytest.mark.parametrize("amp, factor", [("fp16", 1e6), ("bf16", 1e6), ("bf16", 1e38)])
 def test_inputs_that_overflow(scenes, tmp_path, monkeypatch, amp, factor):
-    """fp16 skips and counts the steps; what is too large for bf16 too stops the run and leaves the step."""
+    """fp16 skips and counts the steps; a value that is too large also for bf16 stops the run and saves the step."""
     distill = {"teacher": {"model": model(), "checkpoint": None},
                "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1}]}
     cfg = config_with(config(scenes, distill=distill), data={"scale": [128, 128]},
@@ -165,7 +165,7 @@ def test_a_replay_draws_what_its_process_drew(scenes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("clip", [None, 35])
 def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_checkpoint(scenes, tmp_path, monkeypatch, clip):
-    """At the last step of an epoch, from a loss that is finite."""
+    """The gradient breaks at the last step of an epoch, although the loss is finite."""
     original, steps = engine.to_device, []
 
     def spoil(images, targets, student, device):
@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_checkpoint(sc
 
 
 def test_a_run_goes_on_in_fp16(scenes, tmp_path):
-    """Also one that was not begun so, whose checkpoint knows no loss scale."""
+    """A run can also change to it, although its checkpoint has no loss scale."""
     for epochs, amp, resume_from in ((1, "none", None), (2, "fp16", tmp_path / "last.pth")):
         engine.train(config_with(config(scenes, epochs), train={"amp": amp}), tmp_path, CPU, resume_from)
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
@@ -196,7 +196,7 @@ def train_in_a_process(log, *arguments):
 
 
 def wait_for_moment(process, work_dir, kind, step, delays):
-    """Until a checkpoint is being written after `step`; or some time after that step; or after the start."""
+    """Wait until a checkpoint is written after `step`, or some time after that step, or after the start."""
     if kind == "start":
         return process.join(delays.uniform(0, 1))
     while process.is_alive() and (not (work_dir / "metrics.jsonl").exists() or step not in steps_in(work_dir)[0]):
@@ -209,7 +209,7 @@ def wait_for_moment(process, work_dir, kind, step, delays):
 
 @pytest.mark.parametrize("kills, epochs", [(2, 3), pytest.param(10, 15, marks=pytest.mark.soak)])
 def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path, kills, epochs):
-    """Killed by SIGKILL wherever it is, and resumed: with momentum, an average, random masks, accumulation, workers."""
+    """SIGKILL at any point, then resume: with momentum, an average, random masks, accumulation and workers."""
     distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
     cfg = config_with(config(scenes, epochs, distill), data={"batch_size": 2, "workers": 2},
                       optimizer={"momentum": 0.9}, eval={"every": 2},

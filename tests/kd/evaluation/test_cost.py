@@ -1,4 +1,4 @@
-"""What detectors cost."""
+"""The cost of detectors."""
 import pytest
 import torch
 from runs import ROOT, config, run_script, write_config
@@ -133,4 +133,4 @@ def test_script_without_a_class_count(tmp_path, monkeypatch, capsys):
     assert run_script(monkeypatch, "summary.py", "--cfg", path) == 0  # six in the annotations; no weights are read
     assert "teacher" in capsys.readouterr().out
     assert run_script(monkeypatch, "summary.py", "--cfg", path, "data.val=null") == 2
-    assert "model.head.num_classes=80, say" in capsys.readouterr().err
+    assert "give for example model.head.num_classes=80" in capsys.readouterr().err

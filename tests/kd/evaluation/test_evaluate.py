@@ -35,7 +35,7 @@ def dataset(tmp_path):
 
 @pytest.fixture(params=EVALUATORS)
 def evaluator(request, monkeypatch):
-    """What computes the figures."""
+    """The package that computes the figures."""
     if request.param == "pycocotools":
         monkeypatch.setitem(sys.modules, "faster_coco_eval", None)  # as if it were not installed
     assert {api.__module__.partition(".")[0] for api in coco_api()} == {request.param}
@@ -78,7 +78,7 @@ def test_what_cannot_be_measured_is_none_and_shown_as_a_dash(dataset):
 
 @pytest.mark.usefixtures("evaluator")
 @pytest.mark.parametrize("image_ids, annotation_ids, encoding", [
-    ([0, 1], [0, 1], "utf-8"),  # pycocotools takes an object of id 0 for one that nobody found
+    ([0, 1], [0, 1], "utf-8"),  # pycocotools counts an object with id 0 as not found
     (["b", "a"], ["x", "y"], "utf-8"),
     (["2", 2], ["0", 0], "utf-8"),
     ([20230101123456789, 20230101123456790], [1, 2], "utf-8"),  # one and the same number in float64
@@ -153,7 +153,7 @@ def test_figures_are_those_of_pycocotools(random_case):
     assert any(map(len, dataset.ignored_boxes)) and any(len(labels) == 0 for labels in dataset.labels)
     figures = coco_figures(results, dataset)
     expected, precision = plain_pycocotools(results, dataset)
-    assert 0.1 < figures["AP"] < 0.9 and len(set(expected)) == 12  # else it would not tell one from another
+    assert 0.1 < figures["AP"] < 0.9 and len(set(expected)) == 12  # otherwise it could not tell them apart
     assert [figures[name] for name in FIGURES] == pytest.approx(expected.tolist(), rel=0, abs=1e-9)
     for k, ap in enumerate(figures["per_class"].values()):
         assert ap is None if k == 0 else ap == pytest.approx(precision[:, :, k].mean(), rel=0, abs=1e-9)
@@ -183,7 +183,7 @@ def test_image_ids_may_be_words(dataset):
 
 
 def test_detect_gives_rows_of_width_and_height_per_image():
-    """In original pixels, exact where float32 is, whatever an image has; the model is left in its mode."""
+    """Boxes are in original pixels and as exact as float32, also for images without any; the model keeps its mode."""
     found = [{"boxes": torch.tensor([[0.1, 0.2, 10.3, 20.7], [5, 5, 7, 9]]), "scores": torch.tensor([0.9, 0.3]),
               "labels": torch.tensor([3, 0])},
              {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}]

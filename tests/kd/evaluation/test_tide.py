@@ -1,4 +1,4 @@
-"""Kinds of errors and what they cost, on cases whose answers are plain, and against pycocotools."""
+"""Types of errors and their costs, in cases with known answers and against pycocotools."""
 import json
 
 import numpy as np

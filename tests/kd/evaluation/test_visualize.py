@@ -1,4 +1,4 @@
-"""Pictures of what is distilled: that they show what they say."""
+"""Pictures of what is distilled show what their titles say."""
 from dataclasses import replace
 
 import pytest
@@ -27,7 +27,7 @@ def classes(cfg):
 
 
 def distilled(scenes, tmp_path, width=16):
-    """A configuration with a teacher whose towers have so many channels, and the student's checkpoint of its run."""
+    """A configuration with a teacher of this tower width, and the student's checkpoint from its run."""
     teacher = model()
     teacher["head"] |= {"feat_channels": width}
     cfg = config(scenes, 1, {"teacher": {"model": teacher, "checkpoint": None}, "methods": METHODS})
@@ -42,7 +42,7 @@ def size_of(path):
 
 
 def panels(width, across):
-    """How many pictures of a width lie side by side, with the four pixels around them."""
+    """The number of pictures of this width side by side, each with a border of four pixels."""
     return (across - 4) / (width + 4)
 
 
@@ -141,7 +141,7 @@ def test_bars():
 
 
 def test_the_student_of_another_format(scenes, tmp_path, monkeypatch, capsys):
-    """A bare state dict, as of any checkpoint: heads of one width need no weights of the method."""
+    """For heads of equal width, a state dict without the method's weights is enough."""
     path = distilled(scenes, tmp_path)
     torch.save(build_detector(classes(model())).state_dict(), tmp_path / "plain.pth")
     code = run_script(monkeypatch, "visualize.py", "--cfg", path, "--checkpoint", tmp_path / "plain.pth", "--out",

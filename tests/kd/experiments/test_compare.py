@@ -1,4 +1,4 @@
-"""Runs read back, grouped by setting, and compared, on folders written by hand."""
+"""Reading, grouping and comparing runs, with folders written by hand."""
 import csv
 import hashlib
 import json

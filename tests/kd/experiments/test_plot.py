@@ -52,7 +52,7 @@ def test_ap_over_epochs_with_bands_over_seeds(study):
 
 
 def test_bars_where_there_is_one_evaluation(tmp_path):
-    """A curve of one point would not be seen."""
+    """A curve with one point would be invisible."""
     for seed, ap in enumerate((0.2, 0.4)):
         write_run(tmp_path / f"alone_seed{seed}", [ap], run_config(seed, epochs=1))
     write_run(tmp_path / "teacher", [0.6], run_config(methods=("CrossKD",), epochs=1))

@@ -1,4 +1,4 @@
-"""Sweeps: what is run, in which order, again after a stop; with a stand-in for train.py, and once with itself."""
+"""Sweeps: what runs, in which order, and after a stop; with a replacement for train.py, and once with train.py."""
 import copy
 import json
 import os
@@ -16,7 +16,7 @@ from kd.experiments.sweep import plan, run_jobs
 from kd.work_dir.checkpoint import save_checkpoint
 from models import ConfigError
 
-# Does what train.py leaves behind; what it finds beside itself makes it fail, or wait for another run or a signal.
+# Writes the files that train.py writes; files beside it make it fail, or wait for another run or a signal.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 words, here = sys.argv[1:], pathlib.Path(__file__).parent
@@ -59,7 +59,7 @@ def study(tmp_path, monkeypatch):
 def plan_all(study, *overrides, seeds=(0, 1), teacher=True):
     jobs = plan([study / "student.yaml", study / "fgd.yaml"], seeds, study / "work", overrides,
                 study / "teacher.yaml" if teacher else None)
-    recorded = {str(job.work_dir): copy.deepcopy(job.config.mapping) for job in jobs}
+    recorded = {str(job.work_dir): copy.deepcopy(dict(job.config)) for job in jobs}
     for job in jobs:
         recorded[str(job.work_dir)]["train"]["seed"] = job.seed or 0
         recorded[str(job.work_dir)]["model"]["head"]["num_classes"] = 6  # as train.py takes it from the annotations
@@ -100,7 +100,7 @@ def test_configurations_of_one_name_have_folders_of_their_own(study):
 def test_bad_plans(study):
     with pytest.raises(ConfigError, match="nowhere/last.pth does not exist .*fgd.yaml.: train it first"):
         plan_all(study, teacher=False)
-    with pytest.raises(ConfigError, match="is distill.teacher.cfg of none of the configurations"):
+    with pytest.raises(ConfigError, match="no configuration has this file as its distill.teacher.cfg"):
         plan([study / "student.yaml"], [0], study / "work", teacher=study / "teacher.yaml")
     with pytest.raises(ConfigError, match="data.val: missing"):
         plan([study / "student.yaml"], [0], study / "work", ["data.val=null"])
@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_is_resumed(study):
 
 
 def test_several_at_once(study):
-    (study / "meet").touch()  # the first two wait for one another
+    (study / "meet").touch()  # the first two wait for each other
     run(plan_all(study), at_once=2)
     assert {call["run"] for call in calls(study)[:2]} == {"work/teacher", "work/student/seed0"}
     assert [call["run"] for call in calls(study)].index("work/fgd/seed0") > 1
@@ -151,7 +151,7 @@ def test_nothing_is_distilled_from_a_teacher_that_failed(study):
     with pytest.raises(TrainingError, match="3 of 5 runs failed"):
         run_jobs(plan_all(study), 1, "cpu", said.append)
     assert len(calls(study)) == 3 and "teacher: failed with exit code 1: error: as was asked" in said
-    assert "fgd seed 0: not run, for its teacher is not trained" in said
+    assert "fgd seed 0: not run, because its teacher is not trained" in said
 
 
 def test_another_configuration_in_the_work_dir_is_refused(study):
@@ -192,7 +192,7 @@ def test_sweep_script(tmp_path, monkeypatch, capsys):
     recorded = json.loads((tmp_path / "work" / "fgd" / "seed3" / "run.json").read_text())
     assert recorded["config"]["train"]["seed"] == 3
     assert list(recorded["teachers"]) == [str(tmp_path / "work" / "teacher" / "last.pth")]
-    assert run_script(monkeypatch, "sweep.py", *arguments) == 0  # where all is done, the table alone
+    assert run_script(monkeypatch, "sweep.py", *arguments) == 0  # if everything is done, only the table
     assert "2 of 2 runs are finished already" in capsys.readouterr().out
 
 

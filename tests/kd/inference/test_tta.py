@@ -36,7 +36,7 @@ def scenes(tmp_path_factory):
 
 def detector_and_data(scenes, tmp_path, split="val", **tta):
     cfg = config(scenes) | {"eval": {"tta": tta}}
-    # So many candidates are kept that none falls to a cap, which cuts other ones in the mirrored image.
+    # So many candidates are kept that no cap applies, which would cut others in the mirrored image.
     cfg["model"] = cfg["model"] | {"test": {"score_thr": 0.55, "nms_pre": -1, "max_per_img": 2000}}
     cfg["data"] |= {"scale": [96, 64], "val": {"images": str(scenes / split),
                                               "annotations": str(scenes / "annotations" / f"{split}.json")}}
@@ -91,7 +91,7 @@ def test_a_mirrored_image_gives_mirrored_detections(scenes, tmp_path):
 
 
 def test_every_view_has_its_share(scenes, tmp_path):
-    """What is merged are the plain detections at each scale, mirrored and not, and nothing else."""
+    """Exactly the plain detections at each scale, mirrored and not mirrored, are merged."""
     scales = [[96, 64], [144, 96]]
     detector, dataset, cfg = detector_and_data(scenes, tmp_path, flip=True, scales=scales)
     merged = {(r["image_id"], r["score"]): r for r in detect_views(detector, cfg, dataset, CPU)}
@@ -138,7 +138,7 @@ def test_boxes_are_mirrored_within_the_image():
 
 def test_eval_script_takes_it_from_the_configuration(scenes, tmp_path, monkeypatch, capsys):
     _, _, cfg = detector_and_data(scenes, tmp_path)
-    path = write_config(tmp_path / "cfg.yaml", cfg.mapping)
+    path = write_config(tmp_path / "cfg.yaml", dict(cfg))
     figures = []
     for overrides in ([], ["eval.tta.flip=true", "eval.tta.scales=[[96, 64], [144, 96]]"]):
         assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", tmp_path / "model.pth", "--device",

@@ -1,4 +1,4 @@
-"""FGD: masks against the original's loops, each part against its equation, levels and switches."""
+"""FGD: masks compared with the original's loops, each part with its equation, levels and options."""
 import math
 
 import pytest

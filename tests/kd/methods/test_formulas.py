@@ -93,7 +93,7 @@ def test_cwd_on_features():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_cwd_on_logits(head):
-    """Every anchor's every class is a channel, as the head's last convolution gives them."""
+    """Every class of every anchor is a channel, as in the output of the head's last convolution."""
     _, losses, student, teacher = run({"type": "CWD", "tau": 0.5, "on": "logits"}, head)
 
     def maps(seen):
@@ -189,7 +189,7 @@ def test_the_region_is_off_unless_asked_for():
 
 
 def test_predictions_in_half_precision_are_compared_in_float32():
-    """No loss rounds what it is given any further: the same from outputs that are promoted first."""
+    """No loss rounds its inputs further: it is the same for outputs that are promoted first."""
     distiller = small_distiller({"type": "Mimic"}, head="ATSSHead", dtype=torch.float32)
     student, (teacher,), _ = distiller.passes(*make_batch(dtype=torch.float32))
     found = []

@@ -7,13 +7,14 @@ from kd import build_distiller
 from kd.methods.crosskd import align_scale
 from kd.methods.mimic import Mimic
 
-# Largest deviations measured, as float64 and float32: losses 1.4e-15, 2.1e-6; gradients' norms 3.6e-12, 1.5e-5;
-# gradients 3.8e-12, 3.3e-5. In float32 the gradients of five cases deviate by up to 3e-3: on the coarsest level a group
-# norm divides by the deviation of two cells that all but agree, and most of the gradient passes there.
+# float64 carries the strict comparison. In float32 the deviation depends on the kernels that the processor chooses. The
+# largest ones were measured on an AMD EPYC with ATEN_CPU_CAPABILITY default and avx2, ONEDNN_MAX_CPU_ISA SSE41, AVX2
+# and AVX512_CORE, one and two threads. RetinaNet: losses 2.6e-7, gradient norms 6.5e-6, gradients 6.6e-5. Heads with
+# group norm: 4.9e-6, 5.1e-3, 2.4e-2, because on the coarsest level a group norm divides by the deviation of two cells
+# that are almost equal, and most of the gradient passes there. The tolerances are four times as large or more.
 TOLERANCE = {torch.float64: {"losses": 1e-6, "norms": 1e-6, "gradients": 1e-6},
-             torch.float32: {"losses": 1e-5, "norms": 5e-5, "gradients": 2e-4}}
-ILL_CONDITIONED = {"crosskd_gfl_idx", "crosskd_atss", "crosskd_atss_idx", "crosskd_fcos", "crosskd_fcos_idx"}
-LOOSE = {"losses": 1e-5, "norms": 2e-2, "gradients": 2e-2}
+             torch.float32: {"losses": 1e-5, "norms": 5e-5, "gradients": 3e-4}}
+GROUP_NORM = {"losses": 2e-5, "norms": 2e-2, "gradients": 1e-1}  # in float32
 RENAMED = {"losses_center_kd": "loss_center_kd"} | {f"loss_feat_kd_{i}": "loss_feat_kd" for i in range(5)}
 
 available = [name for name in golden.cases("crosskd_") if golden.has_head(golden.load(name)[1]["student"])]
@@ -56,7 +57,7 @@ def test_losses_and_gradients(name, dtype, monkeypatch):
     model = distiller(meta, dtype)
     if dtype == torch.float32:
         golden.assign_in_float64(model.student.bbox_head, monkeypatch)
-    tolerance = LOOSE if dtype == torch.float32 and name in ILL_CONDITIONED else TOLERANCE[dtype]
+    tolerance = GROUP_NORM if dtype == torch.float32 and "retinanet" not in name else TOLERANCE[dtype]
     losses = model.loss(*golden.batch(arrays, dtype))
     expected = expected_losses(arrays)
     assert losses.keys() == expected.keys()
@@ -90,7 +91,7 @@ def test_ld():
 
 @pytest.mark.parametrize("head", ["gfl", "retinanet", "atss", "fcos"])
 def test_mimicking_is_crosskd_with_the_students_own_predictions(head):
-    """Where what CrossKD gets through the teacher's head passes for the student's predictions, its losses come out."""
+    """If the teacher's head's output replaces the student's predictions, the losses are those of CrossKD."""
     arrays, meta = golden.load(f"crosskd_{head}")
     model = distiller(meta, torch.float64)
     student, (teacher,), _ = model.passes(*golden.batch(arrays))

@@ -1,4 +1,4 @@
-"""When a method runs and what its losses are multiplied by."""
+"""When a method runs, and the factor of its losses."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""Every pair of detectors that a method claims to work on: twenty steps on one batch lower its loss."""
+"""For every pair of detectors that a method supports, twenty steps on one batch lower its loss."""
 import pytest
 import torch
 from small_models import CLASSES, falls, gradients, make_batch, small_distiller, teacher_entry
@@ -57,7 +57,7 @@ def test_other_widths_get_an_adapter_that_learns(method, kernel):
     falls(model)
     still = [key for key, value in model.methods.named_parameters()
              if "weight" in key and key in adapters and torch.equal(value, adapters[key])]
-    # CWD compares places, and the two coarsest levels of this batch have next to none.
+    # CWD compares positions, and the two coarsest levels of this batch have very few.
     assert len(still) <= (2 if method["type"] == "CWD" else 0), still
     assert not any("adapter" in key or "align" in key for key in model.student.state_dict())
 

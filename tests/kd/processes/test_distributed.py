@@ -1,4 +1,4 @@
-"""Several processes compute what one does with their batches together."""
+"""Several processes compute the same as one process with all their batches."""
 import json
 from unittest import mock
 
@@ -40,7 +40,7 @@ def build(head, method):
 
 
 def steps():
-    """Losses and gradients by case, of this process's share of the batch; the gradients averaged by DDP."""
+    """Losses and gradients by case, for this process's share of the batch; DDP averages the gradients."""
     rank, world = distributed.rank(), distributed.world_size()
     images, targets = make_batch(SIZES, COUNTS)
     share = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
@@ -56,12 +56,12 @@ def steps():
 
 
 def share(x):
-    """This process's part of a tensor, the first ones longer."""
+    """This process's part of a tensor; the first parts are longer."""
     return x.tensor_split(distributed.world_size())[distributed.rank()]
 
 
 def statistics():
-    """Statistics of maps of which each process has another number, and their gradient; means and gathered rows."""
+    """Statistics of maps, whose number differs between processes, and their gradient; means and gathered rows."""
     x = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     x.data[:, 2] = 7  # a constant channel
     std, mean = channel_statistics(share(x), sync=True)
@@ -79,7 +79,7 @@ def statistics():
 
 
 def teacher_in_ddp():
-    """Names of what DDP has of a distiller, and how much it and a step change a teacher that differs by process."""
+    """Names in a distiller under DDP, and how much DDP and a step change a teacher that differs between processes."""
     distiller = build("GFLHead", "FGD")
     weight = distiller.teacher.backbone.conv1.weight
     weight.data += distributed.rank()
@@ -92,7 +92,7 @@ def teacher_in_ddp():
 
 
 def teacher_in_shards():
-    """How a teacher in shards compares with a whole one: losses, the student's gradients, and what of it is here."""
+    """A sharded teacher compared with a whole one: losses, gradients of the student, and the share in this process."""
     methods = [METHODS["CrossKD"], METHODS["FGD"], {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
     distiller = small_distiller(*methods, teacher=teacher_entry(width=24))
     rank, (images, targets) = distributed.rank(), make_batch(SIZES, COUNTS)
@@ -116,7 +116,7 @@ def teacher_in_shards():
 
 
 def messages():
-    """How many numbers each all-reduce of a step without DDP adds up: of plain training, and more of CrossKD."""
+    """The sizes of the all-reduces in a step without DDP: for plain training, and in addition for CrossKD."""
     found = {}
     for head in HEADS:
         for method in ("plain", "CrossKD"):
@@ -138,7 +138,7 @@ def alone():
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request, tmp_path_factory):
-    """What each of 2 or 4 processes computes."""
+    """The results of each of 2 or 4 processes."""
     return together(everything, request.param, tmp_path_factory.mktemp("together"))
 
 
@@ -215,7 +215,7 @@ def test_what_a_step_sends_is_what_the_page_on_scaling_says(results):
 
 
 def run_all(configurations, folder):
-    """Train in float64, so that rounding is not in the way."""
+    """Train in float64, so that rounding does not matter."""
     torch.set_default_dtype(torch.float64)
     try:
         with mock.patch.object(Preprocess.forward, "__defaults__", (torch.float64,)):
@@ -255,7 +255,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
-    """And where there are several: one process has nothing to synchronise with."""
+    """One process has nothing to synchronise with, so it accepts the setting on any device."""
     scenes = generate_scenes(tmp_path, train=2, val=1, size=(64, 64))
     cfg = config_with(config(scenes), train={"sync_bn": True})
     build_run(parse_config(cfg), tmp_path, CPU)
@@ -265,7 +265,7 @@ def test_batch_norms_are_synchronised_on_gpus_only(tmp_path, monkeypatch):
 
 
 def test_norms_that_never_learn_are_not_synchronised():
-    """They would begin to collect statistics."""
+    """Synchronised, they would start to collect statistics."""
     kinds = []
     for norm in ("BN", "FrozenBN"):
         backbone = small_detector(backbone={"norm_cfg": norm, "norm_eval": False}).backbone
@@ -276,7 +276,7 @@ def test_norms_that_never_learn_are_not_synchronised():
 
 
 def broken_on_one(cfg, work_dir):
-    """What each process says of a batch that is not finite on the last one."""
+    """The message of each process about a batch that is not finite on the last process."""
     original, steps = engine.to_device, []
 
     def spoil(images, targets, *where):

@@ -9,7 +9,7 @@ from kd.processes.signals import StopSignals
 
 @pytest.fixture
 def interruptible():
-    """SIGINT as in a terminal; what a shell starts in the background ignores it."""
+    """Let SIGINT work as in a terminal; a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -20,7 +20,7 @@ def test_a_signal_and_its_echo_ask_and_a_later_one_ends_the_program(interruptibl
     with StopSignals() as stop:
         assert stop.asked == 0
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # torchrun passes on what the whole process group has got
+        signal.raise_signal(signal.SIGTERM)  # torchrun forwards signals that the whole process group has got
         signal.raise_signal(signal.SIGINT)
         assert stop.asked == signal.SIGTERM
         monkeypatch.setattr(signals, "ECHO", -1.0)

@@ -12,7 +12,7 @@ from kd.exceptions import WorkDirError
 from kd.work_dir import lock
 from kd.work_dir.lock import open_work_dir
 
-# The module alone, without torch; the child is as a loader's worker, which may outlive the run.
+# The module alone, without torch; the child stands for a loader's worker, which may outlive the run.
 HOLD = """
 import os, pathlib, sys, time, types
 room = pathlib.Path(sys.argv[1]).parent
@@ -44,7 +44,7 @@ def holder(tmp_path):
 def test_the_second_run_is_refused(holder, tmp_path):
     with pytest.raises(WorkDirError) as caught:
         open_work_dir(tmp_path)
-    assert str(caught.value) == f"another run is at work in {tmp_path}: wait for its end, or give another --work-dir"
+    assert str(caught.value) == f"another run is at work in {tmp_path}: wait until it ends, or give another --work-dir"
     with open_work_dir(tmp_path, lock=False):  # another process of the same run
         pass
     with open_work_dir(tmp_path / "other"):
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def nobody():
-    """Not to be root, for whom all folders are writable."""
+    """Run as another user than root, for whom all folders are writable."""
     was_root = os.geteuid() == 0
     if was_root:
         os.seteuid(65534)
