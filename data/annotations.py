@@ -35,7 +35,6 @@ def read_annotations(file: str | Path) -> Annotations:
     boxes are dropped and counted, by mmdet's rule: no overlap with the image, no area, or an edge below one pixel. A
     negative edge is an error: there is an object, but its position is not known. An annotation's `area` and `iscrowd`
     are optional.
-
     Raises DataError, in one line, if the file is missing, not JSON or not in COCO format, or if an entry is wrong. For
     wrong entries, the line lists the first ten problems and counts the others.
     """
@@ -59,10 +58,8 @@ def load_coco_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise DataError(
-            f"annotation file {file} does not exist: correct the path, or set DENSEKD_DATA to the folder "
-            "that relative paths start from"
-        ) from None
+        raise DataError(f"annotation file {file} does not exist: correct the path, or set DENSEKD_DATA to the folder "
+                        "that relative paths start from") from None
     except OSError as error:
         raise DataError(f"annotation file {file} cannot be read ({error.strerror}): make it a readable file") from error
     except (ValueError, RecursionError) as error:  # also for text that is not UTF-8 or nested too deeply

@@ -23,10 +23,8 @@ def read_annotated_image(path: Path, size: tuple[int, int], annotation_file: Pat
     image = read_image(path)
     (h, w), (stated_h, stated_w) = image.shape[1:], size
     if (h, w) != (stated_h, stated_w):
-        raise DataError(
-            f"image {path} is {w} x {h} pixels (EXIF orientation applied) but {stated_w} x {stated_h} in "
-            f"{annotation_file}: correct the annotations' width, height and boxes"
-        )
+        raise DataError(f"image {path} is {w} x {h} pixels (EXIF orientation applied) but {stated_w} x {stated_h} in "
+                        f"{annotation_file}: correct the annotations' width, height and boxes")
     return image
 
 
@@ -46,11 +44,9 @@ class CocoDataset(Dataset):
         seed: seed of the augmentation.
         skip_unreadable: in training, replace an image that cannot be read by the next readable image. Evaluation never
             does this: results on fewer images would not be comparable.
-
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
     `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
-
     Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
     or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
     another size than in the annotations.
@@ -101,7 +97,6 @@ class CocoDataset(Dataset):
         """Return the image and target that belong to `key`: (epoch, index), or only an index for epoch 0.
 
         The key contains the epoch because loader workers live longer than an epoch and are not told about a new one.
-
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
             32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,

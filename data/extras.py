@@ -15,7 +15,6 @@ def need(package: str, extra: str, feature: str, module: str | None = None) -> M
         extra: the extra of densekd that installs it.
         feature: what needs it, for the message.
         module: what is imported; by default the package.
-
     Raises MissingExtra, one line that says what to install, if it is not installed or cannot be imported.
     """
     try:

@@ -24,7 +24,6 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0)
         split: "train" or "val", the key whose images and annotations are read.
         training: whether to augment them.
         seed: of the augmentation.
-
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
     source = {"train": config.train, "val": config.val}[split]

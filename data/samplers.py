@@ -25,7 +25,6 @@ class TrainBatchSampler(Sampler[Batch]):
         group_by_aspect: put landscape (w >= h) and portrait images into separate batches; at the end of an epoch, the
             remaining images are mixed.
         rank, world: the index of this process and the number of processes.
-
     Attributes to set before iterating:
         epoch: number of the epoch, for the permutation and the keys.
         start: first batch to yield, to continue in the middle of an epoch; it applies once and is 0 afterwards.

@@ -23,7 +23,6 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
     The EXIF orientation of a JPEG or PNG turns the image upright, so width, height and boxes refer to the upright image
     (`upright=False` returns the pixels as they are stored). Alpha is dropped, not blended. Grey and CMYK are converted.
     For 16-bit images, the upper eight bits are kept.
-
     Raises UnreadableImage if the file is missing, damaged, in another format, not a regular file, or if its header says
     more than `$DENSEKD_MAX_PIXELS` pixels (by default 2^28).
     """

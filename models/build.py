@@ -201,7 +201,6 @@ def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
     """Build what `cfg` describes: call `table[cfg["type"]]` with its other entries, and with `derived` for the rest.
 
     If a constructor refuses an argument, it names it (for example `num_outs`), and `key` is put before this name.
-
     Raises:
         ConfigError: naming the key that is unknown, missing, of the wrong type, or refused by the constructor.
     """

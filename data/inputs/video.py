@@ -21,7 +21,6 @@ class Video:
     """A video to read.
 
     Attributes: `rate`, frames per second; `num_frames`, from the file, or None if the file does not state it.
-
     Raises DataError if the video cannot be opened, or during reading, if it is damaged.
     """
 

@@ -60,9 +60,7 @@ def prepare_coco(out: Path, parts: Sequence[str] = tuple(COCO_2017), server: str
         parts: names in `COCO_2017`.
         server: the address of the folder with the archives.
         keep_archives: leave the zip files in `out`, too.
-
     Returns: a line for each part.
-
     Raises DownloadError.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +85,6 @@ def download(url: str, file: Path, size: int, sha256: str) -> None:
     """Download `url` to `file`, which does not exist before it is complete and correct.
 
     The bytes so far are in `NAME.partial`; the next call continues after them, if the server can send parts of files.
-
     Raises DownloadError: no encrypted connection (but to this machine), a server that does not answer or answers
     something else, no room, another size or checksum.
     """
@@ -172,7 +169,6 @@ def unpack(file: Path, out: Path) -> int:
     """Unpack a zip file into `out`; members that are there in their full size are left as they are.
 
     Returns: the number of files in it.
-
     Raises DownloadError, before anything is written: no zip file, a member whose name leads out of `out`, a link; and
     while it is written: a damaged member.
     """

@@ -210,10 +210,8 @@ def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
             listed = [line.strip() for line in text.splitlines() if line.strip()]
         if isinstance(listed, list) and listed:
             return _checked_names(listed, file)
-    raise DataError(
-        f"the class names are not known: {names or source} has no YAML file with names, no classes.txt and "
-        "no *.names; give --names FILE"
-    )
+    raise DataError(f"the class names are not known: {names or source} has no YAML file with names, no classes.txt and "
+                    "no *.names; give --names FILE")
 
 
 def _checked_names(names: list, file: Path) -> list[str]:

@@ -49,9 +49,7 @@ def prepare(folder: LabelledFolder, out: Path, shares: dict[str, float] | None =
         seed: seed of the random split.
         skip_unreadable: leave out images that cannot be read.
         workers: number of processes that decode all images to get their sizes.
-
     Returns: the check of each split; see `format_check`.
-
     Raises DataError, in one line and before anything is written, if images cannot be read or have names that lead out
     of their folder, if boxes are wrong, or if a split has no images.
     """
@@ -86,7 +84,6 @@ def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | Non
     """Images by split, in the order of their names, and notes for the user.
 
     A random split depends only on the seed and the images' names.
-
     Raises DataError if the shares are not above 0 or do not sum up to 1.
     """
     images = sorted(images, key=lambda image: image.file_name)

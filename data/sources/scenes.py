@@ -40,7 +40,6 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
         train, val: number of images per split.
         size: (h, w) of the images in pixels.
         seed: of everything drawn.
-
     Returns: `root`.
     """
     root = Path(root)
@@ -55,10 +54,8 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
             images.append({"id": number + 1, "file_name": name, "width": size[1], "height": size[0]})
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
                 w, h = x2 - x1, y2 - y1
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1,
-                     "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0}
-                )
+                annotations.append({"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1,
+                                    "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"{split}.json").write_text(json.dumps(content))

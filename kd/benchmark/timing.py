@@ -70,7 +70,6 @@ def shares(call: Call, times: int, device: torch.device, listed: int = 12) -> di
     On the CPU, shares are of wall time: the own time of each operator, and the time between operators as overhead. On a
     GPU, they are of the time of its kernels, copies and fills, each counted for the operator that launched it. The time
     in which the GPU is idle is not included; it is the difference between a step's time and `device_ms`.
-
     Returns:
         Shares `convolution`, `norm` and `overhead`, which add up to 1; `largest`, the `listed` largest shares within
         the overhead, by operator; on a GPU `device_ms`, its busy time per call.

@@ -34,7 +34,6 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category
     ids are data.val's if it has the same names, otherwise they count from 1. With `eval.class_map`, only the classes
     that it selects are left, which are those of data.val.
-
     Raises:
         ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
     """

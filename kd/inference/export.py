@@ -76,7 +76,6 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
 
     See `DeployedDetector.forward` for inputs and outputs. The number of images, their height and width may vary; both
     edges are multiples of 32, and in a pt2 file at least `about.least_size`.
-
     Raises:
         ConfigError: model.test leaves the number of detections open.
         MissingExtra: a package that it needs is not installed.

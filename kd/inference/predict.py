@@ -112,7 +112,6 @@ def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Sour
     """Detect on images and videos, and write pictures, videos and results into a folder.
 
     Images are numbered from 1 in the given order, also those that cannot be read; the frames of videos follow.
-
     Returns:
         The results, and a line for each file that could not be read: it was left out.
     Raises:

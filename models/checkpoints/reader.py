@@ -26,7 +26,6 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     The file may be torch's (`.pth`, zip or older format) or a plain pickle (`.pkl`, also Python 2's). Its content
     decides, not its name. Tensors, numpy arrays, plain containers and numbers are returned as they are; objects of
     mmengine, mmcv and mmdet become empty placeholders.
-
     Raises `CheckpointError`, in one line, if the file is missing, empty, damaged or not a checkpoint, or if it asks for
     an object that weights do not need. This object is not even looked up.
     """
