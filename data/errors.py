@@ -18,10 +18,10 @@ class UnreadableImage(DataError):
     """An image file that is missing, damaged or of an unknown format: the one error that training may skip."""
 
 
-def listed(problems: Sequence[str]) -> str:
+def listed(problems: Sequence[str], separator: str = "; ") -> str:
     """Problems in one line; beyond the first MAX_LISTED they are only counted."""
-    rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    return "; ".join(problems[:MAX_LISTED]) + rest
+    rest = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return separator.join([*problems[:MAX_LISTED], *rest])
 
 
 def counted(count: int, thing: str) -> str:

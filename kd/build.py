@@ -105,7 +105,10 @@ def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
         raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
                               f"scripts/train.py --cfg {entry.cfg} --work-dir {Path(path).parent}), or give the "
                               "checkpoint that you have")
-    load_weights(teacher, path, entry.part)
+    try:
+        load_weights(teacher, path, entry.part)
+    except CheckpointError as error:
+        raise CheckpointError(f"distill.teacher: {error}") from None
 
 
 def teacher_model(entry: TeacherConfig) -> ModelConfig:

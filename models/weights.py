@@ -80,6 +80,10 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: st
     report = _compare(checkpoint.format, label, weights, wanted)
     _check(report, [allow_missing] if isinstance(allow_missing, str) else list(allow_missing))
     refused = {name for name, _, _ in report.mismatched}
+    broken = [name for name in wanted.keys() & weights.keys() - refused if not torch.isfinite(weights[name]).all()]
+    if broken:
+        raise CheckpointError(f"{checkpoint.format} checkpoint {label} has NaN or infinite values in "
+                              f"{summary(sorted(broken))}: its training diverged, take an earlier checkpoint")
     with torch.no_grad():
         for name, value in wanted.items():
             if name in weights and name not in refused:

@@ -10,12 +10,12 @@ from data import build_dataset, build_loader
 from models import ConfigError, Detector
 from models.weights import CheckpointError
 
-from ..build import build_model
+from ..build import build_model, teacher_model
 from ..config import Config
 from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
-from ..inference.detectors import check_class_order, with_classes
+from ..inference.detectors import check_classes, with_classes
 from ..inference.precision import memory_format
 from ..optim import build_optimizer, load_optimizer
 from ..processes import distributed
@@ -98,11 +98,15 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
 
 
 def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
-    """Raise ConfigError if a teacher's checkpoint names the data's classes in another order."""
+    """Raise ConfigError if a teacher's checkpoint has other class names than the data, or another order.
+
+    A teacher whose configuration sets another number of classes is for methods that compare no classes.
+    """
     for entry in cfg.teachers:
         path = entry.checkpoint
-        if entry.class_map is None and path is not None and ("://" in path or Path(path).is_file()):
-            check_class_order(path, entry.part, classes, "distill.teacher.class_map")
+        if (entry.class_map is None and path is not None and ("://" in path or Path(path).is_file())
+                and teacher_model(entry).head.get("num_classes") in (None, len(classes))):
+            check_classes(path, entry.part, classes, "distill.teacher.class_map")
 
 
 def save_run(run: Run, name: str) -> None:

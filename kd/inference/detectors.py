@@ -7,6 +7,7 @@ import torch
 
 from data import CocoDataset, build_dataset, find_data
 from data.annotations import load_coco_json
+from data.errors import listed
 from models import ConfigError, Detector, build_detector
 from models.weights import load_weights, open_checkpoint
 
@@ -38,8 +39,10 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
         ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
     """
     class_map, annotated = cfg.eval.class_map, annotated_classes(cfg)
-    if names is None and class_map is None:
-        names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    own = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) if class_map is None else None
+    if names is not None and own is not None and len(own) != len(names):
+        raise ConfigError("", f"--classes gives {said(names)}, and {checkpoint} has {said(own)}: give as many names")
+    names = own if names is None else names
     if names is None:
         if annotated is None:
             raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
@@ -67,9 +70,9 @@ def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
     elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
         raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
                                             f"{dataset.num_classes} classes, and model.head.num_classes must be set")
-    detector = load(cfg, checkpoint, part)
     if class_map is None:
-        check_class_order(checkpoint, part, dataset.classes, "eval.class_map")
+        check_classes(checkpoint, part, dataset.classes, "eval.class_map")
+    detector = load(cfg, checkpoint, part)
     return detector.to(device, memory_format=memory_format(cfg.train)), dataset
 
 
@@ -101,14 +104,27 @@ def checkpoint_classes(meta: Mapping) -> list[str] | None:
     return None
 
 
-def check_class_order(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
-    """Raise ConfigError if a checkpoint has the data's classes in another order, which the setting `key` can map."""
+def check_classes(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
+    """Compare the class names in a checkpoint with the data's: other names, or another order, would mislabel all boxes.
+
+    Args:
+        key: the setting that maps the classes.
+    Raises:
+        ConfigError: they differ, and the checkpoint contains names.
+    """
     names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
-    if names and names != list(classes) and sorted(names) == sorted(classes) and len(set(names)) == len(names):
-        order = ",".join(str(names.index(name)) for name in classes)
+    if not names or names == list(classes):
+        return
+    advice = f"train it on the data's classes, or say with {key} which of its classes stands for each of the data's"
+    if set(classes) <= set(names) and len(set(names)) == len(names):
         count = f" model.head.num_classes={len(names)}" if key == "eval.class_map" else ""
-        raise ConfigError(key, f"missing: the classes of {checkpoint} are {', '.join(names)}, and the data's "
-                               f"{', '.join(classes)}: say {key}=[{order}]{count}")
+        advice = f"say {key}=[{','.join(str(names.index(name)) for name in classes)}]{count}"
+    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: {advice}")
+
+
+def said(classes: Sequence[str]) -> str:
+    """`2 classes (cat, dog)`, without the last names of a long list."""
+    return f"{len(classes)} {'class' if len(classes) == 1 else 'classes'} ({listed(classes, ', ')})"
 
 
 def annotated_classes(cfg: Config) -> Classes | None:

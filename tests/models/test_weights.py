@@ -134,6 +134,19 @@ def test_weights_from_wrappers(wrap):
     assert_loaded(model, state)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    state = state_of(detector())
+    name = next(name for name in state if name.endswith("weight"))
+    state[name] = state[name].clone()
+    state[name].view(-1)[0] = value
+    model = detector(seed=1)
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match=rf"NaN or infinite values in 1 \({re.escape(name)}\): .*earlier"):
+        load_weights(model, state)
+    assert_loaded(model, before)
+
+
 def test_source_may_be_a_dict_and_model_keeps_its_dtype():
     state = state_of(detector())
     model = detector(seed=1).double()

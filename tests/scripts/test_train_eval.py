@@ -251,3 +251,26 @@ def test_the_same_classes_in_another_order(trained, scenes, tmp_path, monkeypatc
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.endswith("say distill.teacher.class_map=[5,4,3,2,1,0]")
     assert run_script(monkeypatch, *arguments, "distill.teacher.class_map=[5,4,3,2,1,0]") == 0
+
+
+def test_other_class_names_are_refused(trained, scenes, tmp_path, monkeypatch, capsys):
+    """Every box would be named wrongly; with fewer classes in the data the error says how many there are."""
+    path, work_dir, _ = trained
+    content = json.loads((scenes / "annotations" / "val.json").read_text())
+    names = [category["name"] for category in content["categories"]]
+    for changed, parts in (
+            (["cat", *names[1:]], ["has 6 classes (disc, ", "and the data 6 classes (cat, ", "train it on the data's"]),
+            (names[:2], ["has 6 classes (disc, ", f"and the data 2 classes ({names[0]}, {names[1]})",
+                         "say eval.class_map=[0,1] model.head.num_classes=6"])):
+        categories = [c | {"name": name} for c, name in zip(content["categories"], changed)]
+        kept = {c["id"] for c in categories}
+        file = tmp_path / "other.json"
+        file.write_text(json.dumps(content | {"categories": categories, "annotations": [
+            a for a in content["annotations"] if a["category_id"] in kept]}))
+        assert run_script(monkeypatch, "eval.py", "--cfg", path, "--checkpoint", work_dir / "last.pth",
+                          f"data.val.annotations={file}") == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and all(part in error[0] for part in parts), error
+    assert run_script(monkeypatch, "predict.py", "--cfg", path, "--checkpoint", work_dir / "last.pth", "--input",
+                      scenes / "val", "--out", tmp_path / "out", "--classes", "cat", "dog") == 2
+    assert "--classes gives 2 classes (cat, dog), and " in capsys.readouterr().err
