@@ -108,8 +108,9 @@ def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, abou
     free = {"images": {0: "batch", 2: "height", 3: "width"}} | {name: {0: "batch"} for name in INPUTS[1:] + OUTPUTS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings that it is the older one, and about constants
-        torch.onnx.export(model, example, str(path), dynamo=False, opset_version=OPSET, input_names=list(INPUTS),
-                          output_names=list(OUTPUTS), dynamic_axes=free)
+        # Inlining would trace `suppress` as well, which is not needed, and fails for a single class.
+        torch.onnx.export(model, example, str(path), dynamo=False, autograd_inlining=False, opset_version=OPSET,
+                          input_names=list(INPUTS), output_names=list(OUTPUTS), dynamic_axes=free)
     content = onnx.load(str(path))
     onnx.checker.check_model(content)
     onnx.helper.set_model_props(content, {"densekd": json.dumps(asdict(about))})
@@ -134,8 +135,8 @@ class OnnxSuppress(torch.autograd.Function):
         own = graph.op("Equal", graph.op("Unsqueeze", labels, constant([1])),
                        constant([[[k] for k in range(num_classes)]]))
         per_class = graph.op("Where", own, graph.op("Unsqueeze", scores, constant([1])), constant(0.0))
-        kept = graph.op("NonMaxSuppression", boxes, per_class, constant([max_per_class]), constant([iou_threshold]),
-                        constant([0.0]))  # rows of image, class, box
+        kept = graph.op("NonMaxSuppression", boxes, per_class, constant([max_per_class]),
+                        constant([float(iou_threshold)]), constant([0.0]))  # rows of image, class, box
         index = graph.op("Gather", kept, constant([0, 2]), axis_i=1)
         zeros = graph.op("Mul", scores, constant(0.0))
         return graph.op("ScatterND", zeros, index, graph.op("GatherND", scores, index)).setType(scores.type())
