@@ -27,7 +27,7 @@ _NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+
 
 @dataclass
 class Checkpoint:
-    """Weights with our names, the file's format, and the other information in the file (`classes` in our format)."""
+    """Weights with our names, the file's format, and its other information (in our format `classes` and `config`)."""
 
     format: str
     weights: Weights
@@ -48,8 +48,8 @@ def parse_checkpoint(content: Any, part: str | None = None) -> Checkpoint:
     if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
         format_name = "fgd"
     meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
-    if format_name == OUR_FORMAT and "classes" in content:
-        meta["classes"] = content["classes"]
+    if format_name == OUR_FORMAT:
+        meta |= {key: content[key] for key in ("classes", "config") if key in content}
     return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
 
 
