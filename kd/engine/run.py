@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import build_dataset, build_loader
+from data import DataError, build_dataset, build_loader
+from data.errors import counted
 from models import ConfigError, Detector
 from models.weights import CheckpointError
 
@@ -69,6 +70,9 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
+    if not any(map(len, train_set.labels)):
+        raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
+                        "scripts/check_data.py for what was left out")
     cfg = with_classes(cfg, train_set)
     val_set = build_dataset(data, "val", training=False) if data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
@@ -152,8 +156,9 @@ def describe_run(run: Run) -> str:
     """A few lines about the run, for its start."""
     data = run.train_loader.dataset
     size = typical_size(data.scale)
-    lines = [f"{len(data)} training images, {data.num_classes} classes, {run.steps_per_epoch} steps per epoch, "
-             f"{run.cfg.train.epochs} epochs on {run.device}",
+    lines = [f"{counted(len(data), 'training image')}, {counted(data.num_classes, 'class')}, "
+             f"{counted(run.steps_per_epoch, 'step')} per epoch, {counted(run.cfg.train.epochs, 'epoch')} on "
+             f"{run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
     if run.distiller:

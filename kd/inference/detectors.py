@@ -7,7 +7,7 @@ import torch
 
 from data import CocoDataset, build_dataset, find_data
 from data.annotations import load_coco_json
-from data.errors import listed
+from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
 from models.weights import load_weights, open_checkpoint
 
@@ -124,7 +124,7 @@ def check_classes(checkpoint: str | Path, part: str | None, classes: Sequence[st
 
 def said(classes: Sequence[str]) -> str:
     """`2 classes (cat, dog)`, without the last names of a long list."""
-    return f"{len(classes)} {'class' if len(classes) == 1 else 'classes'} ({listed(classes, ', ')})"
+    return f"{counted(len(classes), 'class')} ({listed(classes, ', ')})"
 
 
 def annotated_classes(cfg: Config) -> Classes | None:

@@ -89,6 +89,15 @@ def test_all_wrong_annotations_are_told_at_once(scenes, monkeypatch, capsys):
                    "annotation 10 has", "annotation 11 has", "and 6 more")
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda c: c["annotations"].clear(), lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
+    lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]]], ids=["none", "crowds", "outside"])
+def test_data_without_a_box_to_learn(scenes, monkeypatch, capsys, spoil):
+    change(scenes, spoil)
+    assert_refused(train(monkeypatch, capsys, scenes), "train.json has no box to learn: add boxes")
+    assert not (scenes / "run").exists()
+
+
 def test_a_file_that_was_cut_off(scenes, monkeypatch, capsys):
     file = scenes / "annotations" / "train.json"
     file.write_bytes(file.read_bytes()[:-100])

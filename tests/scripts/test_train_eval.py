@@ -53,6 +53,8 @@ def test_what_a_run_leaves(trained):
     assert (work_dir / "last.pth").exists() and (work_dir / "best.pth").exists()
     assert "12 training images" in (work_dir / "train.log").read_text()
     assert "12 training images" in printed and "AP50" in printed
+    last, best = work_dir / "last.pth", work_dir / "best.pth"
+    assert f"done: the last checkpoint is {last}; the best so far is in {best}" in printed
 
 
 def test_eval_gives_the_figures_of_training(trained, tmp_path, monkeypatch, capsys):
