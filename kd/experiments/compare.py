@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data import DataConfig
+from data.errors import listed
 from data.output import write_text
 from data.tables import csv_table, markdown_table, percent, points, text_table
 from models import build_detector
@@ -160,7 +161,7 @@ def with_deviation(value: float | None, deviation: float | None, signed: bool = 
 
 def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
     """The table for people, AP in points."""
-    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "images/s"]
+    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "training images/s"]
     cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
               *(with_deviation(*row.figures[name]) for name in AP_FIGURES),
               with_deviation(row.gain, row.interval, signed=True), percent(row.gap_closed),
@@ -176,6 +177,11 @@ def explain(rows: Sequence[Row]) -> str:
     if any(row.gain is not None for row in rows):
         lines.append(f"gain: over the student alone, by pairs of one seed; ±: its {100 * CONFIDENCE:.0f}% confidence "
                      "interval (Student's t).")
+    single = [row.name for row in rows if row.gain is not None and row.interval is None]
+    if single:
+        lines.append(f"CAUTION: only one pair of runs is behind the gain of {listed(single, ', ')}. Another seed alone "
+                     "often changes AP by a point or more: train more seeds (scripts/sweep.py --seeds) before you "
+                     "trust the gain and the gap closed.")
     return "\n".join(lines)
 
 

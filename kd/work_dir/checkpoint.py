@@ -1,15 +1,23 @@
 """Checkpoints of runs: written completely or not at all, and found again."""
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from data.errors import listed
 from models.weights import CheckpointError
 
 from ..exceptions import TrainingError
 
 FORMAT = "densekd"
+
+log = logging.getLogger("densekd")
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that was cut off or overwritten, unlike a file of another kind."""
 
 
 def save_checkpoint(path: Path, state: dict, keep: int = 1) -> None:
@@ -74,21 +82,32 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types for a damaged file, and advises to load it unsafely
-        raise CheckpointError(f"{name} {path} cannot be read: it is damaged or cut off, or holds more than tensors and "
-                              "plain values") from None
+        raise DamagedCheckpoint(f"{name} {path} cannot be read: it is damaged or cut off, or holds more than tensors "
+                                "and plain values") from None
     if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
         raise CheckpointError(f"{name} {path} is not {what}")
     return state
 
 
 def newest_checkpoint(work_dir: Path, missing_ok: bool = False) -> Path | None:
-    """The newest readable checkpoint of a work dir; if there is none, None if `missing_ok`, else CheckpointError."""
+    """The newest readable checkpoint of a work dir; the log names the damaged ones that are newer.
+
+    If there is none, or all are damaged, returns None if `missing_ok`, and raises CheckpointError otherwise.
+    """
+    damaged = []
     for path in sorted(work_dir.glob("*.pth"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             read_checkpoint(path)
-            return path
-        except CheckpointError:
+        except DamagedCheckpoint as error:
+            damaged.append(path)
+            log.warning(f"passed over: {error}")
+        except CheckpointError:  # a replay.pth, for example
             continue
+        else:
+            return path
     if missing_ok:
         return None
+    if damaged:
+        raise CheckpointError(f"no checkpoint in {work_dir} can be read ({listed([p.name for p in damaged], ', ')}): "
+                              "give another one with --resume-from, or train into another --work-dir")
     raise CheckpointError(f"no checkpoint to resume from in {work_dir}")

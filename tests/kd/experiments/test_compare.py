@@ -10,7 +10,7 @@ from runs import ROOT, run_script
 
 from data import DataError
 from kd.evaluation.cost import count_flops, count_parameters
-from kd.experiments.compare import compare, cost, paired_interval, t_quantile
+from kd.experiments.compare import compare, cost, explain, paired_interval, t_quantile
 from kd.work_dir.records import group_runs, read_runs
 from models import build_detector
 
@@ -63,6 +63,8 @@ def test_a_gain_is_by_pairs_of_one_seed(tmp_path):
     crosskd = rows["crosskd"]
     assert crosskd.gain == pytest.approx(0.06) and crosskd.interval is None
     assert crosskd.gap_closed == pytest.approx(0.06 / 0.2)
+    assert "CAUTION: only one pair of runs is behind the gain of crosskd." in explain(list(rows.values()))
+    assert "CAUTION" not in explain(list(rows_of(paths).values()))
     rows = rows_of([path for path in paths if not path.name.startswith("alone")])
     assert rows["crosskd"].gain is None and rows["crosskd"].gap_closed is None
 
