@@ -2,6 +2,8 @@
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ MAX_PIXELS = 2 ** 28  # of an image, which then takes 768 MiB
 
 
 def read_image(path: Path, upright: bool = True) -> Tensor:
-    """Decode a JPEG, PNG, WebP or still GIF as OpenCV's IMREAD_COLOR does for mmdet, but to RGB.
+    """Decode a JPEG, PNG, WebP, BMP, TIFF (its first page) or still GIF to RGB.
 
-    The EXIF orientation of a JPEG or PNG turns the image upright, so width, height and boxes refer to the upright image
-    (`upright=False` returns the pixels as they are stored). Alpha is dropped, not blended. Grey and CMYK are converted.
-    For 16-bit images, the upper eight bits are kept.
+    The pixels are those of OpenCV's IMREAD_COLOR, which mmdet uses. The EXIF orientation of a JPEG or PNG turns the
+    image upright, so width, height and boxes refer to the upright image (`upright=False` returns the pixels as they are
+    stored). Alpha is dropped, not blended. Grey and CMYK are converted. For 16-bit images, the upper eight bits are
+    kept.
     Raises UnreadableImage if the file is missing, damaged, in another format, not a regular file, or if its header says
     more than `$DENSEKD_MAX_PIXELS` pixels (by default 2^28).
     """
@@ -32,7 +35,8 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
         content = np.fromfile(path, dtype=np.uint8)
         if not len(content):
             raise UnreadableImage(f"image {path} cannot be read (it is empty): replace the file")
-        _check_pixels(path)
+        if _read_header(path) in ("BMP", "TIFF"):
+            return _read_with_pillow(path)
         image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     except FileNotFoundError:
         text = f"image {path} does not exist: correct the images folder or the file_name"
@@ -50,20 +54,47 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
     return image
 
 
-def _check_pixels(path: Path) -> None:
-    """Compare the size in a file's header with the limit, before decoding takes the memory for it."""
-    limit = int(os.environ.get("DENSEKD_MAX_PIXELS") or MAX_PIXELS)
-    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit cannot be raised for one call
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image opened with Pillow, whose own limit on pixels cannot be raised for one call."""
+    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as header:
-            width, height = header.size
-    except (OSError, ValueError, SyntaxError):  # the decoder will say what is wrong
-        return
+        with Image.open(path) as image:
+            yield image
     finally:
         Image.MAX_IMAGE_PIXELS = own
+
+
+def _read_header(path: Path) -> str | None:
+    """The format that a file's header states; None for a header that Pillow cannot read.
+
+    Compares the size in the header with the limit, before decoding takes the memory for it.
+    """
+    limit = int(os.environ.get("DENSEKD_MAX_PIXELS") or MAX_PIXELS)
+    try:
+        with _opened(path) as header:
+            (width, height), form = header.size, header.format
+    except (OSError, ValueError, SyntaxError):  # the decoder will say what is wrong
+        return None
     if width * height > limit:
         raise UnreadableImage(f"image {path} cannot be read (it has {width} x {height} pixels, more than {limit}): "
                               "make it smaller, or set DENSEKD_MAX_PIXELS to a larger number")
+    return form
+
+
+def _read_with_pillow(path: Path) -> Tensor:
+    """Decode a format that torchvision has no decoder for."""
+    try:
+        with _opened(path) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError("its values have 32 bits")
+            values = np.array(image if image.mode.startswith("I;16") else image.convert("RGB"))
+    except Exception as error:  # Pillow raises many types for a damaged file
+        reason = " ".join(str(error).split())
+        raise UnreadableImage(f"image {path} cannot be read ({reason}): replace the file") from error
+    if values.ndim == 2:  # grey, 16 bits
+        values = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:

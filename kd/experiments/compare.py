@@ -161,7 +161,8 @@ def with_deviation(value: float | None, deviation: float | None, signed: bool = 
 
 def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
     """The table for people, AP in points."""
-    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs", "training images/s"]
+    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs",
+              "training images/s"]
     cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
               *(with_deviation(*row.figures[name]) for name in AP_FIGURES),
               with_deviation(row.gain, row.interval, signed=True), percent(row.gap_closed),

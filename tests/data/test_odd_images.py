@@ -46,11 +46,20 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
         ("progressive.jpg", lambda i: i, lambda a: a, 8),
         ("lossless.webp", lambda i: i, lambda a: a, 0),
         ("one.gif", lambda i: i.quantize(16), None, 0),
+        ("colour.bmp", lambda i: i, lambda a: a, 0),
+        ("grey.bmp", lambda i: i.convert("L"), None, 0),
+        ("palette.bmp", lambda i: i.quantize(16), None, 0),
+        ("colour.tif", lambda i: i, lambda a: a, 0),
+        ("alpha.tiff", lambda i: i.putalpha(7) or i, lambda a: a, 0),
+        ("grey.tif", lambda i: i.convert("L"), None, 0),
+        ("bmp inside.jpg", lambda i: i, lambda a: a, 0),
     ],
 )
 def test_pixels(tmp_path, name, make, expected, tolerance):
     image = make(Image.fromarray(pixels()))
     options = {"quality": 100} if name.endswith(".jpg") else {"lossless": True} if name.endswith(".webp") else {}
+    if "bmp inside" in name:
+        options = {"format": "BMP"}
     image.save(tmp_path / name, **options, **({"progressive": True} if "progressive" in name else {}))
     target = expected(pixels()) if expected else np.asarray(image.convert("RGB"))
     assert abs(read(tmp_path / name) - target).max() <= tolerance
@@ -61,6 +70,27 @@ def test_of_16_bits_the_upper_eight_are_kept(tmp_path, channels):
     values = pixels()[..., :channels].astype(np.uint16) * 256 + 255
     write_png16(tmp_path / "deep.png", values.squeeze(-1) if channels == 1 else values)
     assert (read(tmp_path / "deep.png") == np.broadcast_to(pixels()[..., :channels], (20, 30, 3))).all()
+
+
+def test_a_tiff_of_16_bits_and_one_of_32(tmp_path):
+    values = pixels()[..., 0].astype(np.uint16) * 256 + 255
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    assert (read(tmp_path / "deep.tif") == np.broadcast_to(pixels()[..., :1], (20, 30, 3))).all()
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "deeper.tif")
+    with pytest.raises(UnreadableImage, match=r"deeper\.tif cannot be read \(its values have 32 bits\)"):
+        read_image(tmp_path / "deeper.tif")
+
+
+@pytest.mark.parametrize("name", ["cut.bmp", "cut.tif"])
+def test_a_bmp_or_tiff_cut_anywhere_is_an_error(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(pixels(60, 80)).save(path)
+    content = path.read_bytes()
+    for cut in range(0, len(content) - 400, 411):
+        path.write_bytes(content[:cut])
+        with pytest.raises(UnreadableImage, match=r"image .*cut\..* cannot be read \(.*\): replace the fil") as caught:
+            read_image(path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)

@@ -149,7 +149,7 @@ def test_names_of_classes_come_from_the_one_who_knows(lively, tmp_path, monkeypa
     listed = predict(monkeypatch, capsys, lively, tmp_path, "--classes", *names)[3]
     assert listed["categories"] == [{"id": k + 1, "name": name} for k, name in enumerate(names)]
     code, error, *_ = predict(monkeypatch, capsys, lively, tmp_path, "--classes", "a", "b", "--device", "cpu")
-    assert code == 2 and "does not fit the model" in error[-1]
+    assert code == 2 and "--classes gives 2 classes (a, b), and " in error[-1] and "has 6 classes" in error[-1]
     state = torch.load(lively[2], weights_only=True)
     del state["classes"]
     torch.save(state, tmp_path / "nameless.pth")
