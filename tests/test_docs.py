@@ -204,6 +204,7 @@ def test_the_commands_of_own_data(tmp_path, monkeypatch, capsys):
     workspace = make_workspace(tmp_path, monkeypatch)
     for line in commands(PAGES["own_data.md"]):
         run_command(line, monkeypatch)
+    assert load_config("photos/crosskd.yaml").distill.teacher.cfg == "photos/teacher.yaml"
     printed = capsys.readouterr().out
     assert "no problems" in printed and "teacher 0:" in printed and "CrossKD0 (CrossKD) from teacher 0" in printed
     table = [line.split()[:2] for line in printed.splitlines()]
