@@ -85,11 +85,19 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimiser's `state_dict`, with each tensor in the memory layout that its parameter has now.
+    """Load the buffers of an optimiser's `state_dict`; learning rate, momentum and weight decay stay as they are here.
 
-    Fused optimisers read both in memory order and ignore their strides.
+    Each tensor gets the memory layout that its parameter has now: fused optimisers read both in memory order and ignore
+    their strides.
+    Raises ValueError if the groups of parameters differ.
     """
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    fresh = dict(optimizer.state)
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    for parameter, own in fresh.items():  # for a momentum where there was none
+        optimizer.state[parameter] = own | optimizer.state[parameter]
     for parameter, own in optimizer.state.items():
         for name, value in own.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:

@@ -1,5 +1,7 @@
 """A training run: its parts, and how it is built, saved and restored."""
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data import DataError, build_dataset, build_loader
-from data.errors import counted
+from data.errors import counted, listed
 from models import ConfigError, Detector
 from models.weights import CheckpointError
 
@@ -130,8 +132,22 @@ def save_run(run: Run, name: str) -> None:
         run.saved = run.step
 
 
-def restore_run(run: Run, state: dict, path: Path) -> None:
-    """Restore a run from a checkpoint; CheckpointError if that is of another model, method or batch size."""
+def restore_run(run: Run, state: dict, path: Path) -> list[str]:
+    """Restore a run from a checkpoint.
+
+    Returns:
+        The settings that differ from those in the checkpoint: the run goes on with its own.
+    Raises:
+        CheckpointError: the checkpoint is of another model, method, optimiser or batch size, or of other classes.
+    """
+    saved, classes = state.get("config", {}), run.train_loader.dataset.classes
+    if state.get("classes", classes) != classes:
+        raise CheckpointError(f"checkpoint {path} has the classes {listed(state['classes'], ', ')}, and the data "
+                              f"{listed(classes, ', ')}: resume with the data that the run was started with")
+    before, now = ((config.get("optimizer") or {}).get("type", "SGD") for config in (saved, run.cfg))
+    if before != now:
+        raise CheckpointError(f"checkpoint {path} was trained with {before}, and optimizer.type is {now}: resume with "
+                              f"{before}, or start a new run in another --work-dir")
     if state["steps_per_epoch"] != run.steps_per_epoch:
         raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps per epoch and this run "
                               f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
@@ -150,6 +166,19 @@ def restore_run(run: Run, state: dict, path: Path) -> None:
     if state["scaler"]:  # of a run in fp16
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
+    return changed_settings(saved, run.cfg) if saved else []
+
+
+def changed_settings(before: Mapping, after: Mapping, prefix: str = "") -> list[str]:
+    """The keys that differ between two configurations as written: `optimizer.lr from 0.01 to 0.001`."""
+    changes = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key} from {json.dumps(old, default=str)} to {json.dumps(new, default=str)}")
+    return changes
 
 
 def describe_run(run: Run) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.errors import listed
 from data.output import write_text
 
 from ..config import parse_config
@@ -58,8 +59,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     device = distributed.start_processes(device)
     resume_from = distributed.from_first(resume_from)
     run = build_run(parse_config(cfg), work_dir, device)
-    if resume_from is not None:
-        restore_run(run, read_checkpoint(resume_from), resume_from)
+    changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
     first, board = distributed.rank() == 0, open_board(run.cfg, work_dir, run.step, device)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
@@ -67,6 +67,8 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     if first:
         write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device), indent=1))
     log.info(describe_run(run))
+    if changes:
+        log.warning(f"other settings than before: {listed(changes, ', ')}")
     # A method that does not run at a step leaves its adapters without a gradient.
     pauses = run.distiller is not None and not run.distiller.all_methods_always_run
     model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)

@@ -13,6 +13,7 @@ import yaml
 from runs import ROOT, config, model, run_script, write_config
 
 from data import generate_scenes
+from kd.optim import build_optimizer, load_optimizer
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +124,49 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(trained, tmp_path, monkey
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 9
 
 
+def test_a_resumed_run_takes_the_optimizers_new_settings(trained, tmp_path, monkeypatch):
+    """The groups of the optimiser have the values that they have in a new run."""
+    path, work_dir, _ = trained
+    options = ["train.epochs=3", "optimizer.lr=0.002", "optimizer.weight_decay=0.01", "optimizer.momentum=0.5"]
+    for name, resume in (("new", []), ("resumed", ["--resume-from", work_dir / "last.pth"])):
+        assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / name, *resume, *options) == 0
+    before, new, resumed = (torch.load(folder / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+                            for folder in (work_dir, tmp_path / "new", tmp_path / "resumed"))
+    assert resumed == new != before
+    assert (resumed[0]["initial_lr"], resumed[0]["momentum"], resumed[0]["weight_decay"]) == (0.002, 0.5, 0.01)
+    log = (tmp_path / "resumed" / "train.log").read_text()
+    assert "other settings than before: " in log and " to 0.002" in log and "train.epochs from 2 to 3" in log
+
+
+def test_momentum_survives_a_resume_and_starts_at_zero_where_there_was_none():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    plain = build_optimizer({"type": "SGD", "momentum": 0.0}, model, 1)
+    model(torch.ones(1, 3)).sum().backward()
+    plain.step()
+    own = build_optimizer({"type": "SGD", "lr": 0.5}, model, 1)
+    load_optimizer(own, plain.state_dict())
+    assert all((own.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())
+    own.step()
+    again = build_optimizer({"type": "SGD", "lr": 0.25, "momentum": 0.8}, model, 1)
+    load_optimizer(again, own.state_dict())
+    assert again.param_groups[0]["lr"] == 0.25 and again.param_groups[0]["momentum"] == 0.8
+    for p in model.parameters():
+        assert torch.equal(again.state[p]["momentum_buffer"], own.state[p]["momentum_buffer"])
+        assert again.state[p]["momentum_buffer"].abs().sum() > 0
+
+
+def reversed_classes(scenes, folder):
+    """Overrides that train and evaluate on the same boxes, with the names of the classes in the reverse order."""
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        names = [category["name"] for category in content["categories"]]
+        for category, name in zip(content["categories"], reversed(names)):
+            category["name"] = name
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return [f"data.{split}.annotations={folder / split}.json" for split in ("train", "val")]
+
+
 def bad_annotations(folder, text):
     (folder / "a.json").write_text(text)
     return f"data.train.annotations={folder / 'a.json'}"
@@ -139,6 +183,9 @@ def bad_annotations(folder, text):
     ("no teacher", "no such checkpoint file: nowhere.pth"),
     ("class count", "model.head.num_classes"),
     ("nothing to resume", "no checkpoint to resume from"),
+    ("another optimizer", "was trained with SGD, and optimizer.type is AdamW: resume with SGD, or start a new run"),
+    ("other groups of parameters", "is of another model or configuration"),
+    ("classes in another order", "has the classes disc, ring"),
     ("impossible pair", "do not mean the same"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(trained, scenes, tmp_path, monkeypatch, capsys, case, expected):
@@ -157,6 +204,9 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, scenes, tmp_path, monkey
         "no teacher": [f"distill={yaml.safe_dump(missing, default_flow_style=True, width=10000)}"],
         "class count": ["model.head.num_classes=80"],
         "nothing to resume": ["--resume"],
+        "another optimizer": ["--resume-from", work_dir / "last.pth", "optimizer={type: AdamW}"],
+        "other groups of parameters": ["--resume-from", work_dir / "last.pth", "optimizer.bias_lr_mult=2"],
+        "classes in another order": ["--resume-from", work_dir / "last.pth", *reversed_classes(scenes, tmp_path)],
         "impossible pair": [f"distill={yaml.safe_dump(retina, default_flow_style=True, width=10000)}"],
     }[case]
     if case == "no cuda" and torch.cuda.is_available():
