@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
+from data.ranges import Count, Number, Share
 
 
 @dataclass
@@ -12,7 +12,7 @@ class Split:
 
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file
-    first: int | None = None  # use only this many images, the first in the file
+    first: Count | None = None  # use only this many images, the first in the file
 
 
 @dataclass
@@ -21,20 +21,15 @@ class DataConfig:
 
     train: Split  # training data
     val: Split | None = None  # data for evaluation
-    batch_size: int = 2  # images per process and step
-    workers: int = 2  # loader processes per training process; 0 loads in the training process itself
-    scale: tuple[int, int] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
-    multi_scale: list[tuple[int, int]] | None = None  # training draws one of these per image instead of `scale`
-    flip: float = 0.5  # probability of a horizontal flip in training
+    batch_size: Count = 2  # images per process and step
+    workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
+    scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
+    multi_scale: list[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
+    flip: Share = 0.5  # probability of a horizontal flip in training
     skip_empty: bool = False  # leave images without boxes out of training
     skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not
     group_by_aspect: bool = True  # training batches hold only landscape or only portrait images, which saves padding
-
-    def __post_init__(self):
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise DataError(f"data.{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def find_data(path: str | Path) -> Path:

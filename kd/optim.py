@@ -6,14 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.build import ConfigError, build, split_options
+from data.ranges import Count, NonNegative, Number, Positive, Share
+from models.build import build, read_section, split_options
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def sgd(model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = False,
-        decay_norm_and_bias: bool = True, bias_lr_mult: float = 1.0,
-        bias_decay_mult: float = 1.0) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, lr: NonNegative = 0.01, momentum: Share = 0.9, weight_decay: NonNegative = 1e-4,
+        nesterov: bool = False, decay_norm_and_bias: bool = True, bias_lr_mult: NonNegative = 1.0,
+        bias_decay_mult: NonNegative = 1.0) -> torch.optim.Optimizer:
     """SGD with momentum; the other arguments as in `parameter_groups`."""
     groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
     optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
@@ -25,8 +26,8 @@ def sgd(model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay:
     return optimizer
 
 
-def adamw(model: nn.Module, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.05,
-          decay_norm_and_bias: bool = True) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, lr: NonNegative = 1e-4, betas: tuple[Share, Share] = (0.9, 0.999),
+          weight_decay: NonNegative = 0.05, decay_norm_and_bias: bool = True) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101); the other arguments as in `parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_norm_and_bias), lr, betas=tuple(betas),
                              fused=True)
@@ -39,11 +40,7 @@ OPTIMIZERS = {"SGD": sgd, "AdamW": adamw}
 class OptimizerOptions:
     """Options that every optimiser has besides its own arguments."""
 
-    base_batch_size: int | None = None  # images per step that lr is meant for; lr scales linearly (arXiv:1706.02677)
-
-    def __post_init__(self):
-        if self.base_batch_size is not None and self.base_batch_size < 1:
-            raise ConfigError("optimizer.base_batch_size", f"must be at least 1, not {self.base_batch_size}")
+    base_batch_size: Count | None = None  # images per step that lr is meant for; lr scales linearly (arXiv:1706.02677)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_norm_and_bias: bool = True,
@@ -76,7 +73,7 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
         batch: images per step over all processes.
     """
     options, own = split_options(cfg, OptimizerOptions)
-    base = OptimizerOptions(**options).base_batch_size
+    base = read_section(OptimizerOptions, options, "optimizer").base_batch_size
     kind = {"type": cfg.get("type", "SGD")}
     optimizer = build(kind | own, OPTIMIZERS, "optimizer", model=model)
     for group in optimizer.param_groups:
@@ -117,11 +114,11 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
 class ScheduleConfig:
     """The `schedule` section: how the learning rate changes during training."""
 
-    warmup_steps: int = 500       # optimiser steps of warm-up
-    warmup_factor: float = 0.001  # factor of the learning rate at the first step
+    warmup_steps: Number = 500    # optimiser steps of warm-up
+    warmup_factor: Share = 0.001  # factor of the learning rate at the first step
     warmup: Literal["linear", "constant"] = "linear"  # rises from warmup_factor to 1, or stays at warmup_factor
-    milestones: list[float] = field(default_factory=lambda: [8, 11])  # epochs after which gamma multiplies the rate
-    gamma: float = 0.1            # factor of the learning rate at each milestone
+    milestones: list[NonNegative] = field(default_factory=lambda: [8, 11])  # epochs after which gamma is applied
+    gamma: Positive = 0.1         # factor of the learning rate at each milestone
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:

@@ -1,8 +1,8 @@
 """Builds objects from a configuration. Tables list the classes that a `type` may name, and signatures the arguments.
 
 A section is a dataclass. A component, which may have several types, stays a mapping until it is built: its annotation,
-`Annotated[dict, OneOf(ASSIGNERS)]`, names the table. One walk over the signatures checks a whole configuration and
-creates its sections before anything is built.
+`Annotated[dict, OneOf(ASSIGNERS)]`, names the table. `Annotated[float, Range(0, 1)]` is a number within a range. One
+walk over the signatures checks a whole configuration and creates its sections before anything is built.
 """
 import difflib
 import inspect
@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
+from sys import float_info
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from losses import LOSSES
@@ -144,7 +145,11 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
     """
     origin = get_origin(hint)
     if origin is Annotated:
-        check_component(value, get_args(hint)[1], key)
+        plain, mark = get_args(hint)
+        if isinstance(mark, OneOf):
+            check_component(value, mark, key)
+        elif check_value(value, plain, key) not in mark:
+            raise ConfigError(key, f"must be {mark}, not {value}")
     elif origin in (Union, types.UnionType):
         return _check_union(value, get_args(hint), key)
     if origin is Literal:
@@ -155,6 +160,8 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
     elif hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(key, f"must be a number, not {describe(value)}")
+        if not abs(value) <= float_info.max:  # also for integers that are too large for a float
+            raise ConfigError(key, f"must be a finite number, not {value}")
     elif hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(key, f"must be an integer, not {describe(value)}")

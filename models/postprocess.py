@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from data.ranges import AllOr, Share
 from losses import at_least_float32
 
 from .anchors import Priors
@@ -17,10 +18,10 @@ from .heads import DenseHead, HeadOutputs
 class TestConfig:
     """How detections are chosen."""
 
-    score_thr: float = 0.05                   # the class score must exceed this
-    nms_pre: int = 1000                       # number of best scores kept per level; -1 keeps all
-    nms_iou_threshold: float | None = None    # null: the head's own, 0.5 for RetinaNet, 0.6 for the others
-    max_per_img: int = 100                    # number of detections kept per image; -1 keeps all
+    score_thr: Share = 0.05                   # the class score must exceed this
+    nms_pre: AllOr = 1000                     # number of best scores kept per level; -1 keeps all
+    nms_iou_threshold: Share | None = None    # null: the head's own, 0.5 for RetinaNet, 0.6 for the others
+    max_per_img: AllOr = 100                  # number of detections kept per image; -1 keeps all
     min_bbox_size: float = 0                  # both sides must exceed this, in output pixels; negative keeps all boxes
     clip: Literal["before", "after"] = "before"  # clip boxes before NMS (mmdet, torchvision) or after (detectron2)
 

@@ -80,7 +80,8 @@ def collect(root: Callable) -> Places:
 def leaves(hint: Any) -> Iterator[Any]:
     """The plain types and the tables of types in a type hint."""
     if get_origin(hint) is Annotated:
-        yield get_args(hint)[1]
+        plain, mark = get_args(hint)
+        yield mark if isinstance(mark, OneOf) else plain
     elif get_origin(hint) is None or get_origin(hint) is Literal:
         yield hint
     else:
@@ -143,7 +144,10 @@ def type_name(hint: Any, places: Places) -> str:
         return words[hint]
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        _, paths = places.tables[id(inner[1].table)]
+        plain, mark = inner
+        if not isinstance(mark, OneOf):
+            return f"{type_name(plain, places)} {mark}"
+        _, paths = places.tables[id(mark.table)]
         return f"[mapping with a type](#{slug(table_heading(paths))})"
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in inner)

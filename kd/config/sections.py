@@ -2,7 +2,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from models import ConfigError, ModelConfig, Precision
+from data.ranges import Count, NonNegative, Number, Positive, Seed, Share
+from models import ModelConfig, Precision
 from models.build import OneOf
 
 from ..methods import METHODS
@@ -13,46 +14,39 @@ from ..methods.base import MethodOptions
 class TrainConfig:
     """The `train` section."""
 
-    epochs: int = 12
-    seed: int = 0                                   # for initial weights, order of images and augmentation
+    epochs: Count = 12
+    seed: Seed = 0                                  # for initial weights, order of images and augmentation
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     channels_last: bool = True                      # memory format of convolutions; affects only rounding and speed
     compile: bool = False                           # torch.compile backbones, necks and heads, also of teachers
-    grad_clip: float | None = None                  # largest norm of the whole gradient; null: no clipping
-    accumulate: int = 1                             # batches per optimiser step; each has its own loss normalisers
-    ema: float | None = None                        # decay of a moving average of the weights, which is then evaluated
+    grad_clip: Positive | None = None               # largest norm of the whole gradient; null: no clipping
+    accumulate: Count = 1                           # batches per optimiser step; each has its own loss normalisers
+    ema: Share | None = None                        # decay of a moving average of the weights, which is then evaluated
     sync_bn: bool = False                           # trained batch norms use statistics of all processes (CUDA)
-    checkpoint_every: int | None = None             # steps between checkpoints; null: at the end of epochs
-    keep: int = 1                                   # checkpoints kept: last.pth, last.1.pth, ...; best.pth is kept, too
-    log_every: int = 10                             # steps between lines of metrics.jsonl and the log
-    check_images: int = 100                         # images for the teacher's AP before the first step; 0: off
-    grad_norm_every: int = 0                        # steps between gradient norms of each method; 0: never
+    checkpoint_every: Count | None = None           # steps between checkpoints; null: at the end of epochs
+    keep: Count = 1                                 # checkpoints kept: last.pth, last.1.pth, ...; best.pth is kept, too
+    log_every: Count = 10                           # steps between lines of metrics.jsonl and the log
+    check_images: Number = 100                      # images for the teacher's AP before the first step; 0: off
+    grad_norm_every: Number = 0                     # steps between gradient norms of each method; 0: never
     tensorboard: bool = False                       # also write metrics.jsonl's records for TensorBoard (extra viz)
-    vis_period: int = 500                           # steps between TensorBoard's pictures of detections; 0: none
-
-    def __post_init__(self):
-        for name in ("accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}", f"must be at least 1, not {getattr(self, name)}")
-        if self.ema is not None and not 0 <= self.ema <= 1:
-            raise ConfigError("train.ema", f"must be from 0 to 1, not {self.ema}")
+    vis_period: Number = 500                        # steps between TensorBoard's pictures of detections; 0: none
 
 
 @dataclass
 class TTAConfig:
     """The `eval.tta` section: test-time augmentation, which merges detections on several views of every image."""
 
-    flip: bool = False                            # also detect on each image mirrored
-    scales: list[tuple[int, int]] | None = None   # detect at all of these, in place of data.scale
+    flip: bool = False                               # also detect on each image mirrored
+    scales: list[tuple[Count, Count]] | None = None  # detect at all of these, in place of data.scale
 
 
 @dataclass
 class EvalConfig:
     """The `eval` section."""
 
-    every: int = 1                 # epochs between evaluations; the last epoch is always evaluated
-    batch_size: int | None = None  # images per step; null: data.batch_size. The figures do not depend on it
-    class_map: list[int] | None = None  # for each class of the data, the detector's; null: the same. Not for training
+    every: Number = 1              # epochs between evaluations; the last epoch is always evaluated
+    batch_size: Count | None = None  # images per step; null: data.batch_size. The figures do not depend on it
+    class_map: list[Number] | None = None  # for each class of the data, the detector's; null: the same; not to train
     tta: TTAConfig | None = None   # augmentation in eval.py and predict.py; null: one view
 
     def __post_init__(self):
@@ -68,8 +62,8 @@ class TeacherConfig:
     model: ModelConfig | None = None
     part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
     name: str | None = None    # distinguishes its losses from those of other teachers
-    weight: float = 1.0        # multiplies the losses of all methods with this teacher
-    class_map: list[int] | None = None  # for each class of the student, the teacher's; null: the same
+    weight: NonNegative = 1.0  # multiplies the losses of all methods with this teacher
+    class_map: list[Number] | None = None  # for each class of the student, the teacher's; null: the same
     precision: Precision | None = None  # of its convolutions; null: as the student's
     shard: bool = False        # for a teacher too large for one device: training spreads its weights over the processes
 
