@@ -1,5 +1,4 @@
 """Finds all problems in the content of a COCO-format annotation file in one pass."""
-import math
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -129,7 +128,7 @@ def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) ->
     elif box[2] < 0 or box[3] < 0:
         problems.append(Problem("boxes", f"{name} has bbox {box} with negative width or height: are corners swapped?"))
     area = annotation.get("area", 0)
-    if not isinstance(area, (int, float)) or not math.isfinite(area):
+    if not isinstance(area, (int, float)) or not abs(area) < MAX_COORDINATE ** 2:
         problems.append(Problem("boxes", f"{name} has wrong area {_show(area)}"))
     for key in ("iscrowd", "ignore"):
         if annotation.get(key, 0) not in (0, 1):  # a string counts as true, even "0"

@@ -83,6 +83,7 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("annotations", "bbox", [9, 9, 5, -0.1], "are corners swapped?"),
         ("annotations", "area", "big", "annotation 1 has wrong area 'big'"),
         ("annotations", "area", math.nan, "annotation 1 has wrong area nan"),
+        ("annotations", "area", 10**400, "annotation 1 has wrong area 1000"),
         ("annotations", "iscrowd", "0", "annotation 1 has iscrowd '0', not 0 or 1"),
         ("annotations", "ignore", None, "annotation 1 has ignore None, not 0 or 1"),
         ("annotations", "category_id", 7, "annotation 1 has the unknown category_id 7"),
