@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from losses import total_loss
 from models import Detector, DetectorPass
 
+from ..exceptions import TrainingError
 from ..inference.precision import autocast
 
 
@@ -40,7 +41,16 @@ def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device
     Args:
         model: a detector or a distiller in training, or a wrapper around one.
         amp: the `train.amp` setting.
+    Raises:
+        TrainingError: a batch norm gets a single value per channel, which has no variance.
     """
-    with autocast(device, amp):
-        losses, student = model(images, targets, with_pass=True)
-        return StepLosses(losses, total_loss(losses), student)
+    try:
+        with autocast(device, amp):
+            losses, student = model(images, targets, with_pass=True)
+            return StepLosses(losses, total_loss(losses), student)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # PyTorch's check
+            raise
+        n, _, h, w = images.shape
+        raise TrainingError(f"a batch norm gets a single value per channel, from {n} x {h} x {w} pixels: use a larger "
+                            "data.batch_size or data.scale, or fixed statistics (norm_eval of the backbone)") from None

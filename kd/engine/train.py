@@ -85,7 +85,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
             train_epoch(run, model, epoch, reports, signals)
             due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
             if due and run.val_loader is not None and not run.evaluated:
-                figures = evaluate_epoch(run, epoch, reports)
+                figures = evaluate_epoch(run, epoch, reports, signals)
         best = "" if run.best < 0 else f"; the best so far is in {work_dir / 'best.pth'}"
         log.info(f"done: the last checkpoint is {work_dir / 'last.pth'}{best}")
     return figures
@@ -131,11 +131,16 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
             run.finite.check()
             save_run(run, "last.pth")
         if asked:
-            raise Stopped(asked, f"stopped at step {run.step} after saving {run.work_dir / 'last.pth'}: the same "
-                                 "command with --resume goes on from there")
+            raise stopped(run, asked)
     run.finite.check()
     skipped.report(epoch)
     save_run(run, "last.pth")
+
+
+def stopped(run: Run, signum: int) -> Stopped:
+    """The error that ends a run after a signal. Its last.pth has been saved."""
+    return Stopped(signum, f"stopped at step {run.step} after saving {run.work_dir / 'last.pth'}: the same command "
+                           "with --resume goes on from there")
 
 
 def in_runs(loader: Iterable, length: int) -> Iterator[list]:
@@ -215,11 +220,19 @@ def check_scale(run: Run) -> None:
                             "train.amp=bf16 or none, which keep the first such step for a replay")
 
 
-def evaluate_epoch(run: Run, epoch: int, reports: Reports) -> dict:
-    """Evaluate on data.val, record the figures, and save a checkpoint if they are the best so far."""
+def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals) -> dict:
+    """Evaluate on data.val, record the figures, and save a checkpoint if they are the best so far.
+
+    A signal stops a single process at once. Several processes would have to agree on a batch, so they finish.
+    """
+    def stop_if_asked() -> None:
+        if signals.asked and distributed.world_size() == 1:
+            save_run(run, "last.pth")  # a run that was resumed from another folder has none here yet
+            raise stopped(run, signals.asked)
+
     distributed.share_buffers(run.evaluated_model)
     figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
-                       run.work_dir / "precision_recall.json")
+                       run.work_dir / "precision_recall.json", after_batch=stop_if_asked)
     reports.metrics.write({"epoch": epoch, "step": run.step} | figures)
     reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True

@@ -1,6 +1,6 @@
 """The cost of a detector in parameters, operations and memory, measured quickly with tensors without content."""
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -140,8 +140,17 @@ def without_numbers(model: nn.Module) -> dict[str, Tensor]:
 def measure(detector: Detector, size: tuple[int, int]) -> tuple[int, int | None]:
     """Operations on one image, and the bytes besides the weights that autograd keeps for the backward pass.
 
-    Losses are not counted. The bytes are None if nothing is trained, or if batch norms wait for other processes.
+    Losses are not counted. The bytes are None if nothing is trained, or if batch norms wait for other processes or
+    cannot learn from one image of this size.
     """
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules())
+    if not synchronised and any(parameter.requires_grad for parameter in detector.parameters()):
+        with suppress(ValueError):  # a batch norm has one value per channel
+            return _measure(detector, size, learns=True)
+    return _measure(detector, size, learns=False)
+
+
+def _measure(detector: Detector, size: tuple[int, int], learns: bool) -> tuple[int, int | None]:
     model = Maps(detector)
     tensors, kept = without_numbers(model), {}
 
@@ -150,8 +159,6 @@ def measure(detector: Detector, size: tuple[int, int]) -> tuple[int, int | None]
         kept[storage._cdata] = storage.nbytes()  # counts once if several operations keep it
         return tensor
 
-    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in detector.modules())
-    learns = not synchronised and any(parameter.requires_grad for parameter in detector.parameters())
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with in_mode(detector, training=learns), torch.set_grad_enabled(learns), saved, \
             FlopCounterMode(display=False) as counter:

@@ -1,5 +1,6 @@
 """The figures of a detector on a data set."""
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,14 +20,15 @@ from .coco import ImageResult, coco_evaluation, precision_recall, read_figures
 
 
 def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
-             curves: Path | None = None, shared: bool = True) -> dict:
+             curves: Path | None = None, shared: bool = True, after_batch: Callable[[], None] = lambda: None) -> dict:
     """A detector's `coco_figures` on a loader's data set.
 
     Args:
         curves: a file for the curves of `precision_recall`, as JSON.
         shared: whether each process's loader has a share of the images; otherwise each has all of them.
+        after_batch: called after each batch; may raise to stop.
     """
-    return figures_on_first(detect(model, loader, device, amp, shared), loader.dataset, curves)
+    return figures_on_first(detect(model, loader, device, amp, shared, after_batch), loader.dataset, curves)
 
 
 def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None) -> dict:
@@ -42,10 +44,11 @@ def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: P
 
 @torch.no_grad()
 def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
-           shared: bool = True) -> list[ImageResult]:
+           shared: bool = True, after_batch: Callable[[], None] = lambda: None) -> list[ImageResult]:
     """Detections on every image of a loader's data set, in its order.
 
     Args:
+        after_batch: called after each batch; may raise to stop.
         shared: whether each process has a share of the images; the first process then gets all detections, the others
             none. Otherwise each process has all images and detections.
     """
@@ -60,6 +63,7 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
         for target, d in zip(targets, batch):
             place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=torch.float64)
             found.append(torch.column_stack([place, d["boxes"], d["scores"], d["labels"]]))
+        after_batch()
     model.train(was_training)
     rows = distributed.gather_rows(torch.cat(found)) if shared else torch.cat(found)
     if rows is None:

@@ -17,9 +17,10 @@ from kd.engine.replay import replay, save_replay
 from kd.engine.run import build_run
 from kd.evaluation.coco import FIGURES
 from kd.evaluation.evaluate import evaluate_checkpoint
-from kd.exceptions import TrainingError
+from kd.exceptions import Stopped, TrainingError
 from kd.processes import distributed
 from kd.work_dir.checkpoint import read_checkpoint, read_plain
+from models import Detector
 
 CPU = torch.device("cpu")
 
@@ -189,6 +190,40 @@ def test_a_run_goes_on_in_fp16(scenes, tmp_path):
     assert last["step"] == 8 and last["loss_scale"] == 65536
 
 
+def test_a_signal_during_evaluation_stops_a_run_at_once(scenes, tmp_path, monkeypatch):
+    """In another folder than the one that the run was resumed from, too."""
+    cfg = config_with(config(scenes, 2), eval={"batch_size": 1})
+    engine.train(cfg, tmp_path / "whole", CPU)
+    predicted, predict = [], Detector.predict
+
+    def asked_to_stop(self, images, targets):
+        predicted.append(targets[0]["image_id"])
+        signal.raise_signal(signal.SIGTERM)
+        return predict(self, images, targets)
+
+    resume_from = None
+    for name in ("parts", "elsewhere"):
+        monkeypatch.setattr(Detector, "predict", asked_to_stop)
+        with pytest.raises(Stopped, match="stopped at step 4 after saving .*last.pth") as stopped:
+            engine.train(cfg, tmp_path / name, CPU, resume_from)
+        assert stopped.value.signum == signal.SIGTERM and len(predicted) == 1
+        predicted.clear()
+        resume_from = tmp_path / name / "last.pth"
+        assert not read_checkpoint(resume_from)["evaluated"]
+    monkeypatch.setattr(Detector, "predict", predict)
+    engine.train(cfg, tmp_path / "elsewhere", CPU, resume_from)
+    assert_same(read_checkpoint(tmp_path / "whole/last.pth"), read_checkpoint(tmp_path / "elsewhere/last.pth"))
+    assert steps_in(tmp_path / "elsewhere") == ([5, 6, 7, 8], [0, 1])
+
+
+def test_a_batch_norm_with_one_value_is_one_line(scenes, tmp_path):
+    """Images of one batch that the last stage sees as one pixel."""
+    cfg = config_with(config(scenes), data={"batch_size": 1, "scale": [32, 32]})
+    cfg["model"]["backbone"]["norm_eval"] = False
+    with pytest.raises(TrainingError, match=r"a batch norm gets a single value per channel, from 1 x 32 x 32 pixels: "):
+        engine.train(cfg, tmp_path, CPU)
+
+
 def train_in_a_process(log, *arguments):
     process = context.Process(target=script, args=(log, "train.py", *arguments))
     process.start()
@@ -236,7 +271,7 @@ def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path, kills, epochs
 
 def test_the_last_checkpoints_and_the_best_are_kept(scenes, tmp_path, monkeypatch):
     figures = iter([0.1, 0.3, 0.2, 0.3])
-    monkeypatch.setattr(engine, "evaluate", lambda *arguments: {
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments, **options: {
         "AP": next(figures), "per_class": {"a": 0.0}} | dict.fromkeys(FIGURES[1:], 0.0))
     engine.train(config_with(config(scenes, 4), train={"keep": 3}), tmp_path, CPU)
     kept = {path.name: read_checkpoint(path)["step"] for path in tmp_path.glob("*.pth*")}
