@@ -1,6 +1,9 @@
 """Reads annotated images in common formats: Pascal VOC's XML, YOLO's text files, and CSV tables."""
+import codecs
 import csv
+import io
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +17,8 @@ from data.inputs.files import IMAGE_SUFFIXES
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 VOC_SPLITS = ("train", "val", "test", "trainval")
-CSV_COLUMNS = ("file", "x1", "y1", "x2", "y2", "class")
+CSV_COLUMNS = {"file": ("file", "filename", "image"), "x1": ("x1", "xmin"), "y1": ("y1", "ymin"),
+               "x2": ("x2", "xmax"), "y2": ("y2", "ymax"), "class": ("class", "label")}  # and other tools' names
 
 
 class Box(NamedTuple):
@@ -64,6 +68,22 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
         raise DataError(f"{what}: {listed(problems)}")
 
 
+def read_text(file: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with a byte order mark. Raises DataError if it is in another encoding."""
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise DataError(f"{file} line {line} is not in UTF-8: save the file in this encoding") from None
+
+
+def subfolder(folder: Path, *names: str) -> Path:
+    """The folder in `folder` that has one of the names, in upper or lower case; `folder` itself if there is none."""
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()} if folder.is_dir() else {}
+    return next((found[name] for name in names if name in found), folder)
+
+
 def sorted_classes(images: Iterable[LabelledImage]) -> list[str]:
     return sorted({box.name for image in images for box in image.boxes})
 
@@ -72,14 +92,14 @@ def sorted_classes(images: Iterable[LabelledImage]) -> list[str]:
 
 
 def read_voc(source: Path) -> LabelledFolder:
-    """Read `Annotations/*.xml` with images in `JPEGImages/`, or XML files next to their images.
+    """Read `Annotations/*.xml` with images in `JPEGImages/` or `images/`, or XML files next to their images.
 
-    `ImageSets/Main/{train,val,test}.txt` are the splits. VOC's corners are 1-based and inclusive: the first pixel's box
-    is (1, 1, 1, 1) there and (0, 0, 1, 1) here. If any box starts below 1, all corners are assumed to count from 0.
-    Objects that are marked difficult become crowds, because VOC's evaluation does not count them.
+    The names of these folders may be in upper or lower case. `ImageSets/Main/{train,val,test}.txt` are the splits.
+    VOC's corners are 1-based and inclusive: the first pixel's box is (1, 1, 1, 1) there and (0, 0, 1, 1) here. If any
+    box starts below 1, all corners are assumed to count from 0. Objects that are marked difficult become crowds,
+    because VOC's evaluation does not count them.
     """
-    annotations = source / "Annotations" if (source / "Annotations").is_dir() else source
-    image_folder = source / "JPEGImages" if (source / "JPEGImages").is_dir() else source
+    annotations, image_folder = subfolder(source, "annotations"), subfolder(source, "jpegimages", "images")
     files = sorted(annotations.glob("*.xml"))
     if not files:
         raise DataError(f"input {source} is not in Pascal VOC format: {annotations} holds no *.xml")
@@ -133,9 +153,12 @@ def _assign_voc_splits(images: list[LabelledImage], folder: Path) -> None:
         lists.pop("trainval", None)
     by_stem = {PurePosixPath(image.file_name).stem: image for image in images}
     for name, file in lists.items():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.strip() in by_stem:
-                by_stem[line.strip()].split = name.removesuffix("val") if name == "trainval" else name
+        for line in filter(None, map(str.strip, read_text(file).splitlines())):
+            # Some lists add a flag (1: the class is in the image, -1: it is not) or the file's ending.
+            entry = re.sub(r"\s+-?[01]$", "", line)
+            image = by_stem.get(entry) or by_stem.get(PurePosixPath(entry).stem)
+            if image is not None:
+                image.split = name.removesuffix("val") if name == "trainval" else name
 
 
 # --- YOLO ---
@@ -162,7 +185,7 @@ def read_yolo(source: Path, names: Path | None = None) -> LabelledFolder:
         file, boxes = source.joinpath(*parts), []
         if file.is_file():
             labelled += 1
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(read_text(file).splitlines(), start=1):
                 try:
                     boxes += [_read_yolo_line(line, classes)] if line.strip() else []
                 except ValueError as error:
@@ -197,7 +220,7 @@ def _read_yolo_names(source: Path, names: Path | None) -> list[str]:
     for file in [names] if names else beside:
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         if file.suffix in (".yaml", ".yml"):
             try:
                 content = yaml.load(text, Loader=yaml.BaseLoader)  # names stay as they are written: no, 010, ~
@@ -228,8 +251,9 @@ def _checked_names(names: list, file: Path) -> list[str]:
 def read_csv(source: Path) -> LabelledFolder:
     """Read a CSV file, or a folder of CSV files, with columns file, x1, y1, x2, y2 and class, in pixels from 0.
 
-    Each row is a box; a row with only a file is an image without objects. File names are relative to the folder of the
-    CSV file, or to the folder `images` in it. CSV files named train, val (or valid) and test are splits.
+    The columns may also have the names that other tools give them, see `CSV_COLUMNS`; further columns are ignored. Each
+    row is a box; a row with only a file is an image without objects. File names are relative to the folder of the CSV
+    file, or to the folder `images` in it. CSV files named train, val (or valid) and test are splits.
     """
     files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
     if not files:
@@ -238,23 +262,27 @@ def read_csv(source: Path) -> LabelledFolder:
     problems: list[str] = []
     for file in files:
         split = SPLIT_NAMES.get(file.stem.lower())
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            header = stream.readline()
-            stream.seek(0)
-            delimiter = max(",;\t", key=header.count)
-            reader = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
-            missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
+        text = read_text(file)
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+            places = {column: next((header.index(name) for name in names if name in header), None)
+                      for column, names in CSV_COLUMNS.items()}
+            if missing := [column for column, place in places.items() if place is None]:
                 raise DataError(f"{file} has no column {', '.join(missing)}: its first line must name them")
-            for row in reader:
+            for row in filter(None, reader):
                 try:
-                    name, box = _read_csv_row(row)
+                    name, box = _read_csv_row([row[place].strip() if place < len(row) else ""
+                                               for place in places.values()])
                     image = images.setdefault(name, LabelledImage(name, [], split))
                     if image.split != split:
                         raise ValueError(f"{name} is also in a table of another split")
                     image.boxes += [box] if box else []
                 except ValueError as error:
                     problems.append(f"{file.name} line {reader.line_num}: {error}")
+        except csv.Error as error:  # a field of more than 131072 characters: a quotation mark is not closed
+            problems.append(f"{file.name} line {reader.line_num}: {error}")
     raise_problems(f"tables in {source} cannot be used", problems)
     folder = files[0].parent
     if images and not (folder / next(iter(images))).exists() and (folder / "images").is_dir():
@@ -262,9 +290,9 @@ def read_csv(source: Path) -> LabelledFolder:
     return LabelledFolder(folder, list(images.values()), sorted_classes(images.values()))
 
 
-def _read_csv_row(row: dict[str, str | None]) -> tuple[str, Box | None]:
-    """The file and its box, or None without a box. Raises ValueError, which names the problem."""
-    name, *corners, label = ((row[column] or "").strip() for column in CSV_COLUMNS)
+def _read_csv_row(values: list[str]) -> tuple[str, Box | None]:
+    """The file and its box, or None without a box, from the values of `CSV_COLUMNS`. Raises ValueError."""
+    name, *corners, label = values
     if not name:
         raise ValueError("it has no file")
     if not label and not any(corners):

@@ -116,6 +116,18 @@ SOURCES = {
     "yolo": lambda folder, scenes: write_yolo(folder, scenes),
     "yolo with classes.txt": lambda folder, scenes: write_yolo(folder, scenes, names="txt"),
     "csv": lambda folder, scenes: write_csv(folder, scenes),
+    "voc in small letters": lambda folder, scenes: (
+        write_voc(folder, scenes), (folder / "JPEGImages").rename(folder / "images"),
+        (folder / "Annotations").rename(folder / "annotations")),
+    "yolo with a byte order mark": lambda folder, scenes: (
+        write_yolo(folder, scenes, names="txt"),
+        [path.write_text(path.read_text(), encoding="utf-8-sig") for path in folder.rglob("*.txt")]),
+    "csv from Roboflow": lambda folder, scenes: (
+        write_csv(folder, scenes),
+        edit(folder / "boxes.csv", "^file,note,x1,y1,x2,y2", "Filename,width,xmin,ymin,xmax,ymax")),
+    "csv in UTF-16": lambda folder, scenes: (
+        write_csv(folder, scenes),
+        (folder / "boxes.csv").write_text((folder / "boxes.csv").read_text(encoding="utf-8-sig"), encoding="utf-16")),
     "csv with semicolons": lambda folder, scenes: write_csv(folder, scenes, delimiter=";", place="images"),
 }
 
@@ -141,13 +153,16 @@ def test_every_format_leads_back_to_the_same_boxes(scenes, tmp_path, monkeypatch
      {"train": [0, 1], "val": [2]}),
     ("voc", lambda folder, scenes: write_voc(folder, scenes, {"trainval": ["000004"], "test": ["000005"]}),
      {"train": [4], "test": [5]}),
+    ("voc", lambda folder, scenes: write_voc(folder, scenes, {
+        "train": ["000000.jpg", "000001  1"], "val": ["000002.jpg -1", "images/000003.jpg", "", "000004"]}),
+     {"train": [0, 1], "val": [2, 3, 4]}),
     ("yolo", lambda folder, scenes: write_yolo(folder, scenes, lambda name: ("", by_split(name))),
      {"train": [0, 1], "val": [2], "test": range(3, 10)}),
     ("yolo", lambda folder, scenes: write_yolo(folder, scenes, lambda name: (by_split(name), "")),
      {"train": [0, 1], "val": [2], "test": range(3, 10)}),
     ("csv", lambda folder, scenes: write_csv(folder, scenes, ("train.csv", "valid.csv")),
      {"train": range(0, 10, 2), "val": range(1, 10, 2)})],
-    ids=["voc", "voc trainval", "yolo below", "yolo above", "csv"])
+    ids=["voc", "voc trainval", "voc with endings and flags", "yolo below", "yolo above", "csv"])
 def test_splits_that_come_with_the_data(scenes, tmp_path, monkeypatch, capsys, kind, write, names):
     write(tmp_path / "in", scenes)
     code, printed, _ = prepare(monkeypatch, capsys, kind, tmp_path / "in", tmp_path / "out")
@@ -209,6 +224,11 @@ WRONG = {
     "pixels": ("yolo", lambda f: (f / TXT).write_text("0 10 20 30 40"), "are they in pixels?"),
     "unknown class": ("yolo", lambda f: (f / TXT).write_text("6 .5 .5 .1 .1"), "class 6 is not in 0 to 5"),
     "four values": ("yolo", lambda f: (f / TXT).write_text("\n0 .5 .5 .1"), "000001.txt line 2: "),
+    "Latin-1": ("csv", lambda f: (f / "boxes.csv").write_bytes(b"file,x1,y1,x2,y2,class\na.jpg,1,1,9,9,gr\xfcn\n"),
+                "boxes.csv line 2 is not in UTF-8"),
+    "names in Latin-1": ("yolo", lambda f: (f / "data.yaml").write_bytes(b"names: [\xfc]"), "line 1 is not in UTF-8"),
+    "open quotation mark": ("csv", lambda f: (f / "boxes.csv").write_text(
+        'file,x1,y1,x2,y2,class\na.jpg,1,1,9,9,"b' + "\n" * 140_000), "field larger than field limit"),
     "no column": ("csv", lambda f: edit(f / "boxes.csv", "x2", "width"), "has no column x2"),
     "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it must have"),
     "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "are not numbers"),
