@@ -44,10 +44,10 @@ def drop_reason(annotation: dict, image: dict) -> str | None:
     visible_h = min(y + h, image["height"]) - max(y, 0)
     if annotation.get("ignore"):
         return 'marked "ignore"'
+    if w <= 0 or h <= 0 or annotation.get("area", w * h) <= 0:
+        return "without area"
     if visible_w <= 0 or visible_h <= 0:
         return "outside the image"
-    if annotation.get("area", w * h) <= 0:
-        return "without area"
     return "thinner than a pixel" if w < 1 or h < 1 else None
 
 

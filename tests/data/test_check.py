@@ -125,3 +125,14 @@ def test_other_classes_in_evaluation_are_a_problem(source, write_coco):
     other = write_coco([(20, 30)], [(10, 1, [1, 1, 9, 9], {})], categories=((1, "cat"), (2, "cow")), name="other")
     _, val = check_data(section(source, other))
     assert [problem.kind for problem in val.problems] == ["classes"]
+
+
+@pytest.mark.parametrize("box, extra, reason", [
+    ([50, 50, 0, 20], {}, "without area"), ([50, 50, 20, 0], {}, "without area"),
+    ([400, 50, 0, 20], {}, "without area"),
+    ([50, 50, 20, 20], {"area": 0}, "without area"), ([300, 50, 20, 20], {}, "outside the image"),
+    ([50, 50, 20, 0.5], {}, "thinner than a pixel"), ([50, 50, 20, 20], {"ignore": 1}, 'marked "ignore"')])
+def test_the_reason_for_leaving_a_box_out(write_coco, box, extra, reason):
+    source = write_coco([(200, 300)], [(10, 1, [0, 0, 9, 9], {}), (10, 1, box, {"area": box[2] * box[3]} | extra)])
+    (check,) = check_data(section(source))
+    assert check.dropped == {reason: 1}
