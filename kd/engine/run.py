@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,6 +195,9 @@ def describe_run(run: Run) -> str:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)
             lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}")
+    found = set(np.concatenate(data.labels).tolist())
+    if absent := [name for label, name in enumerate(data.classes) if label not in found]:
+        lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")
     if data.num_dropped_boxes:
         lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
     if run.step:

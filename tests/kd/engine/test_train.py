@@ -14,7 +14,7 @@ from data import generate_scenes
 from kd.config import parse_config
 from kd.engine import train as engine
 from kd.engine.replay import replay, save_replay
-from kd.engine.run import build_run
+from kd.engine.run import build_run, describe_run
 from kd.evaluation.coco import FIGURES
 from kd.evaluation.evaluate import evaluate_checkpoint
 from kd.exceptions import Stopped, TrainingError
@@ -188,6 +188,19 @@ def test_a_run_goes_on_in_fp16(scenes, tmp_path):
         engine.train(config_with(config(scenes, epochs), train={"amp": amp}), tmp_path, CPU, resume_from)
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
     assert last["step"] == 8 and last["loss_scale"] == 65536
+
+
+def test_a_class_without_boxes_is_named(scenes, tmp_path):
+    """Some tools export a root category above the classes."""
+    cfg = config(scenes)
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        content["categories"].insert(0, {"id": 0, "name": "shapes"})
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        cfg = config_with(cfg, data={split: cfg["data"][split] | {"annotations": str(tmp_path / f"{split}.json")}})
+    line = "classes without a box in the training data, which are not learned: "
+    assert f"{line}shapes" in describe_run(build_run(parse_config(cfg), tmp_path, CPU)).splitlines()
+    assert line not in describe_run(build_run(parse_config(config(scenes)), tmp_path, CPU))
 
 
 def test_a_signal_during_evaluation_stops_a_run_at_once(scenes, tmp_path, monkeypatch):
