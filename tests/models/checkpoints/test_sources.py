@@ -107,29 +107,28 @@ def test_wrong_checksum_leaves_nothing_behind(cache, server):
     assert files(cache) == []
 
 
-def test_same_name_from_two_folders(cache, server):
+def assert_each_has_its_own(server, addresses):
+    """Publish other weights under each file name, and load each from its address."""
     folder, address = server
-    sources = {name: torch.nn.Linear(2, 2) for name in ("MSRA", "torchvision")}
+    sources = {name: torch.nn.Linear(2, 2) for name in addresses}
     for name, source in sources.items():
-        publish(folder, f"{name}/R-50.pkl", source.state_dict())
+        publish(folder, name, source.state_dict())
     for name, source in sources.items():
         model = torch.nn.Linear(2, 2)
-        load_weights(model, f"{address}/{name}/R-50.pkl")
+        load_weights(model, f"{address}/{addresses[name]}")
         assert torch.equal(model.weight, source.weight)
+
+
+def test_same_name_from_two_folders(cache, server):
+    address = server[1]
+    assert_each_has_its_own(server, {name: name for name in ("MSRA/R-50.pkl", "torchvision/R-50.pkl")})
     host = address.removeprefix("http://").replace(":", "_")
     assert files(cache) == [f"{host}/MSRA/R-50.pkl", f"{host}/torchvision/R-50.pkl"]
 
 
 def test_the_query_chooses_the_file(cache, server):
     """As download?id=... of many servers; the server here serves by the query."""
-    folder, address = server
-    sources = {name: torch.nn.Linear(2, 2) for name in ("AAA", "BBB")}
-    for name, source in sources.items():
-        publish(folder, f"by_query/{name}", source.state_dict())
-    for name, source in sources.items():
-        model = torch.nn.Linear(2, 2)
-        load_weights(model, f"{address}/teacher.pth?id={name}")
-        assert torch.equal(model.weight, source.weight)
+    assert_each_has_its_own(server, {f"by_query/{name}": f"teacher.pth?id={name}" for name in ("AAA", "BBB")})
     assert len(files(cache)) == 2
 
 
