@@ -86,8 +86,10 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
             due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
             if due and run.val_loader is not None and not run.evaluated:
                 figures = evaluate_epoch(run, epoch, reports, signals)
-        best = "" if run.best < 0 else f"; the best so far is in {work_dir / 'best.pth'}"
-        log.info(f"done: the last checkpoint is {work_dir / 'last.pth'}{best}")
+        # A run that was resumed from another folder may have written neither.
+        written = [f"the {name} checkpoint is {path}" for name in ("last", "best")
+                   if (path := work_dir / f"{name}.pth").is_file()]
+        log.info(", ".join(["done", *written]))
     return figures
 
 

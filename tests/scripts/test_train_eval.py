@@ -55,7 +55,7 @@ def test_what_a_run_leaves(trained):
     assert "12 training images" in (work_dir / "train.log").read_text()
     assert "12 training images" in printed and "AP50" in printed
     last, best = work_dir / "last.pth", work_dir / "best.pth"
-    assert f"done: the last checkpoint is {last}; the best so far is in {best}" in printed
+    assert f"done, the last checkpoint is {last}, the best checkpoint is {best}" in printed
 
 
 def test_eval_gives_the_figures_of_training(trained, tmp_path, monkeypatch, capsys):

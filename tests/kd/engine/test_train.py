@@ -229,6 +229,15 @@ def test_a_signal_during_evaluation_stops_a_run_at_once(scenes, tmp_path, monkey
     assert steps_in(tmp_path / "elsewhere") == ([5, 6, 7, 8], [0, 1])
 
 
+def test_the_end_names_only_checkpoints_that_were_written(scenes, tmp_path):
+    """A finished run, resumed from another folder, has nothing left to do and writes none."""
+    engine.train(config(scenes, 1), tmp_path / "one", CPU)
+    engine.train(config(scenes, 1), tmp_path / "two", CPU, tmp_path / "one" / "last.pth")
+    ends = [(tmp_path / name / "train.log").read_text().splitlines()[-1] for name in ("one", "two")]
+    assert f"done, the last checkpoint is {tmp_path / 'one' / 'last.pth'}" in ends[0]
+    assert ends[1].endswith(" done") and not list((tmp_path / "two").glob("*.pth"))
+
+
 def test_a_batch_norm_with_one_value_is_one_line(scenes, tmp_path):
     """Images of one batch that the last stage sees as one pixel."""
     cfg = config_with(config(scenes), data={"batch_size": 1, "scale": [32, 32]})
