@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.config import check_there
 from data.errors import DataError, counted, listed
 from data.problems import Problem, drop_reason, find_problems
 
@@ -55,11 +56,9 @@ def read_annotations(file: str | Path) -> Annotations:
 
 def load_coco_json(file: Path) -> dict:
     """Parse the file and check its outermost level. Raises DataError in one line."""
+    check_there("annotation file", file)
     try:
         content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"annotation file {file} does not exist: correct the path, or set DENSEKD_DATA to the folder "
-                        "that relative paths start from") from None
     except OSError as error:
         raise DataError(f"annotation file {file} cannot be read ({error.strerror}): make it a readable file") from error
     except (ValueError, RecursionError) as error:  # also for text that is not UTF-8 or nested too deeply

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.annotations import read_annotations
-from data.config import find_data
+from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage
 from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size
 
@@ -70,11 +70,7 @@ class CocoDataset(Dataset):
         self.skip_unreadable = skip_unreadable
 
         read = read_annotations(self.annotation_file)
-        if not self.image_folder.is_dir():
-            raise DataError(
-                f"image folder {self.image_folder} does not exist: correct the path, or set DENSEKD_DATA to the "
-                "folder that relative paths start from"
-            )
+        check_there("image folder", self.image_folder, folder=True)
         self.classes, self.category_ids = read.classes, read.category_ids
         self.num_classes = len(self.classes)
         self.num_dropped_boxes = read.num_dropped_boxes

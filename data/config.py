@@ -3,6 +3,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.errors import DataError
 from data.ranges import Count, Number, Share
 
 
@@ -13,6 +14,11 @@ class Split:
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file
     first: Count | None = None  # use only this many images, the first in the file
+
+    def check_paths(self) -> None:
+        """Raise DataError if the annotations or the folder of the images are not there."""
+        check_there("annotation file", find_data(self.annotations))
+        check_there("image folder", find_data(self.images), folder=True)
 
 
 @dataclass
@@ -38,3 +44,10 @@ def find_data(path: str | Path) -> Path:
     The caller checks whether anything exists there.
     """
     return Path(os.environ.get("DENSEKD_DATA") or "datasets") / path
+
+
+def check_there(what: str, path: Path, folder: bool = False) -> None:
+    """Raise DataError if a path from a configuration does not exist, or is no folder and has to be one."""
+    if not (path.is_dir() if folder else path.exists()):
+        raise DataError(f"{what} {path} does not exist: correct the path, or set DENSEKD_DATA to the folder that "
+                        "relative paths start from")

@@ -7,6 +7,8 @@ MAX_LISTED = 10  # problems named in an error; the rest are counted
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what is wrong, in which file, what to do about it."""
 
+    exit_code = 2
+
     def __init__(self, message: str):
         # An error from a DataLoader worker is raised again in the main process with its whole traceback as the
         # message; the last line of that is the original message.

@@ -6,6 +6,8 @@ from types import ModuleType
 class MissingExtra(RuntimeError):
     """A feature needs a package that is not installed."""
 
+    exit_code = 2
+
 
 def need(package: str, extra: str, feature: str, module: str | None = None) -> ModuleType:
     """An optional package.

@@ -3,9 +3,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Errors of the operating system about a path that the user gave.
+BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 class OutputError(OSError):
     """A path that cannot be written. The message is one line."""
+
+    @property
+    def exit_code(self) -> int:
+        """2 if another path would help."""
+        return 2 if isinstance(self.__cause__, BAD_PATHS) else 1
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Builds student, teachers and methods from a configuration."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.build import build, split_options
+from models.checkpoints.sources import check_file
 from models.weights import CheckpointError, load_weights, log, summary
 
 from .config import Config, TeacherConfig, load_config, parse_config
@@ -98,15 +99,38 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
     return teacher
 
 
-def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
-    """Load a teacher's weights; CheckpointError if they are not complete, or if the teacher is to be trained first."""
+def check_files(cfg: Config, splits: Sequence[str] = (), checkpoint: str | Path | None = None) -> None:
+    """Raise DataError or CheckpointError for a file that does not exist, before anything is built: a teacher's, that of
+    a part of the data ("train", "val"), or another checkpoint. Nothing is read or downloaded."""
+    for entry in cfg.teachers:
+        teacher_model(entry)
+        if entry.checkpoint is not None:
+            check_teacher_file(entry)
+    for split in filter(None, (getattr(cfg.data, split, None) for split in splits)):
+        split.check_paths()
+    if checkpoint is not None:
+        check_file(checkpoint)
+
+
+def check_teacher_file(entry: TeacherConfig) -> None:
+    """Raise CheckpointError if a teacher's checkpoint is not there; it says whether the teacher is to be trained first.
+    """
     path = entry.checkpoint
     if entry.cfg and Path(path).name in ("last.pth", "best.pth") and not Path(path).exists():
         raise CheckpointError(f"distill.teacher.checkpoint: {path} does not exist. Train the teacher first (python "
                               f"scripts/train.py --cfg {entry.cfg} --work-dir {Path(path).parent}), or give the "
                               "checkpoint that you have")
     try:
-        load_weights(teacher, path, entry.part)
+        check_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"distill.teacher: {error}") from None
+
+
+def load_teacher(teacher: Detector, entry: TeacherConfig) -> None:
+    """Load a teacher's weights; CheckpointError if they are not complete, or if the teacher is to be trained first."""
+    check_teacher_file(entry)
+    try:
+        load_weights(teacher, entry.checkpoint, entry.part)
     except CheckpointError as error:
         raise CheckpointError(f"distill.teacher: {error}") from None
 

@@ -1,28 +1,26 @@
-"""What the scripts share: arguments, and errors that become one line and an exit code."""
+"""What the scripts share: arguments, and errors that become one line and an exit code.
+
+A script imports what it needs after it has read its arguments and its configuration, so that an error in them does not
+wait seconds for PyTorch.
+"""
 import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from data.output import BAD_PATHS
 
-from data import DataError
-from data.extras import MissingExtra
-from data.output import OutputError
-from data.sources.download import DownloadError
-from models import ConfigError
-from models.weights import CheckpointError
-
-from .exceptions import ExportError, Incomplete, Stopped, TrainingError, UsageError, WorkDirError
-from .processes.distributed import rank, stop_processes
+from .early import check_early
+from .exceptions import UsageError
 from .work_dir.log import TqdmHandler
 
-BAD_INPUT = (ConfigError, DataError, CheckpointError, UsageError, MissingExtra, WorkDirError)
-FAILURES = (TrainingError, ExportError, DownloadError, Incomplete)
-# Errors of the operating system about a path that the user gave.
-BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Config
 
 # Arguments that several scripts have.
 SHARED = {
@@ -54,8 +52,24 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
     return result
 
 
-def choose_device(name: str | None) -> torch.device:
+def load_config(path: str | Path, overrides: Sequence[str], *splits: str,
+                checkpoint: str | Path | None = None) -> "Config":
+    """The configuration, see `kd.load_config`; errors are found before PyTorch is imported.
+
+    Args:
+        splits: parts of the data that are needed, "train" or "val"; their files must exist.
+        checkpoint: a file that must exist, too, unless it is an address.
+    """
+    check_early(path, overrides, splits, checkpoint)
+    from .config import load_config
+
+    return load_config(path, overrides)
+
+
+def choose_device(name: str | None) -> "torch.device":
     """The named device, by default CUDA if available, otherwise the CPU; UsageError if "cuda" is not available."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -68,6 +82,8 @@ def fraction(points: float | None) -> float | None:
 
 def say(text: str) -> None:
     """Print in the first process; the others print nothing."""
+    from .processes.distributed import rank
+
     if rank() == 0:
         print(text)
 
@@ -93,31 +109,29 @@ def run(main: Callable[[], None]) -> None:
     code = 0
     try:
         main()
-    except (*BAD_INPUT, *FAILURES, Stopped, torch.OutOfMemoryError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
         if not code:
             raise
         if debug:
             traceback.print_exc()
         print(message, file=sys.stderr)
-    stop_processes()
+    if "torch" in sys.modules:
+        from .processes.distributed import stop_processes
+
+        stop_processes()
     sys.exit(code)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an error and a line about it; the code is 0 if the error is not known."""
-    if isinstance(error, Stopped):
-        return 128 + error.signum, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error) if error.exit_code > 128 else f"error: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2 if isinstance(error, BAD_PATHS) else 1, f"error: {error}"
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
         return 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size (train.accumulate makes "
                    "up for it) or data.scale, or set train.amp=bf16")
-    if isinstance(error, BAD_INPUT):
-        return 2, f"error: {error}"
-    if isinstance(error, FAILURES):
-        return 1, f"error: {error}"
-    cause = error.__cause__ if isinstance(error, OutputError) else error
-    if isinstance(error, OutputError) or error.filename is not None:
-        return 2 if isinstance(cause, BAD_PATHS) else 1, f"error: {error}"
     return 0, ""

@@ -38,6 +38,8 @@ class OneOf:
 class ConfigError(ValueError):
     """A configuration that cannot be used. `key` is the dotted path of what is wrong."""
 
+    exit_code = 2
+
     def __init__(self, key: str, problem: str):
         super().__init__(f"{key}: {problem}" if key else problem)
         self.key, self.problem = key, problem

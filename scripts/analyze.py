@@ -2,8 +2,7 @@
 checkpoints, show where one is better than the other."""
 from pathlib import Path
 
-from kd import cli, load_config
-from kd.evaluation.analyze import analyze, format_tables, save_analysis
+from kd import cli
 from kd.exceptions import UsageError
 
 
@@ -22,8 +21,11 @@ def main() -> None:
     if len(args.checkpoint) > 2 or len(args.cfg) not in (1, len(args.checkpoint)):
         raise UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg)} --cfg: give one or two "
                              "checkpoints, and one configuration for both or one each")
-    cfgs = [load_config(cfg, args.overrides) for cfg in args.cfg]
-    found = analyze(cfgs * (len(args.checkpoint) // len(cfgs)), args.checkpoint, cli.choose_device(args.device),
+    cfgs = [cli.load_config(cfg, args.overrides, "val", checkpoint=checkpoint)
+            for cfg, checkpoint in zip(args.cfg * len(args.checkpoint), args.checkpoint)]
+    from kd.evaluation.analyze import analyze, format_tables, save_analysis
+
+    found = analyze(cfgs, args.checkpoint, cli.choose_device(args.device),
                     args.score_thr)
     print(format_tables(found, args.score_thr))
     if args.out:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data.output import write_text
 from kd import cli
-from kd.benchmark.run import CONFIGS, SIZES, format_report, run_benchmark
-from kd.benchmark.steps import Workload
+from kd.benchmark.workload import CONFIGS, SIZES, Workload
+from kd.early import check_early
 
 
 def main() -> None:
@@ -31,6 +31,10 @@ def main() -> None:
     counts = (args.boxes, args.rounds, args.eval_images, 1 if args.batch is None else args.batch)
     if min(counts) < 1 or min(args.size or (64,)) < 64:
         parser.error("--batch, --boxes, --rounds and --eval-images must be at least 1, --size at least 64 pixels")
+    for path in args.cfg or CONFIGS:
+        check_early(path, args.overrides)
+    from kd.benchmark.run import format_report, run_benchmark
+
     device = cli.choose_device(args.device)
     size, batch = SIZES[device.type]
     work = Workload(tuple(args.size or size), args.batch or batch, boxes=args.boxes, rounds=args.rounds, amp=args.amp,

@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 
 from kd import cli
-from kd.experiments.compare import compare, explain, format_rows, save_rows
-from kd.work_dir.records import read_runs
 
 
 def main() -> None:
@@ -14,6 +12,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="FILE",
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
     args = parser.parse_args()
+    from kd.experiments.compare import compare, explain, format_rows, save_rows
+    from kd.work_dir.records import read_runs
+
     runs, notes = read_runs(args.runs)
     notes += [f"{run.path} is left out: it has not been evaluated yet" for run in runs if not run.evaluations]
     if notes:

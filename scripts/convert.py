@@ -1,15 +1,16 @@
 """Convert a checkpoint of any known format to mmdet's or torchvision's, or an FGD checkpoint to its student."""
 from kd import cli
-from models.checkpoints.convert import CONVERSIONS, convert_checkpoint
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/convert.py --checkpoint runs/student/last.pth --to mmdet "
                                  "--out student.pth", "--checkpoint", "--part")
-    parser.add_argument("--to", required=True, choices=CONVERSIONS,
+    parser.add_argument("--to", required=True, choices=("mmdet", "torchvision", "student"),
                         help="torchvision: for RetinaNet; student: the student of an FGD checkpoint, in mmdet's format")
     parser.add_argument("--out", required=True, help="file to write")
     args = parser.parse_args()
+    from models.checkpoints.convert import convert_checkpoint
+
     print(convert_checkpoint(args.checkpoint, args.to, args.out, args.part))
 
 

@@ -2,7 +2,6 @@
 from pathlib import Path
 
 from kd import cli
-from kd.experiments.demo import run_demo
 
 
 def main() -> None:
@@ -11,6 +10,8 @@ def main() -> None:
                         help="folder for everything; an earlier demo there is replaced; default: runs/demo")
     parser.add_argument("--images", type=int, default=400, help="scenes to train on; default: 400")
     args = parser.parse_args()
+    from kd.experiments.demo import run_demo
+
     print(run_demo(args.work_dir, cli.choose_device(args.device), images=args.images,
                    overrides=tuple(args.overrides)))
     print(f"\nThe table is in {args.work_dir / 'table.md'}, and detections of all three in "

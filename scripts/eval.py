@@ -3,10 +3,7 @@ import json
 from pathlib import Path
 
 from data.output import write_text
-from kd import cli, load_config
-from kd.evaluation.coco import format_figures
-from kd.evaluation.evaluate import evaluate_checkpoint
-from kd.processes.distributed import rank
+from kd import cli
 
 
 def main() -> None:
@@ -17,8 +14,12 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, metavar="FILE",
                         help="also write precision over recall of every class, as in train.py's precision_recall.json")
     args = parser.parse_intermixed_args()
-    figures = evaluate_checkpoint(load_config(args.cfg, args.overrides), args.checkpoint,
-                                  cli.choose_device(args.device), args.part, args.curves)
+    cfg = cli.load_config(args.cfg, args.overrides, "val", checkpoint=args.checkpoint)
+    from kd.evaluation.coco import format_figures
+    from kd.evaluation.evaluate import evaluate_checkpoint
+    from kd.processes.distributed import rank
+
+    figures = evaluate_checkpoint(cfg, args.checkpoint, cli.choose_device(args.device), args.part, args.curves)
     cli.say(format_figures(figures))
     if args.curves:
         cli.wrote(args.curves)

@@ -2,11 +2,7 @@
 ONNX file."""
 from pathlib import Path
 
-import torch
-
-from kd import cli, load_config
-from kd.inference.detectors import load_named
-from kd.inference.export import check_samples, export, recipe
+from kd import cli
 
 
 def main() -> None:
@@ -21,9 +17,12 @@ def main() -> None:
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="images to check on; default: the first two of data.val, or noise if there are none")
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.cfg, args.overrides)
+    cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
+    from kd.inference.detectors import load_named
+    from kd.inference.export import check_samples, export, recipe
+
     kind = args.format or ("pt2" if args.out.suffix == ".pt2" else "onnx")
-    detector, classes = load_named(cfg, args.checkpoint, torch.device("cpu"), args.part, args.classes)
+    detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes)
     about = recipe(cfg, detector, classes.names, kind, args.nms)
     agreement = export(detector, args.out, kind, about, check_samples(cfg, about, args.check))
     print(f"wrote {args.out}, {args.out.stat().st_size / 2 ** 20:.1f} MiB. Checked: {agreement}")

@@ -1,7 +1,6 @@
 """Write the built-in data set of rendered scenes in COCO format."""
 from pathlib import Path
 
-from data import generate_scenes
 from kd import cli
 
 
@@ -17,6 +16,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.size) < 32 or min(args.train, args.val) < 1:
         parser.error("--size needs at least 32 pixels, --train and --val at least 1 image")
+    from data import generate_scenes
+
     root = generate_scenes(args.out, args.train, args.val, tuple(args.size), args.seed)
     print(f"wrote {args.train} training and {args.val} validation images to {root}")
 

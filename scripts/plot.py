@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 
 from kd import cli
-from kd.experiments.compare import compare
-from kd.experiments.plot import plot_runs
-from kd.work_dir.records import read_runs
 
 
 def main() -> None:
@@ -16,6 +13,10 @@ def main() -> None:
                         runs={"help": "work dirs of train.py, or metrics.jsonl files from them"})
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
     args = parser.parse_args()
+    from kd.experiments.compare import compare
+    from kd.experiments.plot import plot_runs
+    from kd.work_dir.records import read_runs
+
     runs, notes = read_runs(args.runs)
     if notes:
         print("\n".join(notes), file=sys.stderr)

@@ -2,11 +2,8 @@
 from pathlib import Path
 
 from data import find_data
-from data.check import format_check
 from data.errors import DataError, counted
 from data.sources.download import COCO_2017, COCO_SERVER, prepare_coco
-from data.sources.formats import read_labelled
-from data.sources.prepare import prepare
 from kd import cli
 from kd.exceptions import UsageError
 
@@ -42,6 +39,10 @@ def main() -> None:
     if args.command == "coco":
         print("\n".join(prepare_coco(args.out or find_data("coco"), args.parts, args.server, args.keep_archives)))
         return
+    from data.check import format_check
+    from data.sources.formats import read_labelled
+    from data.sources.prepare import prepare
+
     folder = read_labelled(args.command, args.input, getattr(args, "names", None))
     checks = prepare(folder, args.out, shares(args.split), args.seed, args.skip_unreadable, args.workers)
     print("\n\n".join(map(format_check, checks)))

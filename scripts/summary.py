@@ -1,7 +1,5 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
-from data.transforms import padded_size
-from kd import cli, load_config
-from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size
+from kd import cli
 
 
 def main() -> None:
@@ -11,9 +9,12 @@ def main() -> None:
                         help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.cfg, args.overrides)
     if args.size and min(args.size) < 1:
         parser.error("--size needs at least 1 pixel")
+    cfg = cli.load_config(args.cfg, args.overrides)
+    from data.transforms import padded_size
+    from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size
+
     size = padded_size(args.size) if args.size else typical_size(cfg.input.scale)
     print(format_summaries({title: summarize(model, size) for title, model in models_of(cfg).items()}))
 

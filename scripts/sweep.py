@@ -3,13 +3,9 @@
 Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
 from pathlib import Path
 
-import torch
-
 from kd import cli
+from kd.early import check_early
 from kd.exceptions import TrainingError, UsageError
-from kd.experiments.compare import compare, explain, format_rows, save_rows
-from kd.experiments.sweep import plan, run_jobs
-from kd.work_dir.records import read_runs
 
 
 def main() -> None:
@@ -33,6 +29,14 @@ def main() -> None:
     overrides = [*(word for word in args.seeds if "=" in word), *args.overrides]
     if not seeds or not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {' '.join(seeds)}: give whole numbers, each once")
+    for path in args.cfg:  # overrides of distill are only for those that distil
+        check_early(path, [text for text in overrides if not text.startswith("distill.")], ("train", "val"))
+    import torch
+
+    from kd.experiments.compare import compare, explain, format_rows, save_rows
+    from kd.experiments.sweep import plan, run_jobs
+    from kd.work_dir.records import read_runs
+
     device = cli.choose_device(args.device).type
     at_once = args.jobs if args.jobs is not None else torch.cuda.device_count() if device == "cuda" else 1
     if at_once < 1:

@@ -1,13 +1,8 @@
 """Train a detector, alone or distilled from a teacher."""
 from pathlib import Path
 
-from kd import cli, load_config
-from kd.engine.check import check
-from kd.engine.replay import replay
-from kd.engine.train import train
+from kd import cli
 from kd.exceptions import UsageError
-from kd.processes.distributed import restarted
-from kd.work_dir.checkpoint import newest_checkpoint
 
 
 def main() -> None:
@@ -23,14 +18,22 @@ def main() -> None:
                         help="repeat a step whose loss was not finite and show where it broke; needs no --cfg")
     args = parser.parse_intermixed_args()
     if args.replay:
+        from kd.engine.replay import replay
+
         print(replay(args.replay, cli.choose_device(args.device)))
         return
     if args.cfg is None:
         parser.error("--cfg is required, except with --replay")
-    cfg = load_config(args.cfg, args.overrides)
+    cfg = cli.load_config(args.cfg, args.overrides, "train", "val", checkpoint=args.resume_from)
     if args.check:
+        from kd.engine.check import check
+
         cli.say(check(cfg, cli.choose_device(args.device)))
         return
+    from kd.engine.train import train
+    from kd.processes.distributed import restarted
+    from kd.work_dir.checkpoint import newest_checkpoint
+
     work_dir = args.work_dir or Path("runs") / Path(args.cfg).stem
     resume_from = args.resume_from or (newest_checkpoint(work_dir) if args.resume else None)
     if resume_from is None and restarted():  # by torchrun --max-restarts, after a process was lost

@@ -3,8 +3,7 @@ level and, with FGD among the methods, its attention and foreground mask. One PN
 import sys
 from pathlib import Path
 
-from kd import cli, load_config
-from kd.evaluation.visualize import visualize
+from kd import cli
 
 
 def main() -> None:
@@ -17,8 +16,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="how many images of data.val; default: 4")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     args = parser.parse_intermixed_args()
-    files, left_out = visualize(load_config(args.cfg, args.overrides), args.checkpoint, args.out,
-                                cli.choose_device(args.device), args.images, args.count, args.part, args.score_thr)
+    cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
+    from kd.evaluation.visualize import visualize
+
+    files, left_out = visualize(cfg, args.checkpoint, args.out, cli.choose_device(args.device), args.images,
+                                args.count, args.part, args.score_thr)
     print("\n".join(map(str, files)))
     if left_out:
         print("\n".join(left_out), file=sys.stderr)

@@ -3,7 +3,6 @@ from pathlib import Path
 
 from data.output import write_text
 from kd import cli
-from kd.config.reference import configuration_reference
 
 
 def main() -> None:
@@ -11,6 +10,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/configuration.md"), metavar="FILE",
                         help="default: docs/configuration.md")
     args = parser.parse_args()
+    from kd.config.reference import configuration_reference
+
     write_text(args.out, configuration_reference())
     cli.wrote(args.out)
 

@@ -27,6 +27,8 @@ COCO_SERVER = "https://s3.amazonaws.com/images.cocodataset.org"
 class DownloadError(OSError):
     """A download or an archive that is not what it should be, in one line."""
 
+    exit_code = 1
+
 
 class Archive(NamedTuple):
     """A zip file on a server."""

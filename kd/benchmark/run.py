@@ -11,14 +11,11 @@ from ..config import load_config
 from ..processes.memory import peak_resident
 from . import steps
 from .data import time_evaluation, time_input
-from .steps import Workload
 from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
+from .workload import Workload
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
 MATMUL = "bf16 matrix products"
-CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.yaml",
-           "configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml")
-SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8)}  # size and batch by device, if not given
 
 
 def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, overrides: Sequence[str] = (),

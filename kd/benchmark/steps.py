@@ -18,22 +18,7 @@ from ..engine.step import compute_losses, to_device
 from ..inference.precision import autocast, memory_format
 from ..optim import build_optimizer, clip_gradients, lr_factor
 from .timing import Call
-
-
-@dataclass
-class Workload:
-    """The input of every model, and how often it is timed."""
-
-    size: tuple[int, int]      # height, width of the images before they are padded
-    batch: int                 # images per step
-    boxes: int = 7             # boxes per image
-    classes: int = 80          # if a configuration does not set it
-    rounds: int = 9            # timed, after `warmup` that are not
-    warmup: int = 2
-    profiled: int = 2          # training steps that are profiled for `shares`
-    amp: str | None = None     # in place of every configuration's train.amp, and of the yardstick's "none"
-    input_images: int = 128    # JPEG files that the input pipeline is timed on
-    eval_images: int = 500     # images with 100 detections each that the evaluation is timed on
+from .workload import Workload
 
 
 @dataclass

@@ -5,11 +5,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from data.output import writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TqdmHandler(logging.StreamHandler):
@@ -41,9 +44,9 @@ class Meter:
         self.sums, self.counts, self.steps, self.images = {}, {}, 0, 0
         self.start = time.perf_counter()
 
-    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
+    def add(self, losses: dict[str, "Tensor"], images: int) -> None:
         for name, value in losses.items():
-            finite = torch.isfinite(value.detach())  # under fp16 a step may overflow and be skipped
+            finite = value.detach().isfinite()  # under fp16 a step may overflow and be skipped
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(finite, 0)
             self.counts[name] = self.counts.get(name, 0) + finite  # a method may also not run at this step
         self.steps += 1

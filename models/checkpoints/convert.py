@@ -11,8 +11,6 @@ from ..weights import open_checkpoint
 from .formats import Weights
 from .unpickler import CheckpointError, one_line
 
-CONVERSIONS = ("mmdet", "torchvision", "student")
-
 
 def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLike, part: str | None = None) -> str:
     """Converts a checkpoint of any format that `load_weights` reads, writes it to `out`, and returns a line that
@@ -27,10 +25,10 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
     label, checkpoint = open_checkpoint(source, part)
     if to == "torchvision":
         content: dict[str, Any] = to_torchvision(checkpoint.weights)
-    elif to in CONVERSIONS:
+    elif to in ("mmdet", "student"):
         content = to_mmdet(checkpoint.weights, checkpoint.meta)
     else:
-        raise CheckpointError(f"cannot convert to {one_line(to, 40)}: choose {', '.join(CONVERSIONS)}")
+        raise CheckpointError(f"cannot convert to {one_line(to, 40)}: choose mmdet, torchvision or student")
     out = os.path.abspath(os.fspath(out))
     os.makedirs(os.path.dirname(out), exist_ok=True)
     partial = f"{out}.partial"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sources import check_file
 from .unpickler import CheckpointError, CheckpointUnpickler, one_line
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in files from torch before version 1.6
@@ -30,11 +31,10 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     an object that weights do not need. This object is not even looked up.
     """
     path = os.fspath(path)
+    check_file(path)
     try:
         with open(path, "rb") as file:
             return _read(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint file: {path}") from None
     except CheckpointError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
     except OSError as error:

@@ -62,6 +62,13 @@ def local_path(source: str | os.PathLike) -> str:
     raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
 
 
+def check_file(source: str | os.PathLike) -> None:
+    """Raise CheckpointError for a path where there is no file; it does not look up addresses."""
+    source = os.fspath(source)
+    if "://" not in source and not os.path.exists(os.path.expanduser(source)):
+        raise CheckpointError(f"no such checkpoint file: {source}")
+
+
 def _torchvision_url(name: str) -> str:
     import torchvision  # here, because a local file does not need its models
 

@@ -28,6 +28,8 @@ from torch import Tensor
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, is not safe to read, or does not fit the model. The message is one line."""
 
+    exit_code = 2
+
 
 def one_line(text: object, limit: int = 200) -> str:
     """`text` on one line and cut to `limit` characters, because names in files may contain any characters."""

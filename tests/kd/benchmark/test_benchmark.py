@@ -11,7 +11,6 @@ from kd.benchmark import run as benchmark
 from kd.benchmark.data import generate_results
 from kd.benchmark.run import YARDSTICK, format_report, names, run_benchmark
 from kd.benchmark.steps import (
-    Workload,
     build_subject,
     make_batch,
     predict_call,
@@ -19,6 +18,7 @@ from kd.benchmark.steps import (
     set_typical_threshold,
     training_step,
 )
+from kd.benchmark.workload import CONFIGS, Workload
 from kd.config import parse_config
 from kd.evaluation.coco import coco_figures
 
@@ -120,7 +120,7 @@ def test_the_script(report, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == format_report(report) + "\n"
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
     assert run_script(monkeypatch, "benchmark.py", "--device", "cpu") == 0
-    assert given["paths"] == benchmark.CONFIGS and given["work"] == Workload((320, 416), 2)
+    assert given["paths"] == CONFIGS and given["work"] == Workload((320, 416), 2)
     assert run_script(monkeypatch, "benchmark.py", "--rounds", 0) == 2
     assert "at least 1" in capsys.readouterr().err
 
