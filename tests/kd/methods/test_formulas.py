@@ -254,6 +254,37 @@ def test_the_region_is_off_unless_asked_for():
     assert losses.keys() == {"loss_ld"}
 
 
+@pytest.mark.parametrize("method", ["CrossKD", "Mimic"])
+def test_boxes_of_fcos_are_compared_in_pixels(method):
+    """Boxes so small that the 1e-6 in the IoU decides. The original's teacher multiplies distances by the stride."""
+    options = {"reused_teacher_head_idx": 1} if method == "CrossKD" else {}
+    model = small_distiller({"type": method, **options}, head="FCOSHead")
+    with torch.no_grad():
+        for detector in (model.student, model.teacher):
+            for scale in detector.bbox_head.scales:
+                scale.scale.fill_(2e-5)
+    student, (teacher,), _ = model.passes(*make_batch())
+    assert not teacher.head.training and student.head.training
+    one = model.methods[0][0]
+    outputs = one.cross_head(student, teacher) if method == "CrossKD" else student.outputs
+    total, small = {"strides": 0.0, "pixels": 0.0}, 0
+    strides, points = (x.tolist() for x in (student.assignment.priors.strides, student.assignment.priors.centers))
+    for i in range(2):
+        rows = zip(outputs.box[i].tolist(), teacher.outputs.box[i].tolist(), teacher.outputs.cls[i].tolist())
+        for (own, other, scores), stride, (x, y) in zip(rows, strides, points):
+            for unit, factor in (("strides", 1.0), ("pixels", stride)):
+                (l, t, r, b), (L, T, R, B) = ([x - factor * box[0], y - factor * box[1], x + factor * box[2],
+                                               y + factor * box[3]] for box in (own, other))
+                inter = max(min(r, R) - max(l, L), 0) * max(min(b, B) - max(t, T), 0)
+                union = (r - l) * (b - t) + (R - L) * (B - T) - inter
+                total[unit] += sigmoid(max(scores)) * -math.log(max(inter / max(union, 1e-6), 1e-6))
+                small += unit == "strides" and 0 < union < 1e-6
+    assert small > 50
+    normalizer = float(student.head.kd_normalizer(student.assignment))
+    close(one(student, teacher)["loss_reg_kd"], 0.75 * total["pixels"] / normalizer)
+    assert total["strides"] > 1.02 * total["pixels"]
+
+
 def test_predictions_in_half_precision_are_compared_in_float32():
     """No loss rounds its inputs further: it is the same for outputs that are promoted first."""
     distiller = small_distiller({"type": "Mimic"}, head="ATSSHead", dtype=torch.float32)
