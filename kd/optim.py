@@ -14,9 +14,10 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 def sgd(model: nn.Module, lr: NonNegative = 0.01, momentum: Share = 0.9, weight_decay: NonNegative = 1e-4,
         nesterov: bool = False, decay_norm_and_bias: bool = True, bias_lr_mult: NonNegative = 1.0,
-        bias_decay_mult: NonNegative = 1.0) -> torch.optim.Optimizer:
+        bias_decay_mult: NonNegative = 1.0, norm_decay_mult: NonNegative | None = None) -> torch.optim.Optimizer:
     """SGD with momentum; the other arguments as in `parameter_groups`."""
-    groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult)
+    groups = parameter_groups(model, lr, weight_decay, decay_norm_and_bias, bias_lr_mult, bias_decay_mult,
+                              norm_decay_mult)
     optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=nesterov, fused=True)
     if momentum:
         # PyTorch would create these uninitialised in the first step, and leave them so if that step is skipped.
@@ -44,24 +45,36 @@ class OptimizerOptions:
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_norm_and_bias: bool = True,
-                     bias_lr_mult: float = 1.0, bias_decay_mult: float = 1.0) -> list[dict]:
+                     bias_lr_mult: float = 1.0, bias_decay_mult: float = 1.0,
+                     norm_decay_mult: float | None = None) -> list[dict]:
     """The trained parameters in groups of equal learning rate and weight decay; first those with the plain values.
 
+    The factors mean the same as in `paramwise_cfg` of mmengine, with which CrossKD was trained. A bias is a parameter
+    of that name.
+
     Args:
-        decay_norm_and_bias: False applies no weight decay to norms and biases.
-        bias_lr_mult, bias_decay_mult: factors for the biases of all layers except norms.
+        decay_norm_and_bias: False applies no weight decay to norms and biases. Other parameters, like a head's learned
+            factors, keep it.
+        bias_lr_mult: factor of the learning rate, for the biases of all layers except norms.
+        bias_decay_mult: factor of the weight decay, for all biases; with `norm_decay_mult`, not for those of norms.
+        norm_decay_mult: factor of the weight decay, for the weights and biases of norms. In mmcv 1, with which FGD was
+            trained, it is 1 unless it is set.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {(lr, weight_decay): []}
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {(lr, weight_decay): []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         owner, _, kind = name.rpartition(".")
-        of_norm = isinstance(model.get_submodule(owner), NORMS)
-        bias = kind == "bias" and not of_norm
-        rate, decay = (lr * bias_lr_mult, weight_decay * bias_decay_mult) if bias else (lr, weight_decay)
-        # Parameters with fewer than two dimensions are biases, scales or norms'; those of FGD's LayerNorm have three.
-        spared = not decay_norm_and_bias and (of_norm or parameter.dim() < 2)
-        groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter)
+        of_norm, bias = isinstance(model.get_submodule(owner), NORMS), kind == "bias"
+        rate = lr * bias_lr_mult if bias and not of_norm else lr
+        decay = weight_decay
+        if not decay_norm_and_bias and (of_norm or bias):
+            decay = 0.0
+        elif of_norm and norm_decay_mult is not None:
+            decay *= norm_decay_mult
+        elif bias:
+            decay *= bias_decay_mult
+        groups.setdefault((rate, decay), []).append((name, parameter))
     return [{"params": members, "lr": rate, "weight_decay": decay}
             for (rate, decay), members in groups.items() if members]
 
@@ -81,24 +94,57 @@ def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Opti
     return optimizer
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, names: list[str] | None = None) -> None:
     """Load the buffers of an optimiser's `state_dict`; learning rate, momentum and weight decay stay as they are here.
 
-    Each tensor gets the memory layout that its parameter has now: fused optimisers read both in memory order and ignore
-    their strides.
-    Raises ValueError if the groups of parameters differ.
+    Each parameter gets its buffers by name, also if the groups are others than before. Each tensor gets the memory
+    layout that its parameter has now: fused optimisers read both in memory order and ignore their strides.
+
+    Args:
+        names: the parameters of a state that holds no names, in its order, see `earlier_names`.
+    Raises:
+        ValueError: other parameters were trained.
     """
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    fresh = dict(optimizer.state)
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options):
-        group.update(own)
+    own, fresh = optimizer.state_dict(), dict(optimizer.state)
+    trained, saved = ([name for group in groups for name in group.get("param_names", [])]
+                      for groups in (own["param_groups"], state["param_groups"]))
+    saved = saved or names or trained
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    if len(indices) != len(saved):
+        raise ValueError(f"it has trained {len(indices)} parameters, and this run trains {len(saved)}")
+    if others := set(saved) ^ set(trained):
+        raise ValueError(f"only one of the two trains {min(others)}")
+    places = dict(zip(saved, indices))
+    buffers = {i: state["state"][places[name]] for i, name in enumerate(trained) if places[name] in state["state"]}
+    optimizer.load_state_dict(own | {"state": buffers})
     for parameter, own in fresh.items():  # for a momentum where there was none
         optimizer.state[parameter] = own | optimizer.state[parameter]
     for parameter, own in optimizer.state.items():
         for name, value in own.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def earlier_names(model: nn.Module, cfg: dict) -> list[str]:
+    """The trained parameters in the order of an optimiser's state from the time when states held no names.
+
+    At that time, biases of norms had the plain weight decay, and `decay_norm_and_bias: false` also spared single
+    numbers, like a head's learned factors.
+
+    Args:
+        cfg: the `optimizer` section of that run.
+    """
+    bias_factors = cfg.get("bias_lr_mult", 1.0), cfg.get("bias_decay_mult", 1.0)
+    groups: dict[tuple[float, float], list[str]] = {(1.0, 1.0): []}
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        of_norm = isinstance(model.get_submodule(owner), NORMS)
+        rate, decay = bias_factors if kind == "bias" and not of_norm else (1.0, 1.0)
+        if not cfg.get("decay_norm_and_bias", True) and (of_norm or parameter.dim() < 2):
+            decay = 0.0
+        if parameter.requires_grad:
+            groups.setdefault((rate, decay if cfg.get("weight_decay", 1.0) else 1.0), []).append(name)
+    return [name for members in groups.values() for name in members]
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:

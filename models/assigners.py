@@ -131,9 +131,11 @@ class ATSSAssigner:
     @torch.no_grad()
     def __call__(self, priors: Priors, valid: Tensor, boxes: Tensor, real: Tensor, ignored: Tensor,
                  ignored_real: Tensor) -> Tensor:
-        if not valid.is_cuda and not valid.all():
-            return self._per_image(priors, valid, boxes, real, ignored, ignored_real)
         assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long, device=valid.device)
+        if not valid.is_cuda and not valid.all():
+            for i, keep, image in self._each_image(priors, valid, boxes, real, ignored, ignored_real):
+                assigned[i, keep] = self(*image)[0]
+            return assigned
         region = None
         if self.ignore_iof_thr > 0 and ignored.shape[1]:
             region = in_ignored_region(priors.boxes, ignored, ignored_real, self.ignore_iof_thr)
@@ -159,6 +161,8 @@ class ATSSAssigner:
 
     def positive_threshold(self, priors: Priors, valid: Tensor, boxes: Tensor) -> Tensor:
         """The lowest IoU (N, G) with which an anchor may learn each box."""
+        if not valid.is_cuda and not valid.all():
+            return torch.cat([self.positive_threshold(*image) for *_, image in self._each_image(priors, valid, boxes)])
         _, chosen, overlaps = self._candidates(priors, valid, boxes)
         return self._threshold(overlaps, chosen)
 
@@ -177,19 +181,18 @@ class ATSSAssigner:
         chosen = valid.unsqueeze(1).expand_as(distances).gather(2, candidates)
         return candidates, chosen, pairwise_overlap(boxes.unsqueeze(2), priors.boxes[candidates]).squeeze(2)
 
-    def _per_image(self, priors: Priors, valid: Tensor, *truth: Tensor) -> Tensor:
-        """The same assignment, image by image, with only the valid anchors of each image.
+    @staticmethod
+    def _each_image(priors: Priors, valid: Tensor, *truth: Tensor) -> Iterator[tuple[int, Tensor, tuple]]:
+        """For each image its index, its valid anchors (P,), and the same arguments for only these anchors.
 
         Anchors at equal distances are common, because coordinates are often whole numbers. Which of them `topk` takes
         depends on its other inputs. The references pass only the valid anchors. On the CPU we do the same, so that our
         values can be compared with theirs.
         """
-        assigned = torch.full(valid.shape, NEGATIVE, dtype=torch.long)
         for i, keep in enumerate(valid):
             counts = tuple(int(level.sum()) for level in keep.split(priors.level_sizes))
             own = priors.take(keep)._replace(level_sizes=counts)
-            assigned[i, keep] = self(own, keep[keep].unsqueeze(0), *(t[i:i + 1] for t in truth))[0]
-        return assigned
+            yield i, keep, (own, keep[keep].unsqueeze(0), *(t[i:i + 1] for t in truth))
 
     def _nearest(self, distances: Tensor, level_sizes: tuple[int, ...]) -> Tensor:
         """Indices (N, G, C) of the `topk` anchors of each level that are nearest to each box."""

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_models import enliven
+from small_models import CLASSES as NUM_CLASSES
+from small_models import enliven, without_weights
 
 from data.sources.scenes import CLASSES
-from models import build_detector
+from kd import Distiller, build_distiller
+from kd.config import load_config
+from models import Detector, build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,3 +72,25 @@ def script(log: Path, name: str, *arguments: object) -> None:
     torch.set_num_threads(1)
     sys.argv = [name, *map(str, arguments)]
     runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+
+def shrunk(model: dict) -> dict:
+    """The same model, but narrow and without weights to download."""
+    model = without_weights(model)
+    width = {"ResNet": {"base_channels": 4}, "ResNeXt": {"base_channels": 4, "groups": 2}}
+    width = width.get(model["backbone"]["type"], {})
+    return model | {"backbone": model["backbone"] | width, "neck": model["neck"] | {"out_channels": 32},
+                    "head": model["head"] | {"feat_channels": 32, "num_classes": NUM_CLASSES}}
+
+
+def built(cfg: dict) -> Distiller | Detector:
+    """The detector or distiller of a configuration, shrunk and without weights."""
+    cfg["model"] = shrunk(cfg["model"])
+    if cfg.get("distill"):
+        teacher = cfg["distill"]["teacher"]
+        assert teacher["checkpoint"]
+        cfg["distill"]["teacher"] = {"model": shrunk(load_config(ROOT / teacher["cfg"])["model"]), "checkpoint": None}
+        if "class_map" in teacher:
+            assert len(teacher["class_map"]) == 80
+            cfg["distill"]["teacher"]["class_map"] = list(range(NUM_CLASSES))
+    return (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).train()

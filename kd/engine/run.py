@@ -21,7 +21,7 @@ from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
 from ..inference.detectors import check_classes, with_classes
 from ..inference.precision import memory_format
-from ..optim import build_optimizer, load_optimizer
+from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
 from ..processes.sharding import shard
 from ..work_dir.checkpoint import save_checkpoint
@@ -160,7 +160,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[str]:
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
-        load_optimizer(run.optimizer, state["optimizer"])
+        load_optimizer(run.optimizer, state["optimizer"], earlier_names(run.model, saved.get("optimizer") or {}))
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None

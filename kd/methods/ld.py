@@ -1,4 +1,6 @@
 """LD: localization distillation for dense object detection (Zheng et al., arXiv:2102.12252)."""
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,15 @@ class LD(Method):
         vlr_weight: weight of the same divergence in the valuable localisation region, see `valuable_region`; 0 omits
             it. Anchors are weighted by their IoU with the box, divided by 16, as in the authors' code.
         vlr_gamma: lower bound of that region, as a share of the positives' threshold (algorithm 1).
+        vlr_overlap: iof chooses that region by the intersection over the anchor's area, as the authors' code does; iou
+            by the intersection over the union, as in the paper (algorithm 1).
     """
 
     teacher_head = True
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 0.25, T: float = 10.0,
-                 class_reduction: str = "mean", vlr_weight: float = 0.0, vlr_gamma: float = 0.25):
+                 class_reduction: str = "mean", vlr_weight: float = 0.0, vlr_gamma: float = 0.25,
+                 vlr_overlap: Literal["iof", "iou"] = "iof"):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "LD")
         if not isinstance(student.bbox_head, GFLHead):
@@ -34,7 +39,7 @@ class LD(Method):
                                   "predicts none: use it with GFLHead")
         if not 0 <= vlr_gamma <= 1:
             raise ConfigError("vlr_gamma", f"must be from 0 to 1, not {vlr_gamma}")
-        self.vlr_gamma = vlr_gamma
+        self.vlr_gamma, self.vlr_overlap = vlr_gamma, vlr_overlap
         self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
         self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None
 
@@ -52,14 +57,20 @@ class LD(Method):
     def valuable_region(self, student: DetectorPass) -> Tensor:
         """IoU (N, P) of almost positive anchors with their box; zero for all other anchors (algorithm 1).
 
-        Their DIoU with the box is below the threshold for positives, but at least `vlr_gamma` times this threshold.
+        Their DIoU with the box is below the threshold for positives, but at least `vlr_gamma` times this threshold. The
+        paper's DIoU is the IoU minus `center_distance`. The authors' code, from which the published figures come,
+        divides the intersection by the area of the anchor there. So a small anchor inside a box has 1 instead of a
+        small IoU. The threshold and the returned values are IoUs in both.
         """
         priors = student.assignment.priors
         truth = pad_targets(student.targets, priors.boxes.dtype, priors.boxes.device)
         valid = student.assignment.label_weights != 0
         threshold = student.head.assigner.positive_threshold(priors, valid, truth.boxes).unsqueeze(-1)
         iou = pairwise_overlap(truth.boxes, priors.boxes)  # (N, G, P)
-        diou = iou - center_distance(truth.boxes, priors.boxes)
+        overlap = iou
+        if self.vlr_overlap == "iof":
+            overlap = pairwise_overlap(priors.boxes, truth.boxes, "iof").transpose(-1, -2)
+        diou = overlap - center_distance(truth.boxes, priors.boxes)
         near = (diou < threshold) & (diou >= self.vlr_gamma * threshold)
         return (iou * (near & truth.real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
 

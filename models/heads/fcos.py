@@ -54,7 +54,6 @@ class FCOSHead(DenseHead):
         if len(regress_ranges) != len(strides):
             raise ConfigError("regress_ranges", f"must have one entry per stride, {len(strides)} in total")
         self.norm_on_bbox, self.centerness_on_reg = norm_on_bbox, centerness_on_reg
-        self.box_form = f"distances in {'strides' if norm_on_bbox else 'pixels'}"
         # Points are the centres of anchors. The size of the anchors is not used.
         self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)
         self.bbox_coder = DistancePointBBoxCoder()
@@ -90,19 +89,15 @@ class FCOSHead(DenseHead):
         target = self.bbox_coder.encode(priors.centers, assignment.box_targets)
         if self.norm_on_bbox:
             target = target / priors.strides.unsqueeze(-1)
-        target = self.bbox_coder.decode(priors.centers, target)
+        # In training, the original decodes distances in strides as if they were pixels. Its IoU differs only by `eps`.
+        target, decoded = (self.bbox_coder.decode(priors.centers, distances) for distances in (target, outputs.box))
         return {
             "loss_cls": self.loss_cls(outputs.cls, assignment.labels, assignment.label_weights,
                                       avg_factor=assignment.avg_factor),
-            "loss_bbox": self.loss_bbox(self.comparable_boxes(outputs, priors), target, centerness,
-                                        avg_factor=self.kd_normalizer(assignment)),
+            "loss_bbox": self.loss_bbox(decoded, target, centerness, avg_factor=self.kd_normalizer(assignment)),
             "loss_centerness": self.loss_centerness(outputs.centerness, centerness, positive,
                                                     avg_factor=assignment.avg_factor)}
 
     def decode(self, box: Tensor, priors: Priors) -> Tensor:
         distances = box * priors.strides.unsqueeze(-1) if self.norm_on_bbox else box
         return self.bbox_coder.decode(priors.centers, distances)
-
-    def comparable_boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
-        # In training the original does not multiply distances by the stride. The IoU is the same.
-        return self.bbox_coder.decode(priors.centers, outputs.box)

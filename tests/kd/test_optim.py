@@ -1,9 +1,12 @@
 """Parameter groups and the learning rate."""
 import pytest
 import torch
+from runs import ROOT, built
+from small_models import small_distiller, teacher_entry
 from torch import nn
 
-from kd.optim import ScheduleConfig, build_optimizer, load_optimizer, lr_factor
+from kd.config import load_config
+from kd.optim import ScheduleConfig, build_optimizer, earlier_names, load_optimizer, lr_factor
 from models import ConfigError
 
 
@@ -24,14 +27,119 @@ def test_norm_and_bias_can_be_spared():
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.01), (3, 0.0)]
 
 
-def test_biases_can_have_their_own_rate_and_decay_and_those_of_norms_keep_the_plain_ones():
-    net = model()
-    groups = build_optimizer({"lr": 0.1, "weight_decay": 0.01, "bias_lr_mult": 2, "bias_decay_mult": 0}, net,
-                             4).param_groups
-    plain, bias = groups
+def test_biases_can_have_their_own_rate_and_decay_and_those_of_norms_only_the_decay():
+    net, cfg = model(), {"lr": 0.1, "weight_decay": 0.01, "bias_lr_mult": 2, "bias_decay_mult": 0}
+    plain, norm, bias = build_optimizer(cfg, net, 4).param_groups
     assert (plain["lr"], plain["initial_lr"], plain["weight_decay"]) == (0.1, 0.1, 0.01)
+    assert (norm["lr"], norm["initial_lr"], norm["weight_decay"]) == (0.1, 0.1, 0.0)
     assert (bias["lr"], bias["initial_lr"], bias["weight_decay"]) == (0.2, 0.2, 0.0)
-    assert len(plain["params"]) == 3 and bias["params"] == [net[2].bias]
+    assert plain["params"] == [net[1].weight, net[2].weight]
+    assert (norm["params"], bias["params"]) == ([net[1].bias], [net[2].bias])
+    plain, norm, bias = build_optimizer(cfg | {"norm_decay_mult": 0.5}, net, 4).param_groups
+    assert (norm["lr"], norm["weight_decay"], norm["params"]) == (0.1, 0.005, [net[1].weight, net[1].bias])
+    assert (plain["params"], bias["params"]) == ([net[2].weight], [net[2].bias])
+
+
+def mmengine(module, lr, decay, norm_decay_mult=None, bias_lr_mult=None, bias_decay_mult=None, prefix=""):
+    """Learning rate and weight decay of each trained parameter by the rules of mmengine 0.7.3 for `paramwise_cfg`."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        own_lr, own_decay = lr, decay
+        if name == "bias" and not isinstance(module, norms) and bias_lr_mult is not None:
+            own_lr = lr * bias_lr_mult
+        if isinstance(module, norms) and norm_decay_mult is not None:
+            own_decay = decay * norm_decay_mult
+        elif name == "bias" and bias_decay_mult is not None:
+            own_decay = decay * bias_decay_mult
+        if parameter.requires_grad:
+            found[prefix + name] = own_lr, own_decay
+    for name, child in module.named_children():
+        found |= mmengine(child, lr, decay, norm_decay_mult, bias_lr_mult, bias_decay_mult, f"{prefix}{name}.")
+    return found
+
+
+def values(optimizer):
+    """Learning rate and weight decay of each parameter."""
+    return {name: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups
+            for name in group["param_names"]}
+
+
+FCOS = {"bias_lr_mult": 2.0, "bias_decay_mult": 0.0}
+PUBLISHED = [path for folder in ("crosskd", "fgd", "ld", "fcos")
+             for path in sorted((ROOT / "configs" / folder).iterdir())]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_configurations_train_each_parameter_as_the_originals(path):
+    """CrossKD's FCOS sets only the two factors of biases; FGD's FCOS the same, in mmcv 1, where norms' factor is 1."""
+    factors = FCOS if "fcos" in path.stem else {}
+    if "fgd" in path.stem or "normbbox" in path.stem:
+        factors = factors | {"norm_decay_mult": 1.0}
+    cfg = load_config(path)
+    net = built(cfg)
+    assert values(build_optimizer(cfg["optimizer"], net, 16)) == mmengine(net, 0.01, 0.0001, **factors)
+
+
+@pytest.mark.parametrize("head", ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"])
+@pytest.mark.parametrize("options", [FCOS, FCOS | {"norm_decay_mult": 0.5}, {"decay_norm_and_bias": False}], ids=str)
+def test_each_parameter_of_a_student_and_its_methods_as_in_mmengine(head, options):
+    """Among them: a head's factors, group norms, CrossKD's and PKD's convolutions, FGD's layer norms."""
+    net = small_distiller({"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "PKD"}, {"type": "FGD"},
+                          head=head, teacher=teacher_entry(head, width=24))
+    found = values(build_optimizer({"lr": 0.1, "weight_decay": 0.01, **options}, net, 4))
+    factors = options if "bias_lr_mult" in options else {"norm_decay_mult": 0.0, "bias_decay_mult": 0.0}
+    assert found == mmengine(net, 0.1, 0.01, **factors)
+    assert len(found) == sum(p.requires_grad for p in net.parameters())
+    factor = "student.bbox_head.scales.0.scale"
+    assert found.get(factor) == (None if head == "RetinaHead" else (0.1, 0.01))
+
+
+def earlier_groups(net, bias_lr_mult=1, bias_decay_mult=1, decay_norm_and_bias=True):
+    """Groups of parameters as they were made before optimisers knew the parameters' names."""
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    groups = {(0.1, 0.01): []}
+    for name, parameter in net.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        of_norm = isinstance(net.get_submodule(owner), norms)
+        bias = kind == "bias" and not of_norm
+        rate, decay = (0.1 * bias_lr_mult, 0.01 * bias_decay_mult) if bias else (0.1, 0.01)
+        spared = not decay_norm_and_bias and (of_norm or parameter.dim() < 2)
+        if parameter.requires_grad:
+            groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("options", [{}, FCOS, {"decay_norm_and_bias": False}, FCOS | {"decay_norm_and_bias": False}],
+                         ids=str)
+def test_states_of_earlier_versions_reach_the_right_parameters(options):
+    net = small_distiller({"type": "FGD"}, head="FCOSHead", teacher=teacher_entry("FCOSHead", width=24))
+    earlier = torch.optim.SGD([{"params": members} for members in earlier_groups(net, **options)], 0.1, 0.9)
+    for parameter in net.parameters():
+        earlier.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
+    cfg = {"lr": 0.1, "weight_decay": 0.01, **options}
+    optimizer = build_optimizer(cfg, net, 4)
+    load_optimizer(optimizer, earlier.state_dict(), earlier_names(net, cfg))
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], earlier.state[p]["momentum_buffer"]) for p in trained)
+
+
+def test_a_state_is_loaded_into_other_groups_and_not_for_other_parameters():
+    net = model()
+    plain, other = build_optimizer({}, net, 4), build_optimizer({"bias_lr_mult": 2, "bias_decay_mult": 0}, net, 4)
+    for parameter in plain.state:
+        plain.state[parameter]["momentum_buffer"].normal_()
+    load_optimizer(other, plain.state_dict())
+    assert len(other.param_groups) == 3 and [group["lr"] for group in other.param_groups] == [0.01, 0.01, 0.02]
+    for parameter in plain.state:
+        assert torch.equal(other.state[parameter]["momentum_buffer"], plain.state[parameter]["momentum_buffer"])
+    net[2].bias.requires_grad_(False)
+    fewer = build_optimizer({}, net, 4)
+    with pytest.raises(ValueError, match="only one of the two trains 2.bias"):
+        load_optimizer(fewer, plain.state_dict())
+    nameless = torch.optim.SGD(plain.param_groups[0]["params"], 0.1).state_dict()
+    with pytest.raises(ValueError, match="it has trained 4 parameters, and this run trains 3"):
+        load_optimizer(fewer, nameless, earlier_names(net, {}))
 
 
 def test_the_learning_rate_scales_with_the_batch_if_asked():

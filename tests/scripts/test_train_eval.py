@@ -138,6 +138,21 @@ def test_a_resumed_run_takes_the_optimizers_new_settings(trained, tmp_path, monk
     assert "other settings than before: " in log and " to 0.002" in log and "train.epochs from 2 to 3" in log
 
 
+def test_a_resumed_run_may_group_its_parameters_otherwise(trained, tmp_path, monkeypatch):
+    """Also from a checkpoint of earlier versions, which holds no names of parameters: the weights end the same."""
+    path, work_dir, _ = trained
+    state = torch.load(work_dir / "last.pth", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        assert group.pop("param_names")
+    torch.save(state, tmp_path / "earlier.pth")
+    for name, start in (("named", work_dir / "last.pth"), ("earlier", tmp_path / "earlier.pth")):
+        assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", tmp_path / name, "--resume-from", start,
+                          "train.epochs=3", "optimizer.bias_lr_mult=2", "optimizer.bias_decay_mult=0") == 0
+    named, earlier = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("named", "earlier"))
+    assert len(named["optimizer"]["param_groups"]) == 3
+    assert_equal(named["model"], earlier["model"])
+
+
 def test_momentum_survives_a_resume_and_starts_at_zero_where_there_was_none():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -184,7 +199,7 @@ def bad_annotations(folder, text):
     ("class count", "model.head.num_classes"),
     ("nothing to resume", "no checkpoint to resume from"),
     ("another optimizer", "was trained with SGD, and optimizer.type is AdamW: resume with SGD, or start a new run"),
-    ("other groups of parameters", "is of another model or configuration"),
+    ("other trained parameters", "is of another model or configuration: only one of the two trains backbone."),
     ("classes in another order", "has the classes disc, ring"),
     ("impossible pair", "do not mean the same"),
 ])
@@ -205,7 +220,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, scenes, tmp_path, monkey
         "class count": ["model.head.num_classes=80"],
         "nothing to resume": ["--resume"],
         "another optimizer": ["--resume-from", work_dir / "last.pth", "optimizer={type: AdamW}"],
-        "other groups of parameters": ["--resume-from", work_dir / "last.pth", "optimizer.bias_lr_mult=2"],
+        "other trained parameters": ["--resume-from", work_dir / "last.pth", "model.backbone.frozen_stages=4"],
         "classes in another order": ["--resume-from", work_dir / "last.pth", *reversed_classes(scenes, tmp_path)],
         "impossible pair": [f"distill={yaml.safe_dump(retina, default_flow_style=True, width=10000)}"],
     }[case]
