@@ -25,5 +25,5 @@ def listed(problems: Sequence[str], separator: str = "; ") -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """`1 problem`, `2 classes`."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('s') else 's'}"
+    """`1 problem`, `2 boxes`."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith(('s', 'x')) else 's'}"

@@ -13,7 +13,7 @@ from runs import run_script
 from data import DataError, generate_scenes
 from data.sources.formats import read_labelled
 from data.sources.scenes import CLASSES
-from kd.config.load import read_yaml
+from kd.config.load import read_with_bases
 
 SIZE = (64, 96)
 
@@ -141,10 +141,10 @@ def test_every_format_leads_back_to_the_same_boxes(scenes, tmp_path, monkeypatch
     assert_same(found, scenes[1])
     assert {split: len(of) for split, of in names.items()} == {"train": 8, "val": 2}  # where nothing is said
     assert "8 images" in printed and "no problems" in printed and str(tmp_path / "out" / "data.yaml") in printed
-    data = read_yaml(tmp_path / "out" / "data.yaml")["data"]
-    assert Path(data["val"]["annotations"]) == tmp_path / "out" / "val.json"
+    data, _ = read_with_bases(tmp_path / "out" / "data.yaml")
+    assert Path(data["data"]["val"]["annotations"]) == tmp_path / "out" / "val.json"
     some = json.loads((tmp_path / "out" / "val.json").read_text())["images"][0]["file_name"]
-    assert (Path(data["val"]["images"]) / some).is_file()
+    assert (Path(data["data"]["val"]["images"]) / some).is_file()
 
 
 @pytest.mark.parametrize("kind, write, names", [
@@ -210,10 +210,10 @@ WRONG = {
     "xml cut": ("voc", lambda f: edit(f / XML, "</annotation>", ""), "000001.xml: no element found"),
     "no image": ("voc", lambda f: (f / "JPEGImages/000001.jpg").unlink(),
                  "000001.xml: there is no image with this name"),
-    "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "object 0 has no bndbox"),
+    "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "000001.xml line 1: object 1 has no bndbox"),
     "no number": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>a</xmin>"), "'a'"),
     "swapped": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>900</xmin>"),
-                "with negative width or height"),
+                "object 1, cross: xmax 80 is less than xmin 900"),
     "entities in UTF-16": ("voc", lambda f: (f / XML).write_bytes(
         ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY b "c">]>'
          "<annotation><filename>&b;</filename></annotation>").encode("utf-16")), "declares a document type"),
@@ -231,7 +231,7 @@ WRONG = {
         'file,x1,y1,x2,y2,class\na.jpg,1,1,9,9,"b' + "\n" * 140_000), "field larger than field limit"),
     "no column": ("csv", lambda f: edit(f / "boxes.csv", "x2", "width"), "has no column x2"),
     "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it must have"),
-    "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "are not numbers"),
+    "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "line 2: x1 'five' is not a number"),
     "two splits": ("csv", lambda f: shutil.copy(f / "boxes.csv", f / "val.csv"), "000000.jpg is also in a table"),
     "leads out": ("csv", lambda f: edit(f / "boxes.csv", "000000.jpg", "../000000.jpg"), "leads out of the image"),
     "missing image": ("csv", lambda f: (f / "000004.jpg").unlink(), "--skip-unreadable leaves them out: image"),
