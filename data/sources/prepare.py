@@ -96,7 +96,8 @@ def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | Non
     own = {name: listed for name, listed in own.items() if listed}
     if shares is None and own:
         left = len(images) - sum(map(len, own.values()))
-        return own, [f"{left} images are in none of the splits {', '.join(own)} and are left out"] * (left > 0)
+        text = f"image is in none of the splits {', '.join(own)} and is left out"
+        return own, [counted(left, text, text.replace("image is", "images are").replace("and is", "and are"))][:left]
     shares = shares or DEFAULT_SHARES
     if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())

@@ -52,9 +52,8 @@ def read_voc(source: Source) -> LabelledFolder:
         for image in images:
             image.boxes = [box._replace(x1=box.x1 - 1, y1=box.y1 - 1) for box in image.boxes]
     if difficult := sum(box.crowd for image in images for box in image.boxes):
-        are = "is marked difficult: it becomes a crowd, which is" if difficult == 1 else (
-            "are marked difficult: they become crowds, which are")
-        notes.append(f"{counted(difficult, 'object')} {are} not learned")
+        are = ("object is marked difficult: it becomes a crowd", "objects are marked difficult: they become crowds")
+        notes.append(f"{counted(difficult, *are)}, not learned")
     _assign_splits(images, source)
     return LabelledFolder(index.folder, images, sorted_classes(images), notes=notes)
 

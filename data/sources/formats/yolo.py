@@ -58,8 +58,8 @@ def read_yolo(source: Source) -> LabelledFolder:
     raise_problems(f"labels in {source.annotations or source.folder} cannot be used", problems)
     notes = []
     if missing := len(images) - labelled:
-        have = "has no label file: it has" if missing == 1 else "have no label file: they have"
-        notes.append(f"{counted(missing, 'image')} {have} no objects")
+        have = "image has no label file: it has", "images have no label file: they have"
+        notes.append(f"{counted(missing, *have)} no objects")
     if confidences:
         notes.append(f"{counted(confidences, 'line')} with a confidence: it is not used")
     return LabelledFolder(index.folder, images, classes, relative=True, notes=notes)
