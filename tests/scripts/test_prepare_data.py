@@ -1,5 +1,6 @@
 """prepare_data.py: conversion of other formats to COCO's, and the download of COCO."""
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from odd_images import pixels, write_rotated
 from PIL import Image
-from runs import run_script
+from runs import ROOT, run_script
 
 from data import DataError, generate_scenes
+from data.check import check_data
 from data.sources.formats import read_labelled
 from data.sources.scenes import CLASSES
+from kd.config import load_config
 from kd.config.load import read_with_bases
 
 SIZE = (64, 96)
@@ -317,3 +320,75 @@ def test_two_classes_of_one_name_are_refused(scenes, tmp_path):
     with pytest.raises(DataError, match="the class name 'a' occurs twice"):
         read_labelled("yolo", tmp_path / "in")
 
+
+@pytest.mark.parametrize("rows, reason", [
+    ("5,5,5,9", "without area"), ("500,5,500,9", "without area"), ("500,5,505,9", "outside the image"),
+    ("5,5,5.5,9", "thinner than a pixel")])
+def test_boxes_that_training_leaves_out_are_named(scenes, tmp_path, monkeypatch, capsys, rows, reason):
+    write_csv(tmp_path / "in", scenes, ("train.csv", "val.csv"))
+    with open(tmp_path / "in" / "val.csv", "a") as table:
+        table.write(f"\n000001.jpg,n,{rows},star\n")
+    line = len((tmp_path / "in" / "val.csv").read_text().splitlines())
+    code, printed, _ = prepare(monkeypatch, capsys, "csv", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and printed.count(f"note: left out of training: val.csv line {line} is {reason}\n") == 1
+    ids = [a["id"] for a in json.loads((tmp_path / "out" / "val.json").read_text())["annotations"]]
+    boxes = sum(map(len, list(scenes[1].values())[1::2]))
+    assert len(ids) == boxes + 1 and f"left out of training: 1 {reason}\n  {reason}: annotation " in printed
+
+
+def test_many_boxes_that_training_leaves_out_are_counted(scenes, tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path / "in", scenes)
+    with open(tmp_path / "in" / "boxes.csv", "a") as table:
+        table.write("\n" + "000001.jpg,n,5,5,5,9,star\n" * 11)
+    code, printed, _ = prepare(monkeypatch, capsys, "csv", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and printed.count("is without area\n") == 10
+    assert printed.count("note: left out of training: 1 more box\n") == 1
+
+
+def test_the_options_for_places_and_encodings(scenes, tmp_path, monkeypatch, capsys):
+    write_voc(tmp_path / "in", scenes)
+    (tmp_path / "in" / "JPEGImages").rename(tmp_path / "pics")
+    (tmp_path / "in" / "Annotations").rename(tmp_path / "in" / "marks")
+    for file in (tmp_path / "in" / "marks").iterdir():
+        file.write_text(file.read_text().replace("star", "gr\xfcn"), encoding="cp1252")
+    code, _, _ = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / "out", "--annotations", "marks",
+                         "--images", tmp_path / "pics", "--encoding", "cp1252")
+    assert code == 0
+    assert_same(read_back(tmp_path / "out")[0], {
+        name: [("gr\xfcn" if label == "star" else label, *corners) for label, *corners in boxes]
+        for name, boxes in scenes[1].items()})
+    code, _, error = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / "out", "--encoding", "klingon")
+    assert code == 2 and "unknown encoding 'klingon': give one like cp1252, gbk or latin-1" in error[-1]
+
+
+# What is moved after prepare_data.py has written photos/coco, and where data.yaml is then.
+MOVES = {"nothing": (".", ".", "photos/coco/data.yaml"),
+         "the file": ("photos/coco/data.yaml", "own.yaml", "own.yaml"),
+         "the folder of the annotations": ("photos/coco", "elsewhere/sets", "elsewhere/sets/data.yaml"),
+         "photographs and annotations": ("photos", "elsewhere/pictures", "elsewhere/pictures/coco/data.yaml"),
+         "all of it": (".", "../moved", "../moved/photos/coco/data.yaml")}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+def test_data_yaml_works_after_a_move(scenes, tmp_path, monkeypatch, capsys, moved):
+    home = tmp_path / "home"
+    write_yolo(home / "photos", scenes)
+    assert prepare(monkeypatch, capsys, "yolo", home / "photos", home / "photos" / "coco")[0] == 0
+    start, end, file = MOVES[moved]
+    (home / end).resolve().parent.mkdir(parents=True, exist_ok=True)
+    if start != end:
+        (home / start).rename((home / end).resolve())
+    path = Path(os.path.normpath(home / file))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_base_: ['{ROOT / 'configs/own_data/student.yaml'}', '{path}']\n")
+    monkeypatch.chdir(tmp_path)
+    (train, val) = check_data(load_config(config, ["data.workers=0"]).data)
+    assert not train.problems and not val.problems and (train.num_images, val.num_images) == (8, 2)
+
+
+def test_a_copy_uses_its_own_annotations(scenes, tmp_path, monkeypatch, capsys):
+    write_yolo(tmp_path / "photos", scenes)
+    assert prepare(monkeypatch, capsys, "yolo", tmp_path / "photos", tmp_path / "photos" / "coco")[0] == 0
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    data, _ = read_with_bases(tmp_path / "copy" / "coco" / "data.yaml")
+    assert data["data"]["train"]["annotations"] == str(tmp_path / "copy" / "coco" / "train.json")
