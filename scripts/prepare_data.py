@@ -32,9 +32,9 @@ def main() -> None:
         command.add_argument("--out", required=True, type=Path, metavar="DIR",
                              help="folder for NAME.json of each split, and data.yaml; images stay where they are")
         command.add_argument("--annotations", type=Path, metavar="PATH",
-                             help=f"{ANNOTATIONS[name]}, if it has another name or is elsewhere")
+                             help=f"{ANNOTATIONS[name]}, if it has another name (in --input) or is elsewhere")
         command.add_argument("--images", type=Path, metavar="DIR",
-                             help="folder of the images, if it has another name or is elsewhere")
+                             help="folder of the images, if it has another name (in --input) or is elsewhere")
         command.add_argument("--encoding", type=encoding, metavar="NAME",
                              help="encoding of text files that do not say it themselves, for example cp1252, gbk or "
                                   "latin-1; default: UTF-8")

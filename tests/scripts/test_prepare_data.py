@@ -80,6 +80,24 @@ def write_csv(folder, scenes, files=("boxes.csv",), delimiter=",", place="."):
         (folder / file).write_text("\n".join(map(delimiter.join, rows)), encoding="utf-8-sig")
 
 
+def write_labelme(folder, scenes):
+    images, boxes = scenes
+    shutil.copytree(images, folder)
+    for name, objects in boxes.items():
+        shapes = [{"label": label, "shape_type": "rectangle", "points": [[x2, y1], [x1, y2]]}
+                  for label, x1, y1, x2, y2 in objects]
+        (folder / f"{Path(name).stem}.json").write_text(json.dumps({"shapes": shapes, "imagePath": name}))
+
+
+def write_cvat(folder, scenes):
+    images, boxes = scenes
+    shutil.copytree(images, folder / "images")
+    rows = [f'<image name="{name}">' + "".join(f'<box label="{label}" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}"/>'
+                                               for label, x1, y1, x2, y2 in objects) + "</image>"
+            for name, objects in boxes.items()]
+    (folder / "annotations.xml").write_text(f"<annotations>{''.join(rows)}</annotations>")
+
+
 def prepare(monkeypatch, capsys, kind, source, out, *arguments):
     code = run_script(monkeypatch, "prepare_data.py", kind, "--input", source, "--out", out, "--workers", 0, *arguments)
     printed = capsys.readouterr()
@@ -119,6 +137,8 @@ SOURCES = {
     "yolo": lambda folder, scenes: write_yolo(folder, scenes),
     "yolo with classes.txt": lambda folder, scenes: write_yolo(folder, scenes, names="txt"),
     "csv": lambda folder, scenes: write_csv(folder, scenes),
+    "labelme": write_labelme,
+    "cvat": write_cvat,
     "voc in small letters": lambda folder, scenes: (
         write_voc(folder, scenes), (folder / "JPEGImages").rename(folder / "images"),
         (folder / "Annotations").rename(folder / "annotations")),

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from data.errors import DataError, listed
@@ -123,6 +123,7 @@ class ImageIndex:
         stem, _, ending = name.rpartition(".")
         keys = [name, stem] if "." + ending in IMAGE_SUFFIXES else [name]
         found = next((self._by_name[key] for key in keys if key in self._by_name), [])
+        found = [name for name in found if parts[-1] in (name.split("/")[-1], PurePosixPath(name).stem)] or found
         near = {part.lower() for part in (*PureWindowsPath(beside).parts, *parts[:-1])}
         shared = [sum(part.lower() in near for part in name.split("/")[:-1]) for name in found]
         best = [name for name, count in zip(found, shared) if count == max(shared)]

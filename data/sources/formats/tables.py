@@ -39,13 +39,15 @@ def read_csv(source: Source) -> LabelledFolder:
     for file in files:
         below = source.below(file)
         split = split_in([below.stem, *below.parts[:-1]])
+        names: dict[str, str] = {}  # by what the table calls the image, because a table has many rows for each
         for line, values in _read_rows(file, source.read(file), problems):
             place = f"{below} line {line}"
             try:
                 stated, box = _read_row(values, place)
-                # An image that is not there keeps its name: it is reported with those that cannot be read.
-                name = (None if ".." in stated else index.find(stated, file)) or stated
-                found.add(name, [box] if box else [], stated, split)
+                if stated not in names:
+                    # An image that is not there keeps its name: it is reported with those that cannot be read.
+                    names[stated] = (None if ".." in stated else index.find(stated, file)) or stated
+                found.add(names[stated], [box] if box else [], stated, split)
             except ValueError as error:
                 problems.append(f"{place}: {error}")
     raise_problems(f"tables in {files[0].parent} cannot be used", problems)

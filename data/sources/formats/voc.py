@@ -16,6 +16,7 @@ from .shared import (
     raise_problems,
     sorted_classes,
     split_in,
+    subfolder,
 )
 from .xml_files import LINE, parse_xml
 
@@ -78,7 +79,10 @@ def _read_file(file: Path, text: str) -> tuple[str, list[Box], list[str]]:
 
 
 def _assign_splits(images: list[LabelledImage], source: Source) -> None:
-    folder = source.folder / "ImageSets" / "Main"
+    folder = subfolder(source.folder, "imagesets")
+    if folder == source.folder:
+        return
+    folder = subfolder(folder, "main")
     lists = {name: folder / f"{name}.txt" for name in SPLITS if (folder / f"{name}.txt").is_file()}
     if "train" in lists:
         lists.pop("trainval", None)

@@ -157,6 +157,23 @@ def test_yolo_lines(tmp_path):
     assert read.notes == ["1 line with a confidence: it is not used"]
 
 
+def test_yolo_folders_in_capital_letters(tmp_path):
+    write(tmp_path, {"Images/Train/a.JPG": None, "Labels/Train/a.TXT": "0 0.5 0.5 0.2 0.4", "classes.txt": "x"})
+    read = read_labelled("yolo", tmp_path)
+    assert [(i.file_name, i.split, len(i.boxes)) for i in read.images] == [("Images/Train/a.JPG", "train", 1)]
+
+
+def test_voc_splits_in_small_letters_and_names_that_differ_in_case(tmp_path):
+    write(tmp_path, {"JPEGImages/a.jpg": None, "JPEGImages/A.jpg": None, "imagesets/main/train.txt": "a\n",
+                     "imagesets/main/val.txt": "A\n", "Annotations/a.xml": voc(("x", 1, 1, 9, 9), name=""),
+                     "Annotations/A.xml": voc(("y", 1, 1, 9, 9), name="")})
+    if len(list((tmp_path / "JPEGImages").iterdir())) == 1:
+        pytest.skip("this file system does not distinguish upper and lower case")
+    read = read_labelled("voc", tmp_path)
+    assert {i.file_name: (i.split, i.boxes[0].name) for i in read.images} == {"a.jpg": ("train", "x"),
+                                                                              "A.jpg": ("val", "y")}
+
+
 # --- places ---
 
 
