@@ -2,7 +2,6 @@
 from pathlib import Path
 
 from data import generate_scenes
-from data.errors import counted
 from kd import cli
 
 
@@ -19,7 +18,7 @@ def main() -> None:
     if min(args.size) < 32 or min(args.train, args.val) < 1:
         parser.error("--size needs at least 32 pixels, --train and --val at least 1 image")
     root = generate_scenes(args.out, args.train, args.val, tuple(args.size), args.seed)
-    print(f"wrote {args.train} training and {counted(args.val, 'validation image')} to {root}")
+    print(f"wrote {args.train} training and {args.val} validation images to {root}")
 
 
 if __name__ == "__main__":
