@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.annotations import SIZES, load_coco_json
 from data.coco import read_annotated_image
 from data.config import DataConfig, Split, find_data
-from data.errors import DataError, UnreadableImage, counted
+from data.errors import DataError, UnreadableImage, counted, listed
 from data.problems import Problem, drop_reason, find_problems, image_problems
 from data.tables import text_table
 from data.transforms import read_image
@@ -29,6 +29,7 @@ class SplitCheck:
     boxes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by class and size; no crowds, no dropped boxes
     num_crowds: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # boxes that training leaves out, by reason
+    dropped_ids: dict[str, list[int | str]] = field(default_factory=dict)  # their annotations, by reason
     notes: list[str] = field(default_factory=list)  # useful to know, but no correction is needed
     problems: list[Problem] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
@@ -72,7 +73,8 @@ def check_data(config: DataConfig | None) -> list[SplitCheck]:
             text = f"data.train has classes {train.classes}, but data.val has {val.classes}"
             val.problems.append(Problem("classes", text))
         if shared := len(train.files & val.files):
-            val.notes.append(f"{shared} images are also in data.train: results on them say little")
+            val.notes.append(f"{counted(shared, 'image is', 'images are')} also in data.train: results on "
+                             f"{'it' if shared == 1 else 'them'} say little")
     return checks
 
 
@@ -99,15 +101,15 @@ def check_split(name: str, split: Split, workers: int = 0, decode: bool = True) 
     check.files = set(names)
     images = images if decode else []
     if repeated := len(names) - len(check.files):
-        check.notes.append(f"{repeated} images have the same file as another image")
+        check.notes.append(f"{counted(repeated, 'image has', 'images have')} the same file as another image")
     num_turned = 0
     loader = DataLoader(_ImageChecks(folder, file, images), batch_size=None, num_workers=workers)
     for problem, turned in tqdm(loader, name, leave=False, disable=None):
         check.problems += [problem] if problem else []
         num_turned += turned
     if num_turned:
-        check.notes.append(f"{num_turned} images are turned by their EXIF orientation: boxes must be those of "
-                           "the upright image")
+        are = counted(num_turned, "image is turned by its", "images are turned by their")
+        check.notes.append(f"{are} EXIF orientation: boxes must be those of the upright image")
     return check
 
 
@@ -122,6 +124,7 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
         image = image_of[annotation["image_id"]]
         if reason := drop_reason(annotation, image):
             check.dropped[reason] += 1
+            check.dropped_ids.setdefault(reason, []).append(annotation["id"])
             continue
         x, y, w, h = annotation["bbox"]
         # a rounded coordinate is not an error
@@ -134,7 +137,8 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
         check.boxes[class_of[annotation["category_id"]], list(SIZES)[(area > 32**2) + (area > 96**2)]] += 1
     check.num_empty = len(image_of) - len(with_boxes)
     if beyond:
-        check.notes.append(f"{beyond} boxes reach more than a pixel beyond their image: they are clipped")
+        check.notes.append(counted(beyond, "box reaches more than a pixel beyond its image: it is clipped",
+                                   "boxes reach more than a pixel beyond their image: they are clipped"))
     if not check.boxes:
         check.problems.append(Problem("boxes", "no image has a box to learn"))
 
@@ -143,14 +147,16 @@ def format_check(check: SplitCheck) -> str:
     """A readable summary of a split: counts, notes, and the problems of each kind under a heading."""
     lines = [f"{check.name}: {check.annotation_file}"]
     if check.classes:
-        crowds = f", {check.num_crowds} crowds" if check.num_crowds else ""
-        lines += [f"{check.num_images} images, {check.num_empty} of them without boxes",
-                  f"{check.boxes.total()} boxes{crowds}", "", _box_table(check)]
+        crowds = f", {counted(check.num_crowds, 'crowd')}" if check.num_crowds else ""
+        lines += [f"{counted(check.num_images, 'image')}, {check.num_empty} of them without boxes",
+                  f"{counted(check.boxes.total(), 'box')}{crowds}", "", _box_table(check)]
         if check.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in check.dropped.most_common())
             lines += ["", f"left out of training: {reasons}"]
+            lines += [f"  {reason}: annotation {listed(list(map(str, check.dropped_ids[reason])), ', ')}"
+                      for reason, _ in check.dropped.most_common()]
     elif check.num_images:
-        lines.append(f"{check.num_images} images; boxes are counted only if the annotations are correct")
+        lines.append(f"{counted(check.num_images, 'image')}; boxes are counted only if the annotations are correct")
     lines += ["", *(f"note: {note}" for note in check.notes)] if check.notes else []
     by_kind: dict[str, list[str]] = {}
     for kind, text in check.problems:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import read_annotations
 from data.config import check_there, find_data
-from data.errors import DataError, UnreadableImage
+from data.errors import DataError, UnreadableImage, counted
 from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images in a row have a common cause
@@ -150,7 +150,7 @@ class CocoDataset(Dataset):
                     raise UnreadableImage(f"{error}, or set data.skip_unreadable=true to train without it") from error
                 skipped.append(str(error))
                 index = (index + 1) % len(self)
-        raise DataError(f"{len(skipped)} images in a row cannot be read; the last one: {skipped[-1]}")
+        raise DataError(f"{counted(len(skipped), 'image')} in a row cannot be read; the last one: {skipped[-1]}")
 
     def _read_image(self, index: int) -> Tensor:
         path = self.image_folder / self.file_names[index]

@@ -9,7 +9,9 @@ from data.ranges import Count, Number, Share
 
 @dataclass
 class Split:
-    """One part of a data set, in COCO format. Relative paths are looked up in `$DENSEKD_DATA`."""
+    """One part of a data set, in COCO format. Relative paths are looked up in `$DENSEKD_DATA`; a path that starts with
+    `./` starts from the folder of the configuration file. Of a list of paths, the first one that exists is used.
+    """
 
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file

@@ -26,6 +26,7 @@ def listed(problems: Sequence[str], separator: str = "; ") -> str:
     return separator.join([*problems[:MAX_LISTED], *rest])
 
 
-def counted(count: int, thing: str) -> str:
-    """`1 problem`, `2 classes`."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('s') else 's'}"
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 problem`, `2 boxes`; `many` is given where an ending does not do: "image is", "images are"."""
+    many = many or f"{one}{'es' if one.endswith(('s', 'x')) else 's'}"
+    return f"{count} {one if count == 1 else many}"

@@ -56,6 +56,15 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_COORDINATE
 
 
+def _wrong_value(box: object) -> str:
+    """Which of four values is no coordinate, and why."""
+    if not isinstance(box, list) or len(box) != 4:
+        return ""
+    key, value = next((key, value) for key, value in zip(("x", "y", "width", "height"), box) if not _is_finite(value))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return f": its {key} is {'too large' if is_number else 'not a number'}"
+
+
 def _is_text(value: object) -> bool:
     """Whether the value is one line of text that can be printed and can be a file name."""
     if not isinstance(value, str) or value.splitlines() != [value] or "\0" in value:
@@ -124,7 +133,7 @@ def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) ->
     box, name = annotation["bbox"], f"annotation {annotation['id']!r}"
     problems = []
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
-        problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers"))
+        problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers{_wrong_value(box)}"))
     elif box[2] < 0 or box[3] < 0:
         problems.append(Problem("boxes", f"{name} has bbox {box} with negative width or height: are corners swapped?"))
     area = annotation.get("area", 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import counted
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.build import build, split_options
 from models.checkpoints.sources import check_file
@@ -82,8 +83,8 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
     model, class_map = teacher_model(entry), entry.class_map
     if class_map is not None:
         if len(class_map) != num_classes:
-            raise ConfigError("distill.teacher.class_map", f"has {len(class_map)} entries for the student's "
-                                                           f"{num_classes} classes: give one for each")
+            raise ConfigError("distill.teacher.class_map", f"has {counted(len(class_map), 'entry', 'entries')} for the "
+                              f"student's {counted(num_classes, 'class')}: give one for each")
         if model.head.get("num_classes") is None and sorted(class_map) != list(range(num_classes)):
             raise ConfigError("distill.teacher.class_map", "needs the teacher's own class count: set "
                                                            "model.head.num_classes in its configuration")

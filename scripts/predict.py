@@ -1,6 +1,7 @@
 """Detect objects in images and videos, draw them, and write them as COCO-format results."""
 from pathlib import Path
 
+from data.errors import counted
 from kd import cli
 from kd.exceptions import Incomplete
 
@@ -31,10 +32,11 @@ def main() -> None:
     thresholds = class_thresholds(classes, args.score_thr, args.class_thr)
     results, unread = predict_files(Predictor(detector, cfg, thresholds, device, args.batch_size), classes, sources,
                                     args.out)
-    print(f"{len(results.results)} detections on {len(results.images)} images; pictures, predictions.json and "
-          f"images.json are in {args.out}")
+    print(f"{counted(len(results.results), 'detection')} on {counted(len(results.images), 'image')}; pictures, "
+          f"predictions.json and images.json are in {args.out}")
     if unread:
-        raise Incomplete(f"{len(unread)} of {len(sources)} files could not be read and were left out, see above")
+        raise Incomplete(f"{len(unread)} of {counted(len(sources), 'file')} could not be read and were left out, "
+                         "see above")
 
 
 if __name__ == "__main__":

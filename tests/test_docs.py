@@ -213,6 +213,23 @@ def test_the_commands_of_own_data(tmp_path, monkeypatch, capsys):
     assert (workspace / "student.onnx").is_file() and list((workspace / "pictures").glob("*_detections.png"))
 
 
+def test_own_data_outside_of_the_checkout(tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """The page says to write another path instead of `photos`, and that the folder can be moved."""
+    outside = tmp_path_factory.mktemp("somewhere") / "pictures"
+    workspace = make_workspace(tmp_path, monkeypatch)
+    (workspace / "photos").rename(outside)
+    lines = [re.sub(r"\bphotos\b", str(outside), line) for line in commands(PAGES["own_data.md"])]
+    prepared, checked = (next(i for i, line in enumerate(lines) if word in line) for word in ("check_data", "--check"))
+    for line in lines[:prepared]:
+        run_command(line, monkeypatch)
+    moved = outside.rename(outside.with_name("moved"))
+    for line in lines[prepared:checked]:
+        run_command(line.replace(str(outside), str(moved)), monkeypatch)
+    assert "no problems" in capsys.readouterr().out
+    assert load_config(moved / "student.yaml").data.val.annotations == str(moved / "coco" / "val.json")
+    assert (workspace / "runs" / "teacher" / "last.pth").is_file()
+
+
 @pytest.mark.parametrize("page", ["teachers.md", "new_method.md"])
 def test_commands_name_what_there_is(page):
     """Those that need checkpoints or methods of one's own: their options and keys are valid, and nothing is run."""

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from tqdm import tqdm
 
 from data.encrypted import UnencryptedAddress, open_encrypted
+from data.errors import counted
 
 BLOCK = 1 << 20  # bytes
 ATTEMPTS = 5  # in a row without a byte
@@ -79,7 +80,7 @@ def prepare_coco(out: Path, parts: Sequence[str] = tuple(COCO_2017), server: str
         done.touch()
         if not keep_archives:
             file.unlink()
-        lines.append(f"{archive.name}: checked, and {count} files unpacked into {out}")
+        lines.append(f"{archive.name}: checked, and {counted(count, 'file')} unpacked into {out}")
     return lines
 
 

@@ -1,5 +1,6 @@
 """Converts annotated images in other formats to COCO-format files with splits, and checks them like any data set."""
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from tqdm import tqdm
 
 from data.check import SplitCheck, check_split
 from data.config import Split
-from data.errors import DataError, UnreadableImage
-from data.problems import find_problems, image_problems
+from data.errors import MAX_LISTED, DataError, UnreadableImage, counted
+from data.problems import drop_reason, find_problems, image_problems
 from data.sources.formats import LabelledFolder, LabelledImage, raise_problems
 from data.transforms import read_image
 
 HEADER = "# The data that prepare_data.py has written; a configuration inherits it with _base_."
+EXPLAINED = "# The first path of each list that exists is used; ./ is the folder of this file. The folder can be moved."
 DEFAULT_SHARES = {"train": 0.8, "val": 0.2}  # if neither the format nor the caller assigns the images
 
 
@@ -76,6 +78,9 @@ def prepare(folder: LabelledFolder, out: Path, shares: dict[str, float] | None =
     section.write_text(data_section(folder.image_folder, out, list(contents)), encoding="utf-8")
     checks = [check_split(name, split_of(folder.image_folder, out, name), decode=False) for name in contents]
     checks[0].notes += notes
+    for check, name in zip(checks, contents):
+        check.notes += left_out(contents[name], [box.place for image in splits[name] if size_of[image.file_name]
+                                                 for box in image.boxes])
     return checks
 
 
@@ -91,7 +96,8 @@ def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | Non
     own = {name: listed for name, listed in own.items() if listed}
     if shares is None and own:
         left = len(images) - sum(map(len, own.values()))
-        return own, [f"{left} images are in none of the splits {', '.join(own)} and are left out"] * (left > 0)
+        text = f"image is in none of the splits {', '.join(own)} and is left out"
+        return own, [counted(left, text, text.replace("image is", "images are").replace("and is", "and are"))][:left]
     shares = shares or DEFAULT_SHARES
     if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())
@@ -133,6 +139,15 @@ def to_coco(images: Sequence[LabelledImage], folder: LabelledFolder,
     return content
 
 
+def left_out(content: dict, places: Sequence[str]) -> list[str]:
+    """A note for each of the boxes that training leaves out, from the content and the place of each annotation."""
+    image_of = {image["id"]: image for image in content["images"]}
+    reasons = [drop_reason(annotation, image_of[annotation["image_id"]]) for annotation in content["annotations"]]
+    notes = [f"left out of training: {place} is {reason}" for place, reason in zip(places, reasons) if reason]
+    more = len(notes) - MAX_LISTED
+    return [*notes[:MAX_LISTED], f"left out of training: {counted(more, 'more box')}"] if more > 0 else notes
+
+
 def _entry(number: int | str, file_name: str, size: tuple[int, int]) -> dict:
     return {"id": number, "file_name": file_name, "width": size[1], "height": size[0]}
 
@@ -142,12 +157,17 @@ def split_of(image_folder: Path, out: Path, name: str) -> Split:
 
 
 def data_section(image_folder: Path, out: Path, names: Sequence[str]) -> str:
-    """A configuration file with the `data` section: train on the split train (or the first split), evaluate on val."""
+    """A configuration file with the `data` section: train on the split train (or the first split), evaluate on val.
+
+    It has each path twice, absolute and from its own folder. So it can be moved, alone, with the annotations or with
+    annotations and images. Annotations beside it come first: a copy of the folder uses its own.
+    """
     known = [name for name in ("train", "val") if name in names] or names[:1]
-    section = {key: vars(split_of(image_folder, out, name)) for key, name in zip(("train", "val"), known)}
-    section = {key: {"images": split["images"], "annotations": split["annotations"]} for key, split in section.items()}
-    lines = [HEADER]
+    images, out = image_folder.resolve(), out.resolve()
+    below = [f"./{Path(os.path.relpath(images, out)).as_posix()}"] if images.anchor == out.anchor else []
+    section = {key: {"images": [str(images), *below], "annotations": [f"./{name}.json", str(out / f"{name}.json")]}
+               for key, name in zip(("train", "val"), known)}
+    lines = [HEADER, EXPLAINED]
     if "test" in names:
-        test = split_of(image_folder, out, "test")
-        lines.append(f"# Evaluate on the test split: eval.py ... data.val.annotations={test.annotations}")
+        lines.append(f"# Evaluate on the test split: eval.py ... data.val.annotations={out / 'test.json'}")
     return "\n".join(lines) + "\n" + yaml.safe_dump({"data": section}, allow_unicode=True, sort_keys=False, width=10000)

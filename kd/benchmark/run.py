@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import counted
 from data.tables import text_table
 
 from ..config import load_config
@@ -71,7 +72,7 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
 def time_steps(report: dict, calls: dict[str, Call], device: torch.device, work: Workload,
                note: Callable[[str], None]) -> None:
     """Put the training steps' times, shares and operations into the report."""
-    note(f"timing {len(calls)} training steps, {work.warmup} + {work.rounds} rounds")
+    note(f"timing {counted(len(calls), 'training step')}, {work.warmup} + {counted(work.rounds, 'round')}")
     timed = dict(calls)
     if device.type == "cuda":
         timed[MATMUL], products = matmul_call(device)
@@ -105,8 +106,9 @@ def format_report(report: dict) -> str:
     """The report as tables for people."""
     on, work, data, evaluation = (report[key] for key in ("machine", "workload", "input", "evaluation"))
     height, width = work["size"]
-    lines = [f"{on['device']}, {on['threads']} threads, torch {on['torch']}; {work['batch']} images of {height} x "
-             f"{width} a step, {work['boxes']} boxes an image; medians of {work['rounds']} rounds", ""]
+    lines = [f"{on['device']}, {counted(on['threads'], 'thread')}, torch {on['torch']}; "
+             f"{counted(work['batch'], 'image')} of {height} x {width} a step, {counted(work['boxes'], 'box')} an "
+             f"image; medians of {counted(work['rounds'], 'round')}", ""]
     on_gpu = "matmul_flops_per_second" in report
     header = ["training step", "ms", "ratio", "overhead", "GFLOP/s", "inference ms",
               *["of matmul", "GPU busy", "peak GiB"] * on_gpu]
@@ -128,7 +130,7 @@ def format_report(report: dict) -> str:
     rows = [[part, f"{ms:.2f}"] for part, ms in data["ms"].items()]
     lines += [text_table(["input, of an image", "ms"], rows), ""]
     rows = [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
-    lines += [text_table([f"evaluation of {evaluation['images']} images", "ms"], rows), "",
+    lines += [text_table([f"evaluation of {counted(evaluation['images'], 'image')}", "ms"], rows), "",
               f"peak memory of the process: {report['peak_resident_bytes'] / 2 ** 30:.2f} GiB"]
     if on_gpu:
         lines.append(f"bf16 matrix products: {report['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s")

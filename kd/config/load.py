@@ -1,4 +1,5 @@
 """Configuration files: YAML with inheritance and overrides."""
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from data import find_data
 from models import ConfigError
 from models.build import nearest
 
@@ -57,6 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     cfg, sources = read_with_bases(Path(path))
     for override in overrides:
         apply_override(cfg, sources, override)
+    place_data(cfg, Path())  # those of overrides; the files' paths have their place
     try:
         return parse_config(cfg)
     except ConfigError as error:
@@ -68,6 +71,7 @@ def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, di
     if path.resolve() in inside:
         raise ConfigError("_base_", f"{path} inherits from itself")
     cfg = read_yaml(path)
+    place_data(cfg, path.parent)
     bases = cfg.pop("_base_", [])
     merged, sources = {}, {}
     for base in [bases] if isinstance(bases, str) else bases:
@@ -76,6 +80,21 @@ def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, di
         sources |= below_sources
     sources |= {key: str(path) for key in dotted_keys(cfg)}
     return merge(merged, cfg), sources
+
+
+def place_data(cfg: dict, folder: Path) -> None:
+    """Write out the data paths of a file in `folder`: `./` becomes this folder, and a list its first path that exists.
+
+    If none exists, the list becomes its first path, which the error then names.
+    """
+    data = cfg.get("data")
+    for split in data.values() if isinstance(data, dict) else ():
+        for key in ("images", "annotations"):
+            paths = split.get(key) if isinstance(split, dict) else None
+            paths = [paths] if isinstance(paths, str) else paths
+            if isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths):
+                placed = [os.path.abspath(folder / path) if path.startswith("./") else path for path in paths]
+                split[key] = next((path for path in placed if find_data(path).exists()), placed[0])
 
 
 def read_yaml(path: Path) -> dict:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from data.errors import counted
+
 from ..config import Config, parse_config
 from ..inference.precision import autocast
 from ..processes import distributed
@@ -43,9 +45,10 @@ def check(cfg: Config, device: torch.device) -> str:
         run.model.eval()
         with torch.no_grad(), autocast(device, amp):
             found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
-        lines.append(f"evaluation: {sum(len(d['boxes']) for d in found)} detections on {len(found)} images")
+        lines.append(f"evaluation: {counted(sum(len(d['boxes']) for d in found), 'detection')} on "
+                     f"{counted(len(found), 'image')}")
     memory = peak_memory(device) / 2 ** 30
-    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {memory:.2f} GiB")
+    lines.append(f"a step of {counted(len(images), 'image')} took {seconds:.2f} s; peak memory {memory:.2f} GiB")
     return "\n".join(lines)
 
 

@@ -150,8 +150,9 @@ def restore_run(run: Run, state: dict, path: Path) -> list[str]:
         raise CheckpointError(f"checkpoint {path} was trained with {before}, and optimizer.type is {now}: resume with "
                               f"{before}, or start a new run in another --work-dir")
     if state["steps_per_epoch"] != run.steps_per_epoch:
-        raise CheckpointError(f"checkpoint {path} has {state['steps_per_epoch']} steps per epoch and this run "
-                              f"{run.steps_per_epoch}: resume with the data and batch size that it was started with")
+        raise CheckpointError(f"checkpoint {path} has {counted(state['steps_per_epoch'], 'step')} per epoch and this "
+                              f"run {run.steps_per_epoch}: resume with the data and batch size that it was started "
+                              "with")
     try:
         run.student.load_state_dict(state.get("training", state["model"]))
         if run.average is not None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 import torch
 
 from data import build_dataset
+from data.errors import counted
 from data.tables import points
 from models import Detector
 
@@ -24,11 +25,11 @@ def starting_points(model: Distiller, cfg: Config, device: torch.device) -> str:
         loader = eval_loader(cfg, dataset, shared)
         return evaluate(detector, loader, device, cfg.train.amp, shared=shared)["AP"]
 
-    lines = [f"AP on the first {len(dataset)} images of data.val, before training"]
+    lines = [f"AP on the first {counted(len(dataset), 'image')} of data.val, before training"]
     for i, teacher in enumerate(model.teachers):
         classes = teacher.bbox_head.num_classes
         if classes != dataset.num_classes:
-            lines.append(f"  teacher {i}: none, it has {classes} classes and the data {dataset.num_classes}: "
+            lines.append(f"  teacher {i}: none, it has {counted(classes, 'class')} and the data {dataset.num_classes}: "
                          "set distill.teacher.class_map to map them")
             continue
         ap = ap_of(teacher)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.errors import listed
+from data.errors import counted, listed
 from data.output import write_text
 
 from ..config import parse_config
@@ -218,8 +218,8 @@ def watch(run: Run, broken: Tensor, losses: dict[str, Tensor], batches: list[tup
 def check_scale(run: Run) -> None:
     """Raise TrainingError if every step overflows in fp16, so that the loss scale has become too small."""
     if run.scaler.get_scale() < SMALLEST_SCALE:
-        raise TrainingError(f"train.amp=fp16: {int(run.overflows)} steps overflowed, at every loss scale. Train with "
-                            "train.amp=bf16 or none, which keep the first such step for a replay")
+        raise TrainingError(f"train.amp=fp16: {counted(int(run.overflows), 'step')} overflowed, at every loss scale. "
+                            "Train with train.amp=bf16 or none, which keep the first such step for a replay")
 
 
 def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals) -> dict:

@@ -10,6 +10,7 @@ from pycocotools.cocoeval import COCOeval
 
 from data import CocoDataset, DataError
 from data.annotations import SIZES
+from data.errors import counted
 from data.output import write_text
 from data.tables import markdown_table, points, text_table
 
@@ -49,8 +50,9 @@ def analyze(cfgs: Sequence[Config], checkpoints: Sequence[str], device: torch.de
         detector, dataset = load_with_data(cfg, checkpoint, device)
         first = first or dataset
         if (dataset.annotation_file, dataset.image_ids) != (first.annotation_file, first.image_ids):
-            raise DataError(f"data.val is {first.annotation_file} with {len(first)} images in one configuration and "
-                            f"{dataset.annotation_file} with {len(dataset)} in another: compare on the same images")
+            raise DataError(f"data.val is {first.annotation_file} with {counted(len(first), 'image')} in one "
+                            f"configuration and {dataset.annotation_file} with {len(dataset)} in another: "
+                            "compare on the same images")
         evaluation = coco_evaluation(detect(detector, eval_loader(cfg, dataset), device), dataset, fast=False)
         found.append(analyze_evaluation(name, evaluation, dataset, score_thr))
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import counted
 from models import ConfigError
 
 from ..config import Config, load_config
@@ -130,7 +131,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
     done = {job for job in jobs if job.finished()}
     pending = [job for job in jobs if job not in done]
     if done:
-        say(f"{len(done)} of {len(jobs)} runs are finished already")
+        say(f"{len(done)} of {counted(len(jobs), 'run is', 'runs are')} finished already")
     count, failed, told = len(pending), set(), False
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
     with StopSignals() as signals:
@@ -163,8 +164,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
         raise Stopped(signals.asked, "stopped; the same command goes on from there")
     if failed:
         names = ", ".join(job.name for job in jobs if job in failed)
-        raise TrainingError(f"{len(failed)} of {len(jobs)} runs failed ({names}): see {OUTPUT} in their work dirs; the "
-                            "same command tries them again")
+        raise TrainingError(f"{len(failed)} of {counted(len(jobs), 'run')} failed ({names}): see {OUTPUT} in the work "
+                            "dirs; the same command tries "
+                            "them again")
 
 
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:

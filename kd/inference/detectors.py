@@ -53,7 +53,8 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     count = cfg.model.head.get("num_classes")
     expected, where = (count, "model.head.num_classes") if class_map is None else (len(class_map), "eval.class_map")
     if expected not in (None, len(names)):
-        raise ConfigError(where, f"says {expected} classes, and there are {len(names)} names: {', '.join(names)}")
+        there = f"there {'is' if len(names) == 1 else 'are'} {counted(len(names), 'name')}"
+        raise ConfigError(where, f"says {counted(expected, 'class')}, and {there}: {', '.join(names)}")
     if class_map is not None and count is None:
         raise ConfigError("model.head.num_classes", "missing: the number of classes that eval.class_map selects from")
     return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
@@ -68,8 +69,9 @@ def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
     if class_map is None:
         cfg = with_classes(cfg, dataset)
     elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
-        raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
-                                            f"{dataset.num_classes} classes, and model.head.num_classes must be set")
+        raise ConfigError("eval.class_map", f"has {counted(len(class_map), 'entry', 'entries')}: it needs one for "
+                                            f"each of the data's {counted(dataset.num_classes, 'class')}, and "
+                                            "model.head.num_classes must be set")
     if class_map is None:
         check_classes(checkpoint, part, dataset.classes, "eval.class_map")
     detector = load(cfg, checkpoint, part)
@@ -90,7 +92,7 @@ def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
     given = cfg.model.head.get("num_classes")
     if given not in (None, dataset.num_classes):
         raise ConfigError("model.head.num_classes", f"is {given}, and {dataset.annotation_file} has "
-                                                    f"{dataset.num_classes} classes")
+                                                    f"{counted(dataset.num_classes, 'class')}")
     return cfg.with_num_classes(dataset.num_classes)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from data import build_dataset
+from data.errors import counted
 from data.extras import MissingExtra, need
 from data.inputs.files import Sample, make_sample
 from data.output import writing
@@ -59,8 +60,8 @@ class Agreement:
     agrees: bool = True
 
     def __str__(self) -> str:
-        line = (f"{self.detections} detections on {self.images} images: boxes differ from PyTorch's by at most "
-                f"{self.box:.1g} pixels, scores by {self.score:.1g}")
+        line = (f"{counted(self.detections, 'detection')} on {counted(self.images, 'image')}: boxes differ "
+                f"from PyTorch's by at most {self.box:.1g} pixels, scores by {self.score:.1g}")
         return line if self.detections else f"{line}; without detections this says little: give others with --check"
 
 

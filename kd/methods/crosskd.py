@@ -3,6 +3,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from data.errors import counted
 from losses import at_least_float32, channel_statistics
 from models import Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError
@@ -54,7 +55,7 @@ class CrossKD(Method):
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         features = zip(("classification", "box"), student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut])
-        where = f"tower after {self.cut} convolutions, finest of {len(student.features)} levels"
+        where = f"tower after {counted(self.cut, 'convolution')}, finest of {counted(len(student.features), 'level')}"
         through = f"through the teacher's layers {self.cut + 1}.. of its head"
         return [link(f"{tower} {where}", own[0], f"{tower} tower", other[0]) for tower, own, other in features] + [
             f"{through}: {line}" for line in super().links(student, teacher)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import DataError
+from data.errors import counted
 
 from ..config import TrainConfig
 
@@ -138,7 +139,7 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     for members in groups.values():
         name = group_name(members)
         if not members[0].finished:
-            name += f" ({members[0].done} of {members[0].epochs} epochs)"
+            name += f" ({members[0].done} of {counted(members[0].epochs, 'epoch')})"
         named[name if name not in named else members[0].name] = sorted(members, key=lambda run: run.seed)
     return named
 

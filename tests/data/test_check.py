@@ -45,9 +45,9 @@ def test_a_sound_data_set(source, write_coco, workers):
     assert (train.num_images, train.num_empty, train.num_crowds) == (3, 1, 1)
     assert train.boxes == {("cat", "small"): 1, ("cat", "medium"): 1, ("dog", "large"): 1, ("dog", "small"): 2}
     assert train.dropped == {"thinner than a pixel": 2, "outside the image": 1}
-    assert train.notes == ["1 boxes reach more than a pixel beyond their image: they are clipped"]
+    assert train.notes == ["1 box reaches more than a pixel beyond its image: it is clipped"]
     text = format_check(train)
-    assert "3 images, 1 of them without boxes" in text and "5 boxes, 1 crowds" in text and "no problems" in text
+    assert "3 images, 1 of them without boxes" in text and "5 boxes, 1 crowd\n" in text and "no problems" in text
     assert "left out of training: 2 thinner than a pixel, 1 outside the image" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["cat", "1", "1", "0", "2"] in rows and ["dog", "2", "0", "1", "3"] in rows
@@ -115,7 +115,7 @@ def test_what_is_worth_knowing_is_noted(source):
     train, val = check_data(section(source, source))
     assert train.problems == val.problems == []
     assert train.notes[1:] == [
-        "1 images have the same file as another image",
+        "1 image has the same file as another image",
         "3 images are turned by their EXIF orientation: boxes must be those of the upright image",
     ]
     assert val.notes[-1] == "3 images are also in data.train: results on them say little"

@@ -219,7 +219,7 @@ def test_class_names_that_the_terminal_cannot_show(tmp_path, sound):
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert r"\u7d30\u80de" in done.stdout and "Zelle" in done.stdout
-    assert "10012 boxes" in done.stdout and "1 images are turned by their EXIF orientation" in done.stdout
+    assert "10012 boxes" in done.stdout and "1 image is turned by its EXIF orientation" in done.stdout
 
 
 def check_data(monkeypatch, capsys, scenes):

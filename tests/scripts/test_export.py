@@ -154,7 +154,7 @@ def test_checks_on_given_images_and_without_data(lively, tmp_path, monkeypatch, 
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     Image.new("RGB", (50, 90), "red").save(tmp_path / "a.png")
     code, printed, _ = export(monkeypatch, capsys, lively, tmp_path / "a.onnx", "--check", tmp_path / "a.png")
-    assert code == 0 and "on 1 images" in printed
+    assert code == 0 and "on 1 image:" in printed
     code, printed, _ = export(monkeypatch, capsys, lively, tmp_path / "a.onnx", "data.val=null")
     assert code == 0 and "on 2 images" in printed  # noise
     code, printed, _ = export(monkeypatch, capsys, lively, tmp_path / "a.onnx", "model.test.score_thr=0.9999")

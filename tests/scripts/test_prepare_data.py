@@ -1,5 +1,6 @@
 """prepare_data.py: conversion of other formats to COCO's, and the download of COCO."""
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from odd_images import pixels, write_rotated
 from PIL import Image
-from runs import run_script
+from runs import ROOT, run_script
 
 from data import DataError, generate_scenes
+from data.check import check_data
 from data.sources.formats import read_labelled
 from data.sources.scenes import CLASSES
-from kd.config.load import read_yaml
+from kd.config import load_config
+from kd.config.load import read_with_bases
 
 SIZE = (64, 96)
 
@@ -77,6 +80,24 @@ def write_csv(folder, scenes, files=("boxes.csv",), delimiter=",", place="."):
         (folder / file).write_text("\n".join(map(delimiter.join, rows)), encoding="utf-8-sig")
 
 
+def write_labelme(folder, scenes):
+    images, boxes = scenes
+    shutil.copytree(images, folder)
+    for name, objects in boxes.items():
+        shapes = [{"label": label, "shape_type": "rectangle", "points": [[x2, y1], [x1, y2]]}
+                  for label, x1, y1, x2, y2 in objects]
+        (folder / f"{Path(name).stem}.json").write_text(json.dumps({"shapes": shapes, "imagePath": name}))
+
+
+def write_cvat(folder, scenes):
+    images, boxes = scenes
+    shutil.copytree(images, folder / "images")
+    rows = [f'<image name="{name}">' + "".join(f'<box label="{label}" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}"/>'
+                                               for label, x1, y1, x2, y2 in objects) + "</image>"
+            for name, objects in boxes.items()]
+    (folder / "annotations.xml").write_text(f"<annotations>{''.join(rows)}</annotations>")
+
+
 def prepare(monkeypatch, capsys, kind, source, out, *arguments):
     code = run_script(monkeypatch, "prepare_data.py", kind, "--input", source, "--out", out, "--workers", 0, *arguments)
     printed = capsys.readouterr()
@@ -116,6 +137,8 @@ SOURCES = {
     "yolo": lambda folder, scenes: write_yolo(folder, scenes),
     "yolo with classes.txt": lambda folder, scenes: write_yolo(folder, scenes, names="txt"),
     "csv": lambda folder, scenes: write_csv(folder, scenes),
+    "labelme": write_labelme,
+    "cvat": write_cvat,
     "voc in small letters": lambda folder, scenes: (
         write_voc(folder, scenes), (folder / "JPEGImages").rename(folder / "images"),
         (folder / "Annotations").rename(folder / "annotations")),
@@ -141,10 +164,10 @@ def test_every_format_leads_back_to_the_same_boxes(scenes, tmp_path, monkeypatch
     assert_same(found, scenes[1])
     assert {split: len(of) for split, of in names.items()} == {"train": 8, "val": 2}  # where nothing is said
     assert "8 images" in printed and "no problems" in printed and str(tmp_path / "out" / "data.yaml") in printed
-    data = read_yaml(tmp_path / "out" / "data.yaml")["data"]
-    assert Path(data["val"]["annotations"]) == tmp_path / "out" / "val.json"
+    data, _ = read_with_bases(tmp_path / "out" / "data.yaml")
+    assert Path(data["data"]["val"]["annotations"]) == tmp_path / "out" / "val.json"
     some = json.loads((tmp_path / "out" / "val.json").read_text())["images"][0]["file_name"]
-    assert (Path(data["val"]["images"]) / some).is_file()
+    assert (Path(data["data"]["val"]["images"]) / some).is_file()
 
 
 @pytest.mark.parametrize("kind, write, names", [
@@ -210,10 +233,10 @@ WRONG = {
     "xml cut": ("voc", lambda f: edit(f / XML, "</annotation>", ""), "000001.xml: no element found"),
     "no image": ("voc", lambda f: (f / "JPEGImages/000001.jpg").unlink(),
                  "000001.xml: there is no image with this name"),
-    "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "object 0 has no bndbox"),
+    "no corner": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", ""), "000001.xml line 1: object 1 has no bndbox"),
     "no number": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>a</xmin>"), "'a'"),
     "swapped": ("voc", lambda f: edit(f / XML, "<xmin>.*?</xmin>", "<xmin>900</xmin>"),
-                "with negative width or height"),
+                "object 1, cross: xmax 80 is less than xmin 900"),
     "entities in UTF-16": ("voc", lambda f: (f / XML).write_bytes(
         ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY b "c">]>'
          "<annotation><filename>&b;</filename></annotation>").encode("utf-16")), "declares a document type"),
@@ -231,7 +254,7 @@ WRONG = {
         'file,x1,y1,x2,y2,class\na.jpg,1,1,9,9,"b' + "\n" * 140_000), "field larger than field limit"),
     "no column": ("csv", lambda f: edit(f / "boxes.csv", "x2", "width"), "has no column x2"),
     "no class": ("csv", lambda f: edit(f / "boxes.csv", r"(,\d+),[a-z]+\n", r"\1,\n"), "line 2: it must have"),
-    "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "are not numbers"),
+    "not a number": ("csv", lambda f: edit(f / "boxes.csv", r"n,\d+", "n,five"), "line 2: x1 'five' is not a number"),
     "two splits": ("csv", lambda f: shutil.copy(f / "boxes.csv", f / "val.csv"), "000000.jpg is also in a table"),
     "leads out": ("csv", lambda f: edit(f / "boxes.csv", "000000.jpg", "../000000.jpg"), "leads out of the image"),
     "missing image": ("csv", lambda f: (f / "000004.jpg").unlink(), "--skip-unreadable leaves them out: image"),
@@ -317,3 +340,75 @@ def test_two_classes_of_one_name_are_refused(scenes, tmp_path):
     with pytest.raises(DataError, match="the class name 'a' occurs twice"):
         read_labelled("yolo", tmp_path / "in")
 
+
+@pytest.mark.parametrize("rows, reason", [
+    ("5,5,5,9", "without area"), ("500,5,500,9", "without area"), ("500,5,505,9", "outside the image"),
+    ("5,5,5.5,9", "thinner than a pixel")])
+def test_boxes_that_training_leaves_out_are_named(scenes, tmp_path, monkeypatch, capsys, rows, reason):
+    write_csv(tmp_path / "in", scenes, ("train.csv", "val.csv"))
+    with open(tmp_path / "in" / "val.csv", "a") as table:
+        table.write(f"\n000001.jpg,n,{rows},star\n")
+    line = len((tmp_path / "in" / "val.csv").read_text().splitlines())
+    code, printed, _ = prepare(monkeypatch, capsys, "csv", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and printed.count(f"note: left out of training: val.csv line {line} is {reason}\n") == 1
+    ids = [a["id"] for a in json.loads((tmp_path / "out" / "val.json").read_text())["annotations"]]
+    boxes = sum(map(len, list(scenes[1].values())[1::2]))
+    assert len(ids) == boxes + 1 and f"left out of training: 1 {reason}\n  {reason}: annotation " in printed
+
+
+def test_many_boxes_that_training_leaves_out_are_counted(scenes, tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path / "in", scenes)
+    with open(tmp_path / "in" / "boxes.csv", "a") as table:
+        table.write("\n" + "000001.jpg,n,5,5,5,9,star\n" * 11)
+    code, printed, _ = prepare(monkeypatch, capsys, "csv", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and printed.count("is without area\n") == 10
+    assert printed.count("note: left out of training: 1 more box\n") == 1
+
+
+def test_the_options_for_places_and_encodings(scenes, tmp_path, monkeypatch, capsys):
+    write_voc(tmp_path / "in", scenes)
+    (tmp_path / "in" / "JPEGImages").rename(tmp_path / "pics")
+    (tmp_path / "in" / "Annotations").rename(tmp_path / "in" / "marks")
+    for file in (tmp_path / "in" / "marks").iterdir():
+        file.write_text(file.read_text().replace("star", "gr\xfcn"), encoding="cp1252")
+    code, _, _ = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / "out", "--annotations", "marks",
+                         "--images", tmp_path / "pics", "--encoding", "cp1252")
+    assert code == 0
+    assert_same(read_back(tmp_path / "out")[0], {
+        name: [("gr\xfcn" if label == "star" else label, *corners) for label, *corners in boxes]
+        for name, boxes in scenes[1].items()})
+    code, _, error = prepare(monkeypatch, capsys, "voc", tmp_path / "in", tmp_path / "out", "--encoding", "klingon")
+    assert code == 2 and "unknown encoding 'klingon': give one like cp1252, gbk or latin-1" in error[-1]
+
+
+# What is moved after prepare_data.py has written photos/coco, and where data.yaml is then.
+MOVES = {"nothing": (".", ".", "photos/coco/data.yaml"),
+         "the file": ("photos/coco/data.yaml", "own.yaml", "own.yaml"),
+         "the folder of the annotations": ("photos/coco", "elsewhere/sets", "elsewhere/sets/data.yaml"),
+         "photographs and annotations": ("photos", "elsewhere/pictures", "elsewhere/pictures/coco/data.yaml"),
+         "all of it": (".", "../moved", "../moved/photos/coco/data.yaml")}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+def test_data_yaml_works_after_a_move(scenes, tmp_path, monkeypatch, capsys, moved):
+    home = tmp_path / "home"
+    write_yolo(home / "photos", scenes)
+    assert prepare(monkeypatch, capsys, "yolo", home / "photos", home / "photos" / "coco")[0] == 0
+    start, end, file = MOVES[moved]
+    (home / end).resolve().parent.mkdir(parents=True, exist_ok=True)
+    if start != end:
+        (home / start).rename((home / end).resolve())
+    path = Path(os.path.normpath(home / file))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_base_: ['{ROOT / 'configs/own_data/student.yaml'}', '{path}']\n")
+    monkeypatch.chdir(tmp_path)
+    (train, val) = check_data(load_config(config, ["data.workers=0"]).data)
+    assert not train.problems and not val.problems and (train.num_images, val.num_images) == (8, 2)
+
+
+def test_a_copy_uses_its_own_annotations(scenes, tmp_path, monkeypatch, capsys):
+    write_yolo(tmp_path / "photos", scenes)
+    assert prepare(monkeypatch, capsys, "yolo", tmp_path / "photos", tmp_path / "photos" / "coco")[0] == 0
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    data, _ = read_with_bases(tmp_path / "copy" / "coco" / "data.yaml")
+    assert data["data"]["train"]["annotations"] == str(tmp_path / "copy" / "coco" / "train.json")

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from data.errors import counted
 from models import ConfigError, Detector, DetectorPass
 from models.build import nearest
 
@@ -32,8 +33,8 @@ class FeaturePairs(nn.Module):
         else:
             own, other = len(student.feature_channels), len(teacher.feature_channels)
             if levels is None and own != other:
-                raise ConfigError("levels", f"the student has {own} feature levels and the teacher {other}: say which "
-                                            "to use")
+                raise ConfigError("levels", f"the student has {counted(own, 'feature level')} and the teacher {other}: "
+                                            "say which to use")
             self.levels = tuple(range(own) if levels is None else levels)
             check_levels(self.levels, student, teacher)
             self.student_channels = [student.feature_channels[level] for level in self.levels]

@@ -173,3 +173,25 @@ def test_an_option_of_a_method_is_named_with_its_source():
 def test_a_distiller_needs_a_distill_section(write):
     with pytest.raises(ConfigError, match="distill: missing"):
         build_distiller(load_config(write("cfg.yaml", MODEL)))
+
+
+def test_data_paths_start_where_they_say(write, tmp_path, monkeypatch):
+    """At the file for `./`, at $DENSEKD_DATA for other relative paths, and at the current folder for an override."""
+    for name in ("sets", "here"):
+        (tmp_path / name).mkdir()
+    write("sets/val.json", "")
+    monkeypatch.setenv("DENSEKD_DATA", str(tmp_path / "sets"))
+    monkeypatch.chdir(tmp_path / "here")
+    write("sets/data.yaml", "data:\n  train: {images: ./../pictures, annotations: ../x.json}\n"
+                            "  val: {images: [/none, ./], annotations: [./none.json, val.json, ./val.json]}\n")
+    cfg = load_config(write("cfg.yaml", "_base_: sets/data.yaml\n" + MODEL))
+    assert cfg["data"] == {"train": {"images": str(tmp_path / "pictures"), "annotations": "../x.json"},
+                           "val": {"images": str(tmp_path / "sets"), "annotations": "val.json"}}
+    cfg = load_config(tmp_path / "cfg.yaml", ["data.val.annotations=./a.json", "data.train.images=[/none, /nor]"])
+    assert cfg.data.val.annotations == str(tmp_path / "here" / "a.json") and cfg.data.train.images == "/none"
+
+
+@pytest.mark.parametrize("value", ["[]", "[1, 2]", "{a: b}", "3"])
+def test_data_paths_that_are_none(write, value):
+    with pytest.raises(ConfigError, match=r"data.train.images.*cfg.yaml"):
+        load_config(write("cfg.yaml", MODEL + f"data: {{train: {{images: {value}, annotations: a.json}}}}\n"))

@@ -29,7 +29,7 @@ def test_check_shows_everything_and_writes_nothing(scenes, tmp_path, monkeypatch
     for expected in (
             "AP on the first 4 images of data.val, before training", "teacher 0: 0.0", "WARNING", "student:   0.0",
             "CrossKD0 (CrossKD) from teacher 0: times 1 now; losses.loss_cls_kd 1, losses.loss_reg_kd 4",
-            "classification tower after 1 convolutions, finest of 5 levels (4, 16, 8, 8) <- teacher",
+            "classification tower after 1 convolution, finest of 5 levels (4, 16, 8, 8) <- teacher",
             "through the teacher's layers 2.. of its head: student class scores (4, 86, 6) <- teacher class scores",
             "FGD1 (FGD) from teacher 0: times 0.5 now; alpha_fgd 0.001, beta_fgd 0.0005, gamma_fgd 0.001",
             "student neck output 4 (4, 16, 1, 1) <- teacher neck output 4 (4, 16, 1, 1)",
@@ -120,4 +120,4 @@ def test_of_two_processes_one_prints(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a step of 2 images took") == 1 and "detections on 1 images" in done.stdout
+    assert done.stdout.count("a step of 2 images took") == 1 and "on 1 image\n" in done.stdout
