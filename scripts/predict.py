@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from data.errors import counted
+from data.inputs.find import find_files
 from kd import cli
 from kd.exceptions import Incomplete
 
@@ -21,13 +22,12 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if not 0 <= args.score_thr <= 1 or (args.batch_size or 1) < 1:
         parser.error("--score-thr needs a score from 0 to 1, and --batch-size at least 1")
+    sources = find_files(args.input)
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
-    from data.inputs.files import find_files
     from kd.inference.detectors import load_named
     from kd.inference.predict import Predictor, class_thresholds, predict_files
 
     device = cli.choose_device(args.device)
-    sources = find_files(args.input)
     detector, classes = load_named(cfg, args.checkpoint, device, args.part, args.classes)
     thresholds = class_thresholds(classes, args.score_thr, args.class_thr)
     results, unread = predict_files(Predictor(detector, cfg, thresholds, device, args.batch_size), classes, sources,

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import DataError, collate
-from data.inputs.files import ImageFiles, Sample, Source, batches_of_one_size, make_sample
+from data.inputs.files import ImageFiles, Sample, batches_of_one_size, make_sample
+from data.inputs.find import Source
 from data.inputs.video import Video, VideoWriter, load_av
 from data.output import write_text, writing
 from models import Detector

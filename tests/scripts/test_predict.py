@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from runs import config, run_script, write_checkpoint, write_config
 
 from data import DataError, generate_scenes
-from data.inputs.files import batches_of_one_size, find_files, make_sample
+from data.inputs.files import batches_of_one_size, make_sample
+from data.inputs.find import find_files
 from data.sources.scenes import CLASSES
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect_views

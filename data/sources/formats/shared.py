@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from data.errors import DataError, listed
-from data.inputs.files import IMAGE_SUFFIXES
+from data.inputs.find import IMAGE_SUFFIXES
 from data.problems import MAX_COORDINATE
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
