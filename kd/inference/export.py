@@ -62,7 +62,8 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
     Raises:
         ConfigError: model.test leaves the number of detections open.
         MissingExtra: a package that it needs is not installed.
-        ExportError: the file differs from the detector, or cannot be made. No file is left then.
+        ExportError: the file differs from the detector, or cannot be made. No file is left then, but a `.log` beside it
+            has what an exporter reported.
     """
     partial, log = (path.with_name(f"{path.name}{end}") for end in (f".partial.{kind}", ".log"))
     side = 2 * about.least_size if kind == "onnx" else about.least_size
