@@ -105,6 +105,7 @@ def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: T
 def class_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes (n, 4) that non-maximum suppression within each class keeps, best score first.
 
+    Of boxes with equal scores the first counts as better: torchvision's sort is stable, on the CPU and on CUDA.
     Like torchvision's `batched_nms`, it moves the classes apart and suppresses once. `batched_nms` starts at coordinate
     0 and uses the boxes' precision, so its result can differ from suppression class by class if boxes lie beyond the
     left border or if there are many classes. The result of this function does not differ.

@@ -4,7 +4,7 @@ import torch
 from small_models import enliven, small_detector
 
 from data.inputs.files import make_sample
-from kd.inference.export import Recipe, export
+from kd.inference.export import Recipe, export, load_exported
 
 SCALE = (96, 64)
 
@@ -43,6 +43,24 @@ def test_one_class_of_an_untrained_detector(tmp_path, capfd, kind, head):
     found = exported(tmp_path / "file", small_detector(head, dtype=torch.float32, **sections).eval(), kind)
     assert found.agrees and found.detections > 5 and found.box < 1e-4 and found.score < 1e-5
     assert capfd.readouterr() == ("", "") and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("nms", ["inside", "outside"])
+def test_equal_scores_keep_their_order(tmp_path, nms):
+    """A head without weights gives equal scores, of which a file takes those that PyTorch takes, in the same order."""
+    detector = small_detector(dtype=torch.float32, test={"score_thr": 0.0, "nms_pre": 7, "max_per_img": 10}).eval()
+    for parameter in detector.bbox_head.parameters():
+        parameter.data.zero_()
+    exported(tmp_path / "file", detector, nms=nms)
+    images, sizes = torch.zeros(2, 3, 64, 96, dtype=torch.uint8), [(64, 96), (50, 70)]
+    boxes, scores, labels = load_exported(tmp_path / "file", "onnx")(images, torch.tensor(sizes))
+    targets = [{"image_size": size} for size in sizes]
+    with torch.no_grad():
+        expected = detector.predict(detector.preprocess(images, targets), targets, False, with_nms=nms == "inside")
+    for i, one in enumerate(expected):
+        real = scores[i] > 0
+        assert len(one["labels"]) > 5 and labels[i][real].tolist() == one["labels"].tolist()
+        torch.testing.assert_close(boxes[i][real], one["boxes"], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 0.0, 1.0])
