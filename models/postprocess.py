@@ -35,19 +35,25 @@ def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test
         rescale: return boxes in the original image's pixels, otherwise in the input's.
         with_nms: suppress overlaps and limit the number; otherwise all candidates are returned, level by level.
     Returns:
-        A dict per image: boxes (n, 4) xyxy, scores (n,), labels (n,) int64; with NMS, best score first.
+        A dict per image: boxes (n, 4) xyxy, scores (n,), labels (n,) int64; with NMS, best score first. Equal scores
+        stay in the order of level, location and class.
     """
     priors = head.priors(outputs)
     scores = at_least_float32(outputs.cls).sigmoid()
     found = []
     for i, target in enumerate(targets):
         index, labels = _candidates(scores[i], priors, test)
-        score = scores[i][index, labels]
-        if outputs.centerness is not None:
-            score = score * at_least_float32(outputs.centerness[i][index]).sigmoid()
-        boxes = head.decode(outputs.box[i][index], priors.take(index))
+        boxes, score = decode(head, outputs, i, priors, index, scores[i][index, labels])
         found.append(_finish(boxes, score, labels, target, test, rescale, with_nms))
     return found
+
+
+def decode(head: DenseHead, outputs: HeadOutputs, i: int, priors: Priors, index: Tensor,
+           scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) and final scores (n,) of image `i` at the anchors `index` (n,), whose class scores are `scores`."""
+    if outputs.centerness is not None:
+        scores = scores * at_least_float32(outputs.centerness[i][index]).sigmoid()
+    return head.decode(outputs.box[i][index], priors.take(index)), scores
 
 
 def _candidates(scores: Tensor, priors: Priors, test: TestConfig) -> tuple[Tensor, Tensor]:
@@ -99,6 +105,7 @@ def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: T
 def class_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes (n, 4) that non-maximum suppression within each class keeps, best score first.
 
+    Of boxes with equal scores the first counts as better: torchvision's sort is stable, on the CPU and on CUDA.
     Like torchvision's `batched_nms`, it moves the classes apart and suppresses once. `batched_nms` starts at coordinate
     0 and uses the boxes' precision, so its result can differ from suppression class by class if boxes lie beyond the
     left border or if there are many classes. The result of this function does not differ.

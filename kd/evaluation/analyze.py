@@ -100,10 +100,15 @@ def with_difference(name: str, values: Sequence[Sequence[float | None]], names: 
     return rows
 
 
+def groups(classes: Sequence[str]) -> list[tuple[int | None, str]]:
+    """The label and name of every row of a table: of all classes together, if there are several, and of each class."""
+    return [(None, "all")] * (len(classes) > 1) + list(enumerate(classes))
+
+
 def points_table(title: str, found: Sequence[Analysis], columns: Sequence[dict[str, list[float | None]]]) -> Table:
-    """A table of values in points: the mean over classes, and every class. `columns` has each detector's, by header."""
+    """A table of values in points: the mean over classes, and each class. `columns` has each detector's, by header."""
     rows, names = [], [each.name for each in found]
-    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+    for k, name in groups(found[0].classes):
         rows += with_difference(name, [[mean(values) if k is None else values[k] for values in own.values()]
                                        for own in columns], names)
     return title, ["class", "model", *columns[0]], rows
@@ -112,7 +117,7 @@ def points_table(title: str, found: Sequence[Analysis], columns: Sequence[dict[s
 def count_table(found: Sequence[Analysis]) -> Table:
     """Numbers of errors: detections by their predicted class, and missed objects."""
     rows = []
-    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+    for k, name in groups(found[0].classes):
         for i, each in enumerate(found):
             counts = count_errors(each.judged, k)
             rows.append([name if i == 0 else "", each.name, *(str(counts[kind]) for kind in ("objects", *ERRORS))])
@@ -123,7 +128,7 @@ def found_table(found: Sequence[Analysis], score_thr: float) -> Table:
     """The numbers of objects that both detectors, only one of them, or none find, by class and size."""
     own, other = (found_from(each.judged, score_thr) for each in found)
     judged, rows = found[0].judged, []
-    for k, name in [(None, "all"), *enumerate(found[0].classes)]:
+    for k, name in groups(found[0].classes):
         for size, (low, high) in {"all": (0, float("inf")), **SIZES}.items():
             here = (judged.object_area >= low) & (judged.object_area < high)
             here &= True if k is None else judged.object_label == k

@@ -129,7 +129,8 @@ def list_detections(results: list[ImageResult], dataset: CocoDataset, numbers: d
 
 
 def format_figures(figures: dict) -> str:
-    """The figures in points, as tables for people."""
-    classes = [[name, points(ap)] for name, ap in figures["per_class"].items()]
-    return "\n\n".join([text_table(FIGURES, [[points(figures[name]) for name in FIGURES]]),
-                        text_table(["class", "AP"], classes)])
+    """The figures in points, as tables for people; those of classes only if there are several."""
+    tables = [text_table(FIGURES, [[points(figures[name]) for name in FIGURES]])]
+    if len(figures["per_class"]) > 1:
+        tables.append(text_table(["class", "AP"], [[name, points(ap)] for name, ap in figures["per_class"].items()]))
+    return "\n\n".join(tables)

@@ -130,7 +130,7 @@ def plot_losses(groups: dict[str, list[RunRecord]]) -> Any | None:
 
 
 def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
-    """COCO's AP figures, and AP of each class if there are few classes."""
+    """COCO's AP figures, and AP of each class if there are several, but few."""
     def read(run: RunRecord, name: str) -> Curve:
         values = [(line["epoch"] + 1, line.get(name, (line.get("per_class") or {}).get(name)))
                   for line in run.evaluations]
@@ -138,7 +138,7 @@ def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
         return np.array([epoch for epoch, _ in values]), np.array([ap for _, ap in values])
     runs = [run for members in groups.values() for run in members]
     classes = list(dict.fromkeys(key for run in runs for line in run.evaluations for key in line.get("per_class", {})))
-    names = [name for name in [*AP_FIGURES, *(classes if len(classes) <= MOST_CLASSES else [])]
+    names = [name for name in [*AP_FIGURES, *(classes if 1 < len(classes) <= MOST_CLASSES else [])]
              if any(len(read(run, name)[0]) for run in runs)]
     return plot_lines(groups, names, read, "AP, points", marker="o")
 
@@ -155,7 +155,9 @@ def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:
         return None
     classes = list(dict.fromkeys(name for curves in found.values() for one in curves for name in one["precision"]
                                  if precision_of(one, [name], "0.50") is not None))
-    panels = {"mean of the classes": classes} | {name: [name] for name in classes[:MOST_CLASSES]}
+    panels = {name: [name] for name in classes[:MOST_CLASSES]}
+    if len(classes) != 1:
+        panels = {"mean of the classes": classes} | panels
     figure, axes = matplotlib_figure(len(panels))
     for axis, (title, names) in zip(axes, panels.items()):
         for number, (label, curves) in enumerate(found.items()):

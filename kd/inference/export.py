@@ -2,37 +2,35 @@
 import contextlib
 import json
 import os
+import re
+import tempfile
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.export import Dim
 
 from data import build_dataset
-from data.errors import counted
 from data.extras import MissingExtra, need
 from data.inputs.files import Sample, make_sample
-from data.output import writing
-from data.transforms import padded_size, read_image
+from data.output import write_text, writing
+from data.transforms import read_image
 from models import ConfigError, Detector
 from models.deploy import DeployedDetector, suppress
-from models.postprocess import class_nms
 
 from ..config import Config
 from ..exceptions import ExportError
+from .agreement import Agreement, ExportedDetector, check_export
 
 OPSET = 18
 DIVISOR = 32
 INPUTS, OUTPUTS = ("images", "image_sizes"), ("boxes", "scores", "labels")
-TOLERANCE = 1e-3            # of scores, and of boxes in pixels
-RELATIVE_TOLERANCE = 1e-5   # added for boxes: the precision of large coordinates in float32
 CHECKED_IMAGES = 2          # of data.val, where none are given
-
-ExportedDetector = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDetector.forward` takes and gives
 
 
 @dataclass
@@ -47,22 +45,6 @@ class Recipe:
     nms: str                    # inside: the file suppresses; outside: the caller must
     nms_iou_threshold: float
     max_per_img: int
-
-
-@dataclass
-class Agreement:
-    """How far an exported file differs from PyTorch."""
-
-    images: int = 0
-    detections: int = 0  # compared
-    box: float = 0.0    # largest difference of a coordinate, in pixels
-    score: float = 0.0  # largest difference of a score
-    agrees: bool = True
-
-    def __str__(self) -> str:
-        line = (f"{counted(self.detections, 'detection')} on {counted(self.images, 'image')}: boxes differ "
-                f"from PyTorch's by at most {self.box:.1g} pixels, scores by {self.score:.1g}")
-        return line if self.detections else f"{line}; without detections this says little: give others with --check"
 
 
 def recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str, nms: str) -> Recipe:
@@ -80,26 +62,53 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
     Raises:
         ConfigError: model.test leaves the number of detections open.
         MissingExtra: a package that it needs is not installed.
-        ExportError: the file differs from the detector, or cannot be made. No file is left then.
+        ExportError: the file differs from the detector, or cannot be made. No file is left then, but a `.log` beside it
+            has what an exporter reported.
     """
-    partial = path.with_name(f"{path.name}.partial.{kind}")
+    partial, log = (path.with_name(f"{path.name}{end}") for end in (f".partial.{kind}", ".log"))
     side = 2 * about.least_size if kind == "onnx" else about.least_size
     example = torch.zeros(2, 3, side, side + DIVISOR, dtype=torch.uint8), torch.tensor([[side, side], [side - 1, side]])
-    try:
-        with writing(path):
-            with torch.no_grad():
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        try:
+            with writing(path), torch.no_grad(), printing_to(printed):
                 (to_onnx if kind == "onnx" else to_pt2)(detector, example, partial, about)
-            found = check_export(load_exported(partial, kind), detector, about, samples)
-            os.replace(partial, path)
-    except (ConfigError, MissingExtra, ExportError, OSError):
-        raise
-    except Exception as error:  # torch's exporters and runtimes raise errors of all types
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"this detector cannot be exported as {kind}: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+                found = check_export(load_exported(partial, kind), detector, samples, about.least_size, about.nms)
+                os.replace(partial, path)
+        except (ConfigError, MissingExtra, ExportError, OSError):
+            raise
+        except Exception as error:  # torch's exporters and runtimes raise errors of all types
+            printed.seek(0)
+            write_text(log, f"{printed.read()}\n{traceback.format_exc()}")
+            raise ExportError(f"this detector cannot be exported as {kind}: {first_sentence(error)}. Try --format "
+                              f"{'pt2' if kind == 'onnx' else 'onnx'}, or change the layer; {log} has the whole report"
+                              ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
     return found
+
+
+@contextlib.contextmanager
+def printing_to(file: TextIO) -> Iterator[None]:
+    """A context in which everything that is printed goes to a file, also by compiled code: exporters print much."""
+    streams = [(number, os.dup(number)) for number in (1, 2)]
+    for number, _ in streams:
+        os.dup2(file.fileno(), number)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    finally:
+        file.flush()
+        for number, copy in streams:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error's message, which may go on for pages; with the error's type if it is one word."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    sentence = re.split(r"(?<=[.!?])\s|\n", text)[0].rstrip(" .!?:")[:200]
+    return sentence if " " in sentence else f"{type(error).__name__} {sentence}".strip()
 
 
 def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
@@ -169,8 +178,6 @@ def load_exported(path: Path, kind: str) -> ExportedDetector:
     return run
 
 
-# --- checks ---
-
 def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
     """The images to check on: those at `paths`; if there are none, the first of data.val; without data, noise.
 
@@ -190,72 +197,3 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
         images = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
                   for size in ((short, long), (long, short))]
     return [make_sample(image, i, [about.scale], about.antialias) for i, image in enumerate(images)]
-
-
-def check_export(run: ExportedDetector, detector: Detector, about: Recipe, samples: Sequence[Sample]) -> Agreement:
-    """Compare an exported file with the detector on each image and on one batch of all; ExportError if they differ."""
-    found = Agreement(images=len(samples))
-    batches = [[sample] for sample in samples] + ([list(samples)] if len(samples) > 1 else [])
-    for number, batch in enumerate(batches):
-        images, targets = pad_together(batch, about.least_size)
-        outputs = run(images, torch.tensor([target["image_size"] for target in targets]))
-        with torch.no_grad():
-            expected = detector.predict(detector.preprocess(images, targets), targets, rescale=False)
-        for i, (mine, target) in enumerate(zip(expected, targets)):
-            theirs = finish(*(output[i] for output in outputs), about, target["image_size"])
-            compared = compare(mine, theirs, detector, found)
-            found.detections += compared * (number < len(samples))
-    if not found.agrees:
-        raise ExportError(f"the exported file does not agree with PyTorch ({found}): is there a layer that "
-                          "depends on the image's size, as Swin's windows do?")
-    return found
-
-
-def pad_together(samples: Sequence[Sample], least: int) -> tuple[Tensor, list[dict]]:
-    """Pad images to the largest, and at least to `least`; returns the batch (N, 3, H, W) and its targets."""
-    targets = [sample.targets[0] for sample in samples]
-    height, width = (max(least, *(target["pad_size"][axis] for target in targets)) for axis in (0, 1))
-    images = torch.zeros(len(samples), 3, *padded_size((height, width)), dtype=torch.uint8)
-    for image, sample in zip(images, samples):
-        h, w = sample.targets[0]["image_size"]
-        image[:, :h, :w] = sample.views[0]
-    return images, targets
-
-
-def finish(boxes: Tensor, scores: Tensor, labels: Tensor, about: Recipe, size: tuple[int, int]) -> dict:
-    """The work on one image's outputs that is left to the caller."""
-    real = scores > 0
-    boxes, scores, labels = boxes[real], scores[real], labels[real]
-    if about.nms == "outside":
-        keep = class_nms(boxes, scores, labels, about.nms_iou_threshold)[:about.max_per_img]
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-        height, width = size
-        boxes = boxes.clamp(min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height]))
-    return {"boxes": boxes, "scores": scores, "labels": labels}
-
-
-def compare(mine: dict, theirs: dict, detector: Detector, found: Agreement) -> int:
-    """Note how far each detection is from the nearest of its class in the other set; returns the number compared.
-
-    Detections that one set may lack are not compared: their scores are near the threshold, or near the cut at the cap.
-    """
-    test, compared = detector.test, 0
-    least = test.score_thr
-    capped = len(mine["scores"]) and (len(mine["scores"]) == test.max_per_img or test.clip == "after")
-    if capped:  # detectron2 drops boxes after the cap, so fewer boxes do not show that nothing was cut
-        least = max(least, mine["scores"].min().item())
-    for one, other in ((mine, theirs), (theirs, mine)):
-        for box, score, label in zip(one["boxes"], one["scores"], one["labels"]):
-            if score <= least + TOLERANCE:
-                continue
-            compared += one is mine
-            same = (other["labels"] == label) & ((other["scores"] - score).abs() <= TOLERANCE)
-            if not same.any():
-                found.agrees, found.score = False, max(found.score, float(score))
-                continue
-            distances = (other["boxes"][same] - box).abs()
-            nearest = distances.amax(1).argmin()
-            found.box = max(found.box, distances[nearest].max().item())
-            found.score = max(found.score, (other["scores"][same][nearest] - score).abs().item())
-            found.agrees &= bool((distances[nearest] <= TOLERANCE + RELATIVE_TOLERANCE * box.abs()).all())
-    return compared

@@ -4,7 +4,7 @@ import torch
 from small_models import HEADS, enliven, small_detector
 
 from models import ConfigError
-from models.deploy import DeployedDetector, suppress
+from models.deploy import DeployedDetector, best, suppress
 from models.postprocess import class_nms
 
 TEST = {"score_thr": 0.5, "nms_pre": 60, "max_per_img": 30}
@@ -71,6 +71,38 @@ def test_suppression_is_of_each_class_of_each_image_by_itself():
         expected[keep] = scores[i][keep]
         assert torch.equal(kept[i], expected) and 5 < len(keep) < len(real)
     assert not suppress(boxes, torch.zeros_like(scores), labels, 4, 0.3, 100).any()
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 100])
+def test_of_equal_scores_the_first_come_first(k):
+    scores = torch.randint(0, 5, (3, 100), generator=torch.Generator().manual_seed(0)) / 4  # in the end only ties
+    for rows in (scores, torch.zeros(2, 100), scores.double()):
+        expected = [sorted(range(100), key=lambda place: -row[place])[:k] for row in rows.tolist()]  # sorted is stable
+        kept, places = best(rows, k)
+        assert places.tolist() == expected and torch.equal(kept, rows.gather(1, places))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("with_nms", [True, False])
+def test_equal_scores_come_in_the_order_of_level_location_and_class(head, with_nms):
+    """A head without weights gives the same score everywhere, so only the order decides."""
+    detector = small_detector(head, dtype=torch.float32, test={"score_thr": 0.0, "nms_pre": 7, "max_per_img": 30,
+                                                               "min_bbox_size": -1}).eval()
+    for parameter in detector.bbox_head.parameters():
+        parameter.data.zero_()
+    images, targets = batch()
+    with torch.no_grad():
+        expected = detector.predict(detector.preprocess(images, targets), targets, rescale=False, with_nms=with_nms)
+        sizes = torch.tensor([target["image_size"] for target in targets])
+        found = DeployedDetector(detector, with_nms)(images, sizes)
+    for one, boxes, scores, labels in zip(expected, *found):
+        real = scores > 0
+        assert torch.equal(boxes[real], one["boxes"]) and torch.equal(labels[real], one["labels"])
+        assert len(one["scores"].unique()) == 1 and len(one["scores"]) > 5
+        if not with_nms:
+            assert one["labels"][:14].tolist() == [0, 1, 2, 0, 1, 2, 0] * 2  # the first seven of two levels
+            centers = (boxes[:, :2] + boxes[:, 2:])[:7]
+            assert (centers[:, 0].diff() >= 0).all()
 
 
 @pytest.mark.parametrize("name", ["nms_pre", "max_per_img"])

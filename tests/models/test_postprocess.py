@@ -4,6 +4,8 @@ import torch
 from small_models import enliven, make_batch, small_detector
 from torchvision.ops import nms
 
+from models.postprocess import class_nms
+
 every_head = pytest.mark.parametrize("head", ["GFLHead", "RetinaHead"])  # golden files test the others
 TEST = {"score_thr": 0.4, "nms_pre": 60, "nms_iou_threshold": 0.5, "max_per_img": 30}
 
@@ -154,6 +156,15 @@ def test_clipping_after_nms():
         h, w = target["image_size"]
         expected = torch.minimum(other["boxes"], torch.tensor([w, h, w, h]).double())
         torch.testing.assert_close(mine["boxes"], expected * torch.tensor([3.0, 2, 3, 2]).double())
+
+
+def test_of_equal_scores_the_first_stays():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [1, 0, 10, 9], [20, 1, 29, 10], [40, 0, 49, 9]])
+    for scores, keep in (([0.5] * 5, [0, 1, 4]), ([0.5, 0.5, 0.6, 0.5, 0.6], [2, 4, 1])):
+        kept = class_nms(boxes, torch.tensor(scores), torch.tensor([0, 1, 0, 1, 0]), 0.5)
+        assert kept.tolist() == keep
+    many = torch.arange(1000.0)[:, None] * 10 + torch.tensor([0.0, 0, 9, 9])  # a sort that is not stable mixes so many
+    assert class_nms(many, torch.full((1000,), 0.5), torch.zeros(1000).long(), 0.5).tolist() == list(range(1000))
 
 
 def test_nothing_above_the_threshold():

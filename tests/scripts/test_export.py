@@ -1,6 +1,8 @@
 """export.py: files that other runtimes run as PyTorch does, and the example that runs them."""
 import importlib.util
 import json
+import os
+import warnings
 
 import numpy as np
 import pytest
@@ -17,8 +19,7 @@ from data.transforms import read_image, resize_image, resized_size
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect, eval_loader
 from kd.inference.detectors import load_with_data
-from kd.inference.export import Agreement, compare
-from models.postprocess import TestConfig as Settings
+from models.preprocess import Preprocess
 
 SCALE = [160, 120]  # half of the scenes, where no rounding is in doubt
 
@@ -117,37 +118,30 @@ def test_what_disagrees_is_not_left_behind(lively, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
-def found(*rows):
-    boxes, scores, labels = zip(*rows)
-    return {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}
+@pytest.mark.parametrize("kind, fault, sentence", [
+    ("onnx", lambda image: torch.fft.fft2(image).real,
+     "Exporting the operator 'aten::fft_fft2' to ONNX opset version 18 is not supported"),
+    ("pt2", lambda image: image if image.sum() > 0 else -image,
+     "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1))"),
+    ("pt2", lambda image: {}["layer"], "KeyError 'layer'")], ids=["onnx", "pt2", "pt2 one word"])
+def test_what_an_exporter_says_becomes_one_line(lively, tmp_path, monkeypatch, capfd, kind, fault, sentence):
+    """Its dump of thousands of lines goes to a file, and so does what compiled code prints."""
+    normalise = Preprocess.normalise
 
+    def talkative(self, images):
+        warnings.warn("said in Python", stacklevel=1)
+        os.write(2, b"said in C++")
+        return fault(normalise(self, images))
 
-class Detector:
-    test = Settings(score_thr=0.05, max_per_img=4)
-
-
-A, B, WEAK = ([0.0, 0, 9, 9], 0.9, 0), ([5.0, 5, 20, 20], 0.8, 1), ([1.0, 1, 2, 2], 0.0505, 2)
-
-
-@pytest.mark.parametrize("theirs, agrees", [
-    ([A, B], True), ([B, A], True), ([A, B, WEAK], True), ([A], False), ([A, B, B], True),
-    ([A, B, ([30.0, 30, 40, 40], 0.5, 0)], False),  # found by one alone
-    ([([0.0, 0, 9, 9.0009], 0.9, 0), B], True), ([([0.0, 0, 9, 9.002], 0.9, 0), B], False),
-    ([([0.0, 0, 9, 9], 0.9009, 0), B], True), ([([0.0, 0, 9, 9], 0.902, 0), B], False),
-    ([([0.0, 0, 9, 9], 0.9, 1), B], False)])
-def test_comparing(theirs, agrees):
-    agreement = Agreement()
-    assert compare(found(A, B), found(*theirs), Detector, agreement) == 2 and agreement.agrees == agrees
-    assert agreement.agrees == (agreement.box < 1e-3 + 1e-4 and agreement.score <= 1e-3)
-
-
-def test_comparing_at_the_cap():
-    """Of those that end at the cap the last may be others."""
-    rows = [A, B, ([1.0, 1, 8, 8], 0.7, 0), ([40.0, 40, 50, 50], 0.6, 0)]
-    for score, agrees in ((0.6004, True), (0.64, False)):
-        agreement = Agreement()
-        compare(found(*rows), found(*rows[:3], ([60.0, 60, 70, 70], score, 0)), Detector, agreement)
-        assert agreement.agrees == agrees
+    monkeypatch.setattr(Preprocess, "normalise", talkative)
+    code, printed, error = export(monkeypatch, capfd, lively, tmp_path / f"a.{kind}")
+    log, other = tmp_path / f"a.{kind}.log", "pt2" if kind == "onnx" else "onnx"
+    assert code == 1 and len(printed.splitlines()) == 1 and error == [  # printed: which weights were loaded
+        f"error: this detector cannot be exported as {kind}: {sentence}. Try --format {other}, or change the layer; "
+        f"{log} has the whole report"]
+    said = log.read_text()
+    assert "Traceback" in said and "said in C++" in said and len(said.splitlines()) > 40
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_checks_on_given_images_and_without_data(lively, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,8 @@ def study(tmp_path):
         curve = [1 - 0.005 * i - 0.1 * seed for i in range(101)]
         (distilled / "precision_recall.json").write_text(json.dumps(
             {"recall": [i / 100 for i in range(101)], "precision": {"disc": {"0.50": curve, "0.75": [0.0] * 101},
-                                                                     "ring": {"0.50": None, "0.75": None}}}))
+                                                                     "ring": {"0.50": None, "0.75": None},
+                                                                     "star": {"0.50": [0.5] * 101, "0.75": None}}}))
     return sorted(folder.iterdir())
 
 
@@ -75,10 +76,21 @@ def test_losses_over_epochs(study):
 def test_precision_over_recall(study):
     figure = plot.plot_precision_recall(plot.group_runs(read_runs(study)[0]))
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
-    assert list(panels) == ["mean of the classes", "disc"]
+    assert list(panels) == ["mean of the classes", "disc", "star"]  # no rings
+    assert lines(panels["mean of the classes"])["crosskd, IoU 0.50"].get_ydata()[0] == pytest.approx(0.725)
     drawn = lines(panels["disc"])
     assert list(drawn) == ["crosskd, IoU 0.50", "crosskd, IoU 0.75"]
     assert drawn["crosskd, IoU 0.50"].get_ydata()[0] == pytest.approx(0.95)  # between 1 and 0.9
+
+
+def test_a_single_class_is_not_drawn_beside_its_mean(study):
+    for path in [file for run in study for file in run.iterdir() if file.suffix in (".json", ".jsonl")]:
+        path.write_text(path.read_text().replace(', "ring": null', "").replace(
+            f', "star": {{"0.50": {[0.5] * 101}, "0.75": null}}', ""))
+    groups = plot.group_runs(read_runs(study)[0])
+    for figure, titles in ((plot.plot_aps(groups), ["AP", "AP50", "AP75", "APm", "APl"]),
+                           (plot.plot_precision_recall(groups), ["disc"])):
+        assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == titles
 
 
 def test_ap_over_the_length_of_training(study, tmp_path):
