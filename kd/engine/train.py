@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.errors import listed
 from data.output import write_text
 
 from ..config import parse_config
@@ -67,8 +66,8 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     if first:
         write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device), indent=1))
     log.info(describe_run(run))
-    if changes:
-        log.warning(f"other settings than before: {listed(changes, ', ')}")
+    for change in changes:
+        log.warning(f"since the checkpoint, {change}")
     # A method that does not run at a step leaves its adapters without a gradient.
     pauses = run.distiller is not None and not run.distiller.all_methods_always_run
     model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
