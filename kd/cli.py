@@ -1,6 +1,7 @@
 """What the scripts share: arguments, and errors that become one line and an exit code."""
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from models.weights import CheckpointError
 
 from .exceptions import ExportError, Incomplete, Stopped, TrainingError, UsageError, WorkDirError
 from .processes.distributed import rank, stop_processes
+from .processes.signals import interrupts
 from .work_dir.log import TqdmHandler
 
 BAD_INPUT = (ConfigError, DataError, CheckpointError, UsageError, MissingExtra, WorkDirError)
@@ -92,7 +94,9 @@ def run(main: Callable[[], None]) -> None:
     log.setLevel(logging.INFO)
     code = 0
     try:
-        main()
+        with interrupts():
+            main()
+            sys.stdout.flush()  # so that a full disk is reported here
     except (*BAD_INPUT, *FAILURES, Stopped, torch.OutOfMemoryError, OSError, KeyboardInterrupt) as error:
         code, message = explain(error)
         if not code:
@@ -109,7 +113,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return 128 + error.signum, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        number, = error.args or (signal.SIGINT,)
+        return 128 + number, "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     if isinstance(error, torch.OutOfMemoryError):
         return 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size (train.accumulate makes "
                    "up for it) or data.scale, or set train.amp=bf16")

@@ -1,10 +1,22 @@
 """Signals that ask a run to stop."""
 import signal
+import time
 
 import pytest
+import torch
+from processes import together
+from runs import config, config_with, run_script, write_config
 
+from data import generate_scenes
+from kd import cli
+from kd.engine import train as engine
+from kd.evaluation import evaluate
+from kd.exceptions import Stopped
 from kd.processes import signals
+from kd.processes.distributed import rank
 from kd.processes.signals import StopSignals
+from kd.work_dir.checkpoint import read_checkpoint
+from models import Detector
 
 
 @pytest.fixture
@@ -27,3 +39,79 @@ def test_a_signal_and_its_echo_ask_and_a_later_one_ends_the_program(interruptibl
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# The process that gets the signal, and when: in its n-th batch of the evaluation, or while figures are computed.
+CASES = [(1, 1), (1, 3), (0, "figures"), (1, "figures")]
+
+
+def stop_in_each_place(cfg: dict, folder) -> list[list[int]]:
+    """For every case: the signal that stopped the run, the batches that were evaluated, whether there are figures."""
+    predict, compute, found = Detector.predict, evaluate.coco_evaluation, []
+    for i, (which, place) in enumerate(CASES):
+        batches = 0
+
+        def predict_and_ask(self, images, targets):
+            nonlocal batches
+            batches += 1
+            if (rank(), batches) == (which, place):
+                signal.raise_signal(signal.SIGTERM)
+            return predict(self, images, targets)
+
+        def compute_and_ask(*arguments):  # in the first process; the other one waits for it
+            if (which, place) == (0, "figures"):
+                signal.raise_signal(signal.SIGTERM)
+            return compute(*arguments)
+
+        def evaluate_and_ask(*arguments, **options):
+            figures = evaluate.evaluate(*arguments, **options)
+            if (rank(), place) == (1, "figures") and which == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return figures
+
+        Detector.predict, evaluate.coco_evaluation, engine.evaluate = predict_and_ask, compute_and_ask, evaluate_and_ask
+        try:
+            engine.train(cfg, folder / str(i), torch.device("cpu"))
+            found.append([0, batches, 1])
+        except Stopped as stopped:
+            found.append([stopped.signum, batches, read_checkpoint(folder / str(i) / "last.pth")["evaluated"]])
+    return found
+
+
+def test_a_signal_to_one_process_stops_the_evaluation_of_all(tmp_path):
+    """Of 7 batches, the first process has 4 and the second 3."""
+    scenes = generate_scenes(tmp_path / "scenes", train=4, val=7, size=(64, 64))
+    cfg = config_with(config(scenes, 2), data={"batch_size": 2}, eval={"batch_size": 1})
+    first, second = together(stop_in_each_place, 2, tmp_path / "results", cfg, tmp_path)
+    assert [signum for signum, _, _ in first] == [signum for signum, _, _ in second] == [signal.SIGTERM] * len(CASES)
+    assert [evaluated for _, _, evaluated in first] == [False, False, False, True]
+    # The others hear of it one batch later, all of them at the same.
+    assert [batches for _, batches, _ in first] == [2, 4, 4, 4]
+    assert [batches for _, batches, _ in second] == [2, 3, 3, 3]
+
+
+def test_a_signal_is_heard_within_long_work_and_only_there():
+    stop = StopSignals()
+    with stop, pytest.raises(signals.StopAsked) as caught:
+        with stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+    assert caught.value.args == (signal.SIGTERM,)
+    with stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(signals.StopAsked), stop.at_once():  # it came before
+            time.sleep(60)
+        assert stop.agreed() == stop.agreed_now() == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number, code, text", [(signal.SIGTERM, 143, "stopped by SIGTERM"),
+                                                (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_ends_any_script_with_one_line(interruptible, tmp_path, monkeypatch, capsys, number, code, text):
+    """Here while --check builds the model, in which nothing else listens."""
+    before = signal.getsignal(signal.SIGTERM)
+    path = write_config(tmp_path / "cfg.yaml", config(generate_scenes(tmp_path / "scenes", 2, 1, (64, 64))))
+    monkeypatch.setattr("kd.engine.run.build_model", lambda *arguments: signal.raise_signal(number))
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == code
+    assert capsys.readouterr().err.strip().splitlines()[-1] == text
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert cli.explain(KeyboardInterrupt()) == (130, "interrupted")
