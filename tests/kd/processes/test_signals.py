@@ -45,37 +45,38 @@ def test_a_signal_and_its_echo_ask_and_a_later_one_ends_the_program(interruptibl
 CASES = [(1, 1), (1, 3), (0, "figures"), (1, "figures")]
 
 
+def stop_at(which: int, place: int | str, cfg: dict, folder) -> list[int]:
+    """The signal that stopped the run, the number of batches that were evaluated, and whether there are figures."""
+    predict, compute, batches = Detector.predict, evaluate.coco_evaluation, 0
+
+    def predict_and_ask(self, images, targets):
+        nonlocal batches
+        batches += 1
+        if (rank(), batches) == (which, place):
+            signal.raise_signal(signal.SIGTERM)
+        return predict(self, images, targets)
+
+    def compute_and_ask(*arguments):  # in the first process; the other one waits for it
+        if (which, place) == (0, "figures"):
+            signal.raise_signal(signal.SIGTERM)
+        return compute(*arguments)
+
+    def evaluate_and_ask(*arguments, **options):
+        figures = evaluate.evaluate(*arguments, **options)
+        if (which, place) == (1, "figures") and rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return figures
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(Detector, "predict", predict_and_ask)
+        patch.setattr(evaluate, "coco_evaluation", compute_and_ask)
+        patch.setattr(engine, "evaluate", evaluate_and_ask)
+        engine.train(cfg, folder, torch.device("cpu"))
+    return [stopped.value.signum, batches, read_checkpoint(folder / "last.pth")["evaluated"]]
+
+
 def stop_in_each_place(cfg: dict, folder) -> list[list[int]]:
-    """For every case: the signal that stopped the run, the batches that were evaluated, whether there are figures."""
-    predict, compute, found = Detector.predict, evaluate.coco_evaluation, []
-    for i, (which, place) in enumerate(CASES):
-        batches = 0
-
-        def predict_and_ask(self, images, targets):
-            nonlocal batches
-            batches += 1
-            if (rank(), batches) == (which, place):
-                signal.raise_signal(signal.SIGTERM)
-            return predict(self, images, targets)
-
-        def compute_and_ask(*arguments):  # in the first process; the other one waits for it
-            if (which, place) == (0, "figures"):
-                signal.raise_signal(signal.SIGTERM)
-            return compute(*arguments)
-
-        def evaluate_and_ask(*arguments, **options):
-            figures = evaluate.evaluate(*arguments, **options)
-            if (rank(), place) == (1, "figures") and which == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return figures
-
-        Detector.predict, evaluate.coco_evaluation, engine.evaluate = predict_and_ask, compute_and_ask, evaluate_and_ask
-        try:
-            engine.train(cfg, folder / str(i), torch.device("cpu"))
-            found.append([0, batches, 1])
-        except Stopped as stopped:
-            found.append([stopped.signum, batches, read_checkpoint(folder / str(i) / "last.pth")["evaluated"]])
-    return found
+    return [stop_at(which, place, cfg, folder / str(i)) for i, (which, place) in enumerate(CASES)]
 
 
 def test_a_signal_to_one_process_stops_the_evaluation_of_all(tmp_path):
