@@ -11,7 +11,7 @@ import torch
 
 from data import DataError
 from data.extras import MissingExtra
-from data.output import OutputError
+from data.output import REASONS, OutputError
 from data.sources.download import DownloadError
 from models import ConfigError
 from models.weights import CheckpointError
@@ -125,4 +125,6 @@ def explain(error: BaseException) -> tuple[int, str]:
     cause = error.__cause__ if isinstance(error, OutputError) else error
     if isinstance(error, OutputError) or error.filename is not None:
         return 2 if isinstance(cause, BAD_PATHS) else 1, f"error: {error}"
+    if error.errno in REASONS:  # of the file that the shell sends the output to
+        return 1, f"error: what this command prints cannot be written ({REASONS[error.errno]}): make room"
     return 0, ""
