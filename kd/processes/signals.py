@@ -1,5 +1,8 @@
 """Stops a run after its state is saved."""
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,8 @@ from contextlib import contextmanager
 from .distributed import Agreement
 
 ECHO = 2.0  # seconds in which a signal counts as a repeat: a launcher forwards signals that all processes have got
+
+AGAIN = 0.1  # seconds until a signal whose error Python has ignored is sent again
 
 
 class StopAsked(KeyboardInterrupt):
@@ -72,8 +77,18 @@ def interrupts() -> Iterator[None]:
     def interrupt(number: int, frame) -> None:
         raise KeyboardInterrupt(number)
 
+    def again(ignored: "sys.UnraisableHookArgs") -> None:
+        """Python ignores errors in some places, such as callbacks of a fork: the signal is sent once more."""
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            number, = ignored.exc_value.args or (signal.SIGINT,)
+            threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(ignored)
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = hook

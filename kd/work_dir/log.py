@@ -16,7 +16,10 @@ class TqdmHandler(logging.StreamHandler):
     """Prints log lines without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except OSError:  # a full disk, or a pipe that ended: a run goes on, and has train.log
+            pass
 
 
 class FileHandler(logging.FileHandler):

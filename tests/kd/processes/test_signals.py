@@ -116,3 +116,15 @@ def test_a_signal_ends_any_script_with_one_line(interruptible, tmp_path, monkeyp
     assert capsys.readouterr().err.strip().splitlines()[-1] == text
     assert signal.getsignal(signal.SIGTERM) is before
     assert cli.explain(KeyboardInterrupt()) == (130, "interrupted")
+
+
+def test_a_signal_is_not_lost_where_python_ignores_errors(interruptible):
+    class Deaf:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt) as caught, signals.interrupts():
+        Deaf()
+        time.sleep(30)
+    assert caught.value.args == (signal.SIGTERM,) and time.monotonic() - start < 10
