@@ -1,10 +1,17 @@
-"""Writes the files that commands produce."""
+"""Writes the files that commands produce: completely or not at all, and every failure is one line with the path."""
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Errors of the operating system about a path that the user gave.
 BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+REASONS = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "larger than files may be here"}
 
 
 class OutputError(OSError):
@@ -16,21 +23,75 @@ class OutputError(OSError):
         return 2 if isinstance(self.__cause__, BAD_PATHS) else 1
 
 
+def no_room(error: BaseException | None) -> OSError | None:
+    """The full disk behind an error, if there is one: torch.save hides it in a RuntimeError."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in REASONS):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused something, in a few words."""
+    return REASONS.get(error.errno) or error.strerror or str(error)
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A context in which `path` is written; its folder is made first.
+def naming(path: Path) -> Iterator[None]:
+    """A context in which `path` is written in place, for example a log; its folder is made first.
 
     Raises OutputError for what the operating system refuses: no permission, a full disk, a folder in its place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror or error}): give another path, or make room"
-                          ) from error
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else no_room(error)
+        if cause is None:
+            raise
+        raise OutputError(f"{path} cannot be written ({reason_of(cause)}): give another path, or make room"
+                          ) from cause
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A context that gives a temporary file beside `path` to write to, and renames it to `path` at the end.
+
+    After any error `path` is what it was before. What is no regular file, for example a pipe, is written in place.
+    Raises as `naming`.
+    """
+    with naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target = Path(os.path.realpath(path))  # a link stays one
+        partial = target.with_name(f"{target.name}.tmp")
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, and its folder where there is none; raises as `naming`."""
+    with writing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, and its folder where there is none; raises as `writing`."""
-    with writing(path):
-        path.write_text(text, encoding="utf-8")
+    """Write a text file, and its folder where there is none; raises as `naming`."""
+    write_bytes(path, text.encode())
+
+
+def write_picture(path: Path, image: "Tensor", quality: int = 95) -> None:
+    """Write uint8 (3, h, w) as PNG, or as JPEG of this quality, as the name says; raises as `naming`."""
+    from torchvision.io import encode_jpeg, encode_png
+
+    # torchvision's own writers say nothing on a full disk, and leave a picture that is cut off.
+    encoded = encode_png(image) if path.suffix.lower() == ".png" else encode_jpeg(image, quality)
+    write_bytes(path, encoded.numpy().tobytes())

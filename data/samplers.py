@@ -81,6 +81,8 @@ class EvalBatchSampler(Sampler[Batch]):
         sizes: (h, w) of each image after the resize, as the detector gets it.
         batch_size: images per batch, at most.
         rank, world: the index of this process and the number of processes.
+    Attributes:
+        most: the largest number of batches of any process.
     """
 
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world: int = 1):
@@ -89,6 +91,7 @@ class EvalBatchSampler(Sampler[Batch]):
             groups.setdefault(padded_size(size), []).append(index)
         batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
         self.batches: list[Batch] = [[(0, index) for index in batch] for batch in batches[rank::world]]
+        self.most = math.ceil(len(batches) / world)
 
     def __len__(self) -> int:
         return len(self.batches)

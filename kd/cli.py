@@ -5,16 +5,18 @@ wait seconds for PyTorch.
 """
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.output import BAD_PATHS
+from data.output import BAD_PATHS, REASONS
 
 from .early import check_early
 from .exceptions import UsageError
+from .processes.interrupts import interrupts
 from .work_dir.log import TqdmHandler
 
 if TYPE_CHECKING:
@@ -108,7 +110,9 @@ def run(main: Callable[[], None]) -> None:
     log.setLevel(logging.INFO)
     code = 0
     try:
-        main()
+        with interrupts():
+            main()
+            sys.stdout.flush()  # so that a full disk is reported here
     except (Exception, KeyboardInterrupt) as error:
         code, message = explain(error)
         if not code:
@@ -126,11 +130,14 @@ def run(main: Callable[[], None]) -> None:
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an error and a line about it; the code is 0 if the error is not known."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        number, = error.args or (signal.SIGINT,)
+        return 128 + number, "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error) if error.exit_code > 128 else f"error: {error}"
     if isinstance(error, OSError) and error.filename is not None:
         return 2 if isinstance(error, BAD_PATHS) else 1, f"error: {error}"
+    if isinstance(error, OSError) and error.errno in REASONS:  # of the file that the shell sends the output to
+        return 1, f"error: what this command prints cannot be written ({REASONS[error.errno]}): make room"
     if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
         return 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size (train.accumulate makes "
                    "up for it) or data.scale, or set train.amp=bf16")

@@ -59,7 +59,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction):
         self._av = load_av()
-        self._container = self._av.open(str(path), "w")
+        self._container = self._av.open(str(path), "w", format="mp4")  # the name may say something else
         self._stream = self._container.add_stream("libx264", rate=rate)
         self._stream.pix_fmt = "yuv420p"
         self._size: tuple[int, int] | None = None

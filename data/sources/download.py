@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.encrypted import UnencryptedAddress, open_encrypted
 from data.errors import counted
+from data.output import no_room, reason_of, writing
 
 BLOCK = 1 << 20  # bytes
 ATTEMPTS = 5  # in a row without a byte
@@ -154,6 +155,9 @@ def _fetch(url: str, partial: Path, there: int, size: int, bar: tqdm) -> str:
             raise DownloadError(f"cannot download {url}: {error}") from None
         return str(error)
     except (OSError, http.client.HTTPException) as error:
+        if no_room(error):
+            raise DownloadError(f"{partial} cannot be written ({reason_of(error)}): make room; the same command goes "
+                                "on there") from None
         return str(getattr(error, "reason", error))
 
 
@@ -185,11 +189,8 @@ def unpack(file: Path, out: Path) -> int:
                 if _is_there(info, out):
                     continue
                 target = out / info.filename
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(target.name + ".partial")
-                with archive.open(info) as source, open(partial, "wb") as written:
+                with writing(target) as partial, archive.open(info) as source, open(partial, "wb") as written:
                     shutil.copyfileobj(source, written, BLOCK)
-                os.replace(partial, target)
             return len(members)
     except (zipfile.BadZipFile, EOFError) as error:
         raise DownloadError(f"archive {file} is damaged ({error}): delete it, and download it again") from None

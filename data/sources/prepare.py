@@ -12,6 +12,7 @@ from tqdm import tqdm
 from data.check import SplitCheck, check_split
 from data.config import Split
 from data.errors import MAX_LISTED, DataError, UnreadableImage, counted
+from data.output import write_text
 from data.problems import drop_reason, find_problems, image_problems
 from data.sources.formats import LabelledFolder, LabelledImage, raise_problems
 from data.transforms import read_image
@@ -74,8 +75,8 @@ def prepare(folder: LabelledFolder, out: Path, shares: dict[str, float] | None =
         raise_problems(f"split {name} cannot be used", [problem.text for problem in find_problems(content)])
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    section.write_text(data_section(folder.image_folder, out, list(contents)), encoding="utf-8")
+        write_text(out / f"{name}.json", json.dumps(content))
+    write_text(section, data_section(folder.image_folder, out, list(contents)))
     checks = [check_split(name, split_of(folder.image_folder, out, name), decode=False) for name in contents]
     checks[0].notes += notes
     for check, name in zip(checks, contents):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from torchvision.io import write_jpeg
 
+from data.output import write_picture, write_text
 from data.sources.shapes import SHAPES
 
 CLASSES = list(SHAPES)
@@ -43,14 +43,12 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
     Returns: `root`.
     """
     root = Path(root)
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split_number, (split, count) in enumerate((("train", train), ("val", val))):
-        (root / split).mkdir(exist_ok=True)
         images, annotations = [], []
         for number in range(count):
             image, boxes, labels = render_scene(np.random.default_rng([seed, split_number, number]), size)
             name = f"{number:06d}.jpg"
-            write_jpeg(torch.from_numpy(image), str(root / split / name), quality=JPEG_QUALITY)
+            write_picture(root / split / name, torch.from_numpy(image), JPEG_QUALITY)
             images.append({"id": number + 1, "file_name": name, "width": size[1], "height": size[0]})
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
                 w, h = x2 - x1, y2 - y1
@@ -58,7 +56,7 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
                                     "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+        write_text(root / "annotations" / f"{split}.json", json.dumps(content))
     return root
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.io import write_jpeg
 
 from data import CocoDataset, build_loader, collate, generate_scenes
+from data.output import write_picture, write_text
 from data.transforms import flip_image, read_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
@@ -29,7 +29,7 @@ def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int) -> 
         root = generate_scenes(Path(folder), images, 1, IMAGE_SIZE)
         files = sorted((root / "train").glob("*.jpg"))
         for file in files:
-            write_jpeg(read_image(file), str(file), quality=99)  # about as large as photographs
+            write_picture(file, read_image(file), quality=99)  # about as large as photographs
         dataset = CocoDataset(root / "train", root / "annotations" / "train.json", training=True, scale=scale)
         loader = build_loader(dataset, batch, training=True, workers=1)
         decoded = [read_image(file) for file in files]
@@ -89,8 +89,8 @@ def generate_results(folder: Path, images: int, boxes: int = 7, detections: int 
         found_labels = np.where(wrong, present[rng.integers(0, 8, detections)], labels[nearest])
         results.append((number + 1, np.column_stack([found, rng.random(detections) ** 2, found_labels])))
     file = folder / "annotations.json"
-    file.write_text(json.dumps({
+    write_text(file, json.dumps({
         "images": [{"id": i + 1, "file_name": f"{i}.jpg", "width": width, "height": height} for i in range(images)],
         "annotations": annotations,
-        "categories": [{"id": k + 1, "name": f"class {k}"} for k in range(classes)]}), encoding="utf-8")
+        "categories": [{"id": k + 1, "name": f"class {k}"} for k in range(classes)]}))
     return CocoDataset(folder, file, training=False), results

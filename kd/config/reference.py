@@ -4,16 +4,16 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from torch import nn
 
-from models import Detector
 from models.build import ALIASES, OneOf, parameters
 
 from .config import Config
+from .hints import default_of, is_given, is_section, leaves
+from .resume import rule_of
 
 INTRODUCTION = f"""# Configuration reference
 
@@ -21,6 +21,8 @@ Every key that a configuration may have, its type and its default. `python scrip
 from the signatures that configurations are checked against; the tests fail when it is out of date.
 
 A default of "-" means that the key is required. "derived" means that it follows from other parts unless it is given.
+The column "resume" says what a resumed run does if the value is not that of its checkpoint: "take" the new value, take
+it and "warn" with both values in the log, or "refuse" to start. Two words: it depends on where the key is.
 {", ".join(f"`{short}`" for short in ALIASES)} are short for {", ".join(f"`{full}`" for full in ALIASES.values())}.
 """
 
@@ -30,11 +32,11 @@ def configuration_reference() -> str:
     places = collect(Config)
     blocks = [INTRODUCTION.strip()]
     for call, paths in places.sections.items():
-        blocks += [f"## {section_heading(paths)}", summary(call), arguments(call, places)]
+        blocks += [f"## {section_heading(paths)}", summary(call), arguments(call, places, paths)]
     for choice, paths in places.tables.values():
         blocks += [f"## {table_heading(paths)}", f"For {', '.join(f'`{path}`' for path in paths)}."]
         if choice.common is not None:
-            blocks += [summary(choice.common), arguments(choice.common, places)]
+            blocks += [summary(choice.common), arguments(choice.common, places, paths)]
         documented: dict[Callable, str] = {}
         for name, call in choice.table.items():
             blocks.append(f"### `type: {name}`" + (" (the default)" if name == choice.default else ""))
@@ -42,7 +44,7 @@ def configuration_reference() -> str:
                 blocks.append(f"As `{documented[call]}`.")
             else:
                 documented[call] = name
-                blocks += [summary(call), arguments(call, places, choice)]
+                blocks += [summary(call), arguments(call, places, paths, choice)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -77,40 +79,25 @@ def collect(root: Callable) -> Places:
     return places
 
 
-def leaves(hint: Any) -> Iterator[Any]:
-    """The plain types and the tables of types in a type hint."""
-    if get_origin(hint) is Annotated:
-        plain, mark = get_args(hint)
-        yield mark if isinstance(mark, OneOf) else plain
-    elif get_origin(hint) is None or get_origin(hint) is Literal:
-        yield hint
-    else:
-        for part in get_args(hint):
-            yield from leaves(part)
+def arguments(call: Callable, places: Places, paths: Sequence[str], choice: OneOf | None = None) -> str:
+    """A markdown table of the arguments of a class or function.
 
-
-def is_section(hint: Any) -> bool:
-    """Whether a type hint stands for a mapping with the arguments of its class."""
-    return inspect.isclass(hint) and hint not in (str, bool, int, float, dict, type(None)) and not is_given(hint)
-
-
-def is_given(hint: Any) -> bool:
-    """Whether only the program can give such a value, because it is a network."""
-    return hint in (Detector, nn.Module)
-
-
-def arguments(call: Callable, places: Places, choice: OneOf | None = None) -> str:
-    """A markdown table of the arguments of a class or function; `choice` is the table of types that lists it."""
+    Args:
+        paths: the keys where it is used.
+        choice: the table of types that lists it.
+    """
     described = descriptions(call, choice.table if choice else {})
     rows = []
-    for name, (hint, default) in parameters(call).items():
+    for name, (hint, _) in parameters(call).items():
         made = choice is not None and name in choice.derived
         if any(is_given(leaf) for leaf in leaves(hint)) or (made and hint is Any):
             continue
-        value = "derived" if made else show_default(default, call, name)
+        value = "derived" if made else show_default(default_of(call, name))
         what = in_yaml(re.sub(r"(?<!\.)\.$", "", described.get(name, ""))).replace("|", "\\|")
-        rows.append(f"| `{name}` | {type_name(hint, places)} | {value} | {what} |")
-    return "\n".join(["| key | type | default | what |", "| --- | --- | --- | --- |", *rows]) if rows else "No keys."
+        rules = dict.fromkeys(filter(None, (rule_of(f"{path}.{name}" if path else name) for path in paths)))
+        rows.append(f"| `{name}` | {type_name(hint, places)} | {value} | {' or '.join(rules)} | {what} |")
+    head = ["| key | type | default | resume | what |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows]) if rows else "No keys."
 
 
 def in_yaml(text: str) -> str:
@@ -118,10 +105,7 @@ def in_yaml(text: str) -> str:
     return re.sub(r"\b(None|True|False)\b", lambda found: {"None": "null"}.get(found[0], found[0].lower()), text)
 
 
-def show_default(default: Any, call: Callable, name: str) -> str:
-    if dataclasses.is_dataclass(call):  # its signature does not show what a factory returns
-        field = next(field for field in dataclasses.fields(call) if field.name == name)
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else default
+def show_default(default: Any) -> str:
     if default is inspect.Parameter.empty:
         return "-"
     if default == {} or dataclasses.is_dataclass(default):

@@ -1,4 +1,5 @@
 """TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs the extra `viz`."""
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ import torch
 
 from data import build_dataset
 from data.extras import need
+from data.output import naming, no_room
 from models import Detector
 
 from ..config import Config
@@ -34,6 +36,7 @@ class Board:
     @property
     def writer(self) -> "SummaryWriter":
         if self.open is None:
+            threading.excepthook = quiet_on_full_disk
             purge = self.from_step + 1 if self.from_step else None
             self.open = tensorboard().SummaryWriter(str(self.folder), purge_step=purge)
         return self.open
@@ -47,8 +50,10 @@ class Board:
                 name if "/" in name else f"{group}/{name}": value}
             for tag, number in values.items():
                 if name not in ("epoch", "step") and number is not None:
-                    self.writer.add_scalar(tag, number, step)
-        self.writer.flush()
+                    with naming(self.folder):
+                        self.writer.add_scalar(tag, number, step)
+        with naming(self.folder):
+            self.writer.flush()
 
     def pictures(self, step: int, detectors: dict[str, Detector]) -> None:
         """Every `vis_period` steps, write detections on the first images of data.val beside the ground truth."""
@@ -59,7 +64,14 @@ class Board:
             self.dataset = build_dataset(self.cfg.data, "val" if self.cfg.data.val else "train", training=False)
         with autocast(self.device, self.cfg.train.amp):
             picture = beside_truth(detectors, self.dataset, IMAGES)
-        self.writer.add_image("detections", picture, step)
+        with naming(self.folder):
+            self.writer.add_image("detections", picture, step)
+
+
+def quiet_on_full_disk(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, except of TensorBoard's on a full disk: the next record raises its error."""
+    if not no_room(failed.exc_value):
+        threading.__excepthook__(failed)
 
 
 def tensorboard() -> ModuleType:

@@ -1,7 +1,5 @@
 """A training run: its parts, and how it is built, saved and restored."""
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from models.weights import CheckpointError
 
 from ..build import build_model, teacher_model
 from ..config import Config
+from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
@@ -124,6 +123,7 @@ def save_run(run: Run, name: str) -> None:
     state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
+             "processes": distributed.world_size(),
              "config": dict(run.cfg), "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
@@ -133,26 +133,27 @@ def save_run(run: Run, name: str) -> None:
         run.saved = run.step
 
 
-def restore_run(run: Run, state: dict, path: Path) -> list[str]:
+def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
     """Restore a run from a checkpoint.
 
     Returns:
-        The settings that differ from those in the checkpoint: the run goes on with its own.
+        The settings that differ from those in the checkpoint and are to be logged: the run goes on with its own.
     Raises:
-        CheckpointError: the checkpoint is of another model, method, optimiser or batch size, or of other classes.
+        CheckpointError: the checkpoint is of other classes, or of a run with settings that this one cannot take over.
     """
-    saved, classes = state.get("config", {}), run.train_loader.dataset.classes
+    classes, world = run.train_loader.dataset.classes, distributed.world_size()
     if state.get("classes", classes) != classes:
         raise CheckpointError(f"checkpoint {path} has the classes {listed(state['classes'], ', ')}, and the data "
                               f"{listed(classes, ', ')}: resume with the data that the run was started with")
-    before, now = ((config.get("optimizer") or {}).get("type", "SGD") for config in (saved, run.cfg))
-    if before != now:
-        raise CheckpointError(f"checkpoint {path} was trained with {before}, and optimizer.type is {now}: resume with "
-                              f"{before}, or start a new run in another --work-dir")
+    # Earlier versions wrote no configuration, or no number of processes.
+    found = changes(state.get("config", run.cfg), run.cfg, (state.get("processes", world), world))
+    if refused := [str(change) for change in found if change.rule == REFUSE]:
+        raise CheckpointError(f"checkpoint {path} does not fit these settings: {listed(refused, ', ')}; resume with "
+                              "the old values, or start a new run in another --work-dir")
     if state["steps_per_epoch"] != run.steps_per_epoch:
         raise CheckpointError(f"checkpoint {path} has {counted(state['steps_per_epoch'], 'step')} per epoch and this "
-                              f"run {run.steps_per_epoch}: resume with the data and batch size that it was started "
-                              "with")
+                              f"run {run.steps_per_epoch}: resume with the data that the run was started with")
+    saved = state.get("config", {}).get("optimizer") or {}
     try:
         run.student.load_state_dict(state.get("training", state["model"]))
         if run.average is not None:
@@ -161,26 +162,14 @@ def restore_run(run: Run, state: dict, path: Path) -> list[str]:
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
-        load_optimizer(run.optimizer, state["optimizer"], earlier_names(run.model, saved.get("optimizer") or {}))
+        load_optimizer(run.optimizer, state["optimizer"], earlier_names(run.model, saved))
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
     if state["scaler"]:  # of a run in fp16
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
-    return changed_settings(saved, run.cfg) if saved else []
-
-
-def changed_settings(before: Mapping, after: Mapping, prefix: str = "") -> list[str]:
-    """The keys that differ between two configurations as written: `optimizer.lr from 0.01 to 0.001`."""
-    changes = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += changed_settings(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key} from {json.dumps(old, default=str)} to {json.dumps(new, default=str)}")
-    return changes
+    return [change for change in found if change.rule == WARN]
 
 
 def describe_run(run: Run) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.errors import counted, listed
+from data.errors import counted
 from data.output import write_text
 
 from ..config import parse_config
@@ -20,7 +20,7 @@ from ..evaluation.evaluate import evaluate
 from ..exceptions import Stopped, TrainingError
 from ..optim import clip_gradients, lr_factor
 from ..processes import distributed
-from ..processes.signals import StopSignals
+from ..processes.signals import StopAsked, StopSignals
 from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
 from ..work_dir.log import Meter, Metrics, open_log
@@ -67,8 +67,8 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     if first:
         write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device), indent=1))
     log.info(describe_run(run))
-    if changes:
-        log.warning(f"other settings than before: {listed(changes, ', ')}")
+    for change in changes:
+        log.warning(f"since the checkpoint, {change}")
     # A method that does not run at a step leaves its adapters without a gradient.
     pauses = run.distiller is not None and not run.distiller.all_methods_always_run
     model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
@@ -225,16 +225,15 @@ def check_scale(run: Run) -> None:
 def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals) -> dict:
     """Evaluate on data.val, record the figures, and save a checkpoint if they are the best so far.
 
-    A signal stops a single process at once. Several processes would have to agree on a batch, so they finish.
+    A signal stops the evaluation, so that a resumed run repeats it.
     """
-    def stop_if_asked() -> None:
-        if signals.asked and distributed.world_size() == 1:
-            save_run(run, "last.pth")  # a run that was resumed from another folder has none here yet
-            raise stopped(run, signals.asked)
-
     distributed.share_buffers(run.evaluated_model)
-    figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
-                       run.work_dir / "precision_recall.json", after_batch=stop_if_asked)
+    try:
+        figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
+                           run.work_dir / "precision_recall.json", signals=signals)
+    except StopAsked as stop:
+        save_run(run, "last.pth")  # a run that was resumed from another folder has none here yet
+        raise stopped(run, *stop.args) from None
     reports.metrics.write({"epoch": epoch, "step": run.step} | figures)
     reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     run.evaluated = True
@@ -242,4 +241,6 @@ def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals)
         run.best = figures["AP"] or 0
         save_run(run, "best.pth")
     save_run(run, "last.pth")
+    if epoch + 1 < run.cfg.train.epochs and (asked := signals.agreed_now()):
+        raise stopped(run, asked)
     return figures

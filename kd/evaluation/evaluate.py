@@ -1,6 +1,6 @@
 """The figures of a detector on a data set."""
 import json
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,41 +16,55 @@ from ..inference.detectors import load_with_data
 from ..inference.precision import autocast
 from ..inference.tta import merge_results, views
 from ..processes import distributed
+from ..processes.signals import StopAsked, StopSignals
 from .coco import ImageResult, coco_evaluation, precision_recall, read_figures
 
 
 def evaluate(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
-             curves: Path | None = None, shared: bool = True, after_batch: Callable[[], None] = lambda: None) -> dict:
+             curves: Path | None = None, shared: bool = True, signals: StopSignals | None = None) -> dict:
     """A detector's `coco_figures` on a loader's data set.
 
     Args:
         curves: a file for the curves of `precision_recall`, as JSON.
         shared: whether each process's loader has a share of the images; otherwise each has all of them.
-        after_batch: called after each batch; may raise to stop.
+        signals: one to any process raises StopAsked in all of them.
     """
-    return figures_on_first(detect(model, loader, device, amp, shared, after_batch), loader.dataset, curves)
+    results = detect(model, loader, device, amp, shared, signals)
+    return figures_on_first(results, loader.dataset, curves, signals)
 
 
-def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None) -> dict:
-    """`coco_figures` in all processes; the first process computes them, and writes the curves."""
-    figures = None
+def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: Path | None = None,
+                     signals: StopSignals | None = None) -> dict:
+    """`coco_figures` in all processes; the first process computes them, and writes the curves.
+
+    Args:
+        signals: see `evaluate`; here those to the first process count.
+    """
+    figures, asked = None, 0
     if distributed.rank() == 0:
-        evaluation = coco_evaluation(results, dataset)
-        if curves is not None:
-            write_text(curves, json.dumps(precision_recall(evaluation, dataset)))
-        figures = read_figures(evaluation, dataset)
-    return distributed.from_first(figures)
+        try:
+            with signals.at_once() if signals else nullcontext():
+                evaluation = coco_evaluation(results, dataset)
+                if curves is not None:
+                    write_text(curves, json.dumps(precision_recall(evaluation, dataset)))
+                figures = read_figures(evaluation, dataset)
+        except StopAsked as stop:
+            asked, = stop.args
+    figures, asked = distributed.from_first((figures, asked))
+    if asked:
+        raise StopAsked(asked)
+    return figures
 
 
 @torch.no_grad()
 def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
-           shared: bool = True, after_batch: Callable[[], None] = lambda: None) -> list[ImageResult]:
+           shared: bool = True, signals: StopSignals | None = None) -> list[ImageResult]:
     """Detections on every image of a loader's data set, in its order.
 
     Args:
-        after_batch: called after each batch; may raise to stop.
         shared: whether each process has a share of the images; the first process then gets all detections, the others
             none. Otherwise each process has all images and detections.
+        signals: see `evaluate`.
     """
     was_training = model.training
     model.eval()
@@ -63,7 +77,10 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
         for target, d in zip(targets, batch):
             place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=torch.float64)
             found.append(torch.column_stack([place, d["boxes"], d["scores"], d["labels"]]))
-        after_batch()
+        if signals:
+            signals.raise_agreed()
+    for _ in range(loader.batch_sampler.most - len(loader) if signals else 0):
+        signals.raise_agreed()  # all processes have to call it equally often
     model.train(was_training)
     rows = distributed.gather_rows(torch.cat(found)) if shared else torch.cat(found)
     if rows is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data import CocoDataset, build_dataset, collate
 from data.inputs.files import make_sample
+from data.output import write_picture
 from data.transforms import read_image
 from models import ConfigError, DenseHead, HeadOutputs
 from models.postprocess import TestConfig, postprocess
@@ -17,7 +18,7 @@ from ..build import build_distiller
 from ..config import Config
 from ..distiller import Distiller, Passes
 from ..inference.detectors import with_classes
-from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic, write_picture
+from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic
 from ..methods.base import BarChart, HeatMap
 from ..work_dir.checkpoint import read_checkpoint
 from .heatmaps import bars, overlay
@@ -82,7 +83,7 @@ def visualize(cfg: Config, checkpoint: str, out: Path, device: torch.device, ima
                      for kind, columns in charts_of(passes, trained).items()}
         for kind, picture in pictures.items():
             files.append(out / f"{name}_{kind}.png")
-            write_picture(picture, files[-1])
+            write_picture(files[-1], picture)
     if not trained and any(m.crosses_heads and has_weights(m) for of_teacher in model.methods for m in of_teacher):
         return files, [f"no cross-head predictions: {checkpoint} does not hold the trained convolutions that bring the "
                        "student's towers to the teacher's width; a checkpoint of the distilling run does"]

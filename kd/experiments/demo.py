@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data import CocoDataset, generate_scenes
-from data.output import write_text
+from data.output import write_picture, write_text
 from data.tables import markdown_table, points
 from models import Detector
 
@@ -14,7 +14,7 @@ from ..config import load_config
 from ..engine.train import train
 from ..evaluation.cost import count_flops, count_parameters
 from ..inference.detectors import load_with_data
-from ..inference.draw import beside_truth, write_picture
+from ..inference.draw import beside_truth
 
 PARTS = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
 PICTURES, SCORE = 4, 0.5  # of the picture: the first scenes, boxes from this score on
@@ -44,7 +44,7 @@ def run_demo(work_dir: Path, device: torch.device, configs: Path = Path("configs
         rows.append(describe(title, detector, figures, minutes, dataset))
     table = markdown_table(["model", "AP", "AP50", "parameters (M)", "GFLOPs", "minutes"], rows)
     write_text(work_dir / "table.md", table + "\n")
-    write_picture(beside_truth(detectors, dataset, PICTURES, SCORE, zoom=2), work_dir / "detections.png")
+    write_picture(work_dir / "detections.png", beside_truth(detectors, dataset, PICTURES, SCORE, zoom=2))
     return table
 
 

@@ -41,8 +41,8 @@ def plot_runs(runs: Sequence[RunRecord], rows: Sequence[Row], out: Path) -> list
     for name, figure in pictures.items():
         if figure is not None:
             files.append(out / f"{name}.png")
-            with writing(files[-1]):
-                figure.savefig(files[-1], dpi=110)
+            with writing(files[-1]) as partial:
+                figure.savefig(partial, dpi=110, format="png")
     return files
 
 

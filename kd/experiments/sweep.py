@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.errors import counted
+from data.output import naming
 from models import ConfigError
 
 from ..config import Config, load_config
@@ -171,13 +172,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
 
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
     """Start a run in its own session, so that Ctrl-C does not reach it directly."""
-    job.work_dir.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     if device == "cuda" and at_once > 1:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         env |= {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]}
-    with open(job.work_dir / OUTPUT, "a", encoding="utf-8") as output:
+    with naming(job.work_dir / OUTPUT), open(job.work_dir / OUTPUT, "a", encoding="utf-8") as output:
         return subprocess.Popen(job.command(device), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env,
                                 start_new_session=True)
 

@@ -34,8 +34,8 @@ class Agreement:
     agrees: bool = True
 
     def __str__(self) -> str:
-        line = (f"{counted(self.detections, 'detection')} on {counted(self.images, 'image')}: boxes differ from PyTorch's "
-                f"by at most {self.box:.1g} pixels, scores by {self.score:.1g}")
+        line = (f"{counted(self.detections, 'detection')} on {counted(self.images, 'image')}: boxes differ from "
+                f"PyTorch's by at most {self.box:.1g} pixels, scores by {self.score:.1g}")
         return line if self.detections else f"{line}; without detections this says little: give others with --check"
 
 

@@ -1,21 +1,17 @@
 """Pictures of detections."""
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import ImageFont
 from torch import Tensor
-from torchvision.io import write_jpeg, write_png
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from data import CocoDataset
-from data.output import writing
 from models import Detector
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
-JPEG_QUALITY = 95
 WIDTH = 480  # of a picture in a grid, in pixels
 
 
@@ -106,12 +102,3 @@ def beside_truth(detectors: dict[str, Detector], dataset: CocoDataset, count: in
                                   found["scores"].cpu(), score_thr, size))
         rows.append(row)
     return grid(rows, ["ground truth", *detectors])
-
-
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write uint8 (3, h, w) as JPEG or PNG, as the name says."""
-    with writing(path):
-        if path.suffix.lower() == ".png":
-            write_png(image, str(path))
-        else:
-            write_jpeg(image, str(path), quality=JPEG_QUALITY)

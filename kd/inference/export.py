@@ -1,5 +1,6 @@
 """Detectors for other runtimes: ONNX and torch.export files, checked against PyTorch."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -65,15 +66,15 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
         ExportError: the file differs from the detector, or cannot be made. No file is left then, but a `.log` beside it
             has what an exporter reported.
     """
-    partial, log = (path.with_name(f"{path.name}{end}") for end in (f".partial.{kind}", ".log"))
+    log = path.with_name(f"{path.name}.log")
     side = 2 * about.least_size if kind == "onnx" else about.least_size
     example = torch.zeros(2, 3, side, side + DIVISOR, dtype=torch.uint8), torch.tensor([[side, side], [side - 1, side]])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
         try:
-            with writing(path), torch.no_grad(), printing_to(printed):
-                (to_onnx if kind == "onnx" else to_pt2)(detector, example, partial, about)
-                found = check_export(load_exported(partial, kind), detector, samples, about.least_size, about.nms)
-                os.replace(partial, path)
+            with writing(path) as partial, printing_to(printed):
+                with torch.no_grad():
+                    partial.write_bytes((to_onnx if kind == "onnx" else to_pt2)(detector, example, about))
+                return check_export(load_exported(partial, kind), detector, samples, about.least_size, about.nms)
         except (ConfigError, MissingExtra, ExportError, OSError):
             raise
         except Exception as error:  # torch's exporters and runtimes raise errors of all types
@@ -82,10 +83,6 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
             raise ExportError(f"this detector cannot be exported as {kind}: {first_sentence(error)}. Try --format "
                               f"{'pt2' if kind == 'onnx' else 'onnx'}, or change the layer; {log} has the whole report"
                               ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-    return found
 
 
 @contextlib.contextmanager
@@ -111,20 +108,21 @@ def first_sentence(error: Exception) -> str:
     return sentence if " " in sentence else f"{type(error).__name__} {sentence}".strip()
 
 
-def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
+def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], about: Recipe) -> bytes:
     """Trace with the older of torch's two exporters: it takes a second, the newer one half a minute."""
     onnx = need("onnx", "export", "ONNX export")
     model = DeployedDetector(detector, about.nms == "inside", OnnxSuppress.apply)
+    file = io.BytesIO()
     free = {"images": {0: "batch", 2: "height", 3: "width"}} | {name: {0: "batch"} for name in INPUTS[1:] + OUTPUTS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings that it is the older one, and about constants
         # Inlining would trace `suppress` as well, which is not needed, and fails for a single class.
-        torch.onnx.export(model, example, str(path), dynamo=False, autograd_inlining=False, opset_version=OPSET,
+        torch.onnx.export(model, example, file, dynamo=False, autograd_inlining=False, opset_version=OPSET,
                           input_names=list(INPUTS), output_names=list(OUTPUTS), dynamic_axes=free)
-    content = onnx.load(str(path))
+    content = onnx.load_model_from_string(file.getvalue())
     onnx.checker.check_model(content)
     onnx.helper.set_model_props(content, {"densekd": json.dumps(asdict(about))})
-    onnx.save(content, str(path))
+    return content.SerializeToString()
 
 
 class OnnxSuppress(torch.autograd.Function):
@@ -152,7 +150,7 @@ class OnnxSuppress(torch.autograd.Function):
         return graph.op("ScatterND", zeros, index, graph.op("GatherND", scores, index)).setType(scores.type())
 
 
-def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about: Recipe) -> None:
+def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], about: Recipe) -> bytes:
     """Use torch.export. A program must import torchvision, for its suppression, before it loads the file."""
     batch = Dim("batch")
     edges = {i: about.divisor * Dim(name, min=about.least_size // about.divisor) for i, name in ((2, "h"), (3, "w"))}
@@ -160,8 +158,9 @@ def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], path: Path, about
         warnings.simplefilter("ignore", FutureWarning)  # about torchvision's own code
         program = torch.export.export(DeployedDetector(detector, about.nms == "inside"), example,
                                       dynamic_shapes=({0: batch} | edges, {0: batch}))
-    with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={"densekd.json": json.dumps(asdict(about))})
+    file = io.BytesIO()  # because PyTorch's writer ends the whole process if the disk is full
+    torch.export.save(program, file, extra_files={"densekd.json": json.dumps(asdict(about))})
+    return file.getvalue()
 
 
 def load_exported(path: Path, kind: str) -> ExportedDetector:

@@ -16,14 +16,14 @@ from data import DataError, collate
 from data.inputs.files import ImageFiles, Sample, batches_of_one_size, make_sample
 from data.inputs.find import Source
 from data.inputs.video import Video, VideoWriter, load_av
-from data.output import write_text, writing
+from data.output import write_picture, write_text, writing
 from models import Detector
 from models.build import nearest
 
 from ..config import Config
 from ..exceptions import UsageError
 from .detectors import Classes
-from .draw import draw_boxes, write_picture
+from .draw import draw_boxes
 from .tta import merge, views
 
 PIXELS_PER_THICKNESS = 900  # of the longer edge, so that lines are visible when a screen shrinks the picture
@@ -134,7 +134,7 @@ def predict_files(predictor: Predictor, classes: Classes, sources: Sequence[Sour
             for sample, found in zip(batch, predictor(batch)):
                 source = images[sample.targets[0]["image_id"] - 1]
                 results.add(sample, found, source.name)
-                write_picture(draw(sample, found, classes), pictures[source])
+                write_picture(pictures[source], draw(sample, found, classes))
             bar.update(len(batch))
     image_ids = count(len(images) + 1)
     for source in videos:
@@ -151,19 +151,24 @@ def predict_video(predictor: Predictor, classes: Classes, source: Source, path: 
     """Detect on every frame of a video and write it with boxes; images of the results also say their `frame`, from 0.
 
     Raises:
-        DataError: it cannot be read to its end; the results before that are kept.
+        DataError: it cannot be read to its end; the results and frames before that are kept.
     """
-    video = Video(source.path)
-    with writing(path), ExitStack() as stack:
+    video, damage = Video(source.path), None
+    with writing(path) as partial, ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=video.num_frames, desc=source.name, disable=None))
-        writer = stack.enter_context(VideoWriter(path, video.rate))
+        writer = stack.enter_context(VideoWriter(partial, video.rate))
         frames = count()
         samples = (make_sample(frame, next(image_ids), predictor.scales, predictor.antialias) for frame in video)
-        for batch in batches_of_one_size(samples, predictor.batch_size):  # frames have one size, so they stay in order
-            for sample, found in zip(batch, predictor(batch)):
-                results.add(sample, found, source.name, frame=next(frames))
-                writer.write(draw(sample, found, classes))
-                bar.update()
+        try:
+            for batch in batches_of_one_size(samples, predictor.batch_size):  # of one video, so they stay in order
+                for sample, found in zip(batch, predictor(batch)):
+                    results.add(sample, found, source.name, frame=next(frames))
+                    writer.write(draw(sample, found, classes))
+                    bar.update()
+        except DataError as error:
+            damage = error
+    if damage is not None:
+        raise damage
 
 
 def draw(sample: Sample, found: dict, classes: Classes) -> Tensor:

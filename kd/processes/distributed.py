@@ -2,6 +2,7 @@
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Mapping
 
@@ -22,6 +23,8 @@ def start_processes(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    for number in (signal.SIGINT, signal.SIGTERM):  # while it waits for the others, a process hears no handler
+        signal.signal(number, signal.SIG_DFL)
     if not dist.is_initialized():
         # gloo transfers what lies in CPU memory, also on machines with GPUs, so that this does not wait for the GPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **fresh_store(os.environ))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.errors import listed
+from data.output import OutputError, reason_of, writing
 from models.weights import CheckpointError
 
 from ..exceptions import TrainingError
@@ -44,19 +45,16 @@ def write_whole(path: Path, state: dict, before: Callable[[], None] = lambda: No
     Raises:
         TrainingError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-        reason = " ".join(str(error).split())[:150]
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path} cannot be written ({reason}): what was there before is unchanged; make room and "
-                            "go on with --resume") from None
+        with writing(path) as partial:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            before()
+    except OutputError as error:
+        raise TrainingError(f"{path} cannot be written ({reason_of(error.__cause__)}): what was there before is "
+                            "unchanged; make room and go on with --resume") from None
 
 
 def read_checkpoint(path: Path) -> dict:

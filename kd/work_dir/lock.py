@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakSet
 
+from data.output import reason_of
+
 from ..exceptions import WorkDirError
 
 try:
@@ -32,7 +34,7 @@ def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
         text = f"another run is at work in {work_dir}: wait until it ends, or give another --work-dir"
         raise WorkDirError(text) from None
     except OSError as error:
-        text = f"work dir {work_dir} cannot be written ({error.strerror}): give another --work-dir"
+        text = f"work dir {work_dir} cannot be written ({reason_of(error)}): give another --work-dir"
         raise WorkDirError(text) from None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from data.output import writing
+from data.output import naming, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,18 @@ class TqdmHandler(logging.StreamHandler):
     """Prints log lines without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except OSError:  # a full disk, or a pipe that ended: a run goes on, and has train.log
+            pass
+
+
+class FileHandler(logging.FileHandler):
+    """Writes log lines to a file; one that cannot be written raises OutputError, as every other file does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # called while the error is handled
+        with naming(Path(self.baseFilename)):
+            raise
 
 
 def open_log(work_dir: Path, rank: int) -> logging.Logger:
@@ -31,7 +42,7 @@ def open_log(work_dir: Path, rank: int) -> logging.Logger:
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
     if rank == 0:
-        for handler in (TqdmHandler(), logging.FileHandler(work_dir / "train.log", encoding="utf-8")):
+        for handler in (TqdmHandler(), FileHandler(work_dir / "train.log", encoding="utf-8")):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             log.addHandler(handler)
     return log
@@ -76,13 +87,11 @@ class Metrics:
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
-            partial = path.with_name(path.name + ".tmp")  # so that a run which is killed here loses nothing
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            partial.replace(path)
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record: dict) -> None:
         if self.path is not None:
-            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.show is not None:
             self.show(record)

@@ -2,10 +2,13 @@
 file."""
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.output import writing
 
 from ..weights import open_checkpoint
 from .formats import Weights
@@ -18,7 +21,7 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
 
     `to` is `mmdet`, `torchvision` (only for RetinaNet), or `student`: the student of an FGD checkpoint as an mmdet
     checkpoint, or its teacher with `part="teacher"`. Raises `CheckpointError` if the file cannot be read or converted,
-    and `OSError` if `out` cannot be written. `out` is written completely or not at all.
+    and `OutputError` if `out` cannot be written. `out` is written completely or not at all.
     """
     if to == "student":
         part = part or "student"
@@ -30,10 +33,8 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
     else:
         raise CheckpointError(f"cannot convert to {one_line(to, 40)}: choose mmdet, torchvision or student")
     out = os.path.abspath(os.fspath(out))
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    partial = f"{out}.partial"
-    torch.save(content, partial)
-    os.replace(partial, out)
+    with writing(Path(out)) as partial, open(partial, "wb") as file:
+        torch.save(content, file)
     chosen = f" ({part})" if part else ""
     return f"converted {checkpoint.format} checkpoint {label}{chosen}: {len(checkpoint.weights)} tensors to {out}"
 

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
+from data.output import OutputError, no_room, reason_of
 
 from .unpickler import CheckpointError, one_line
 
@@ -42,7 +43,7 @@ def local_path(source: str | os.PathLike) -> str:
     - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
     - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
     Raises `CheckpointError` for an unknown name, a plain http address, and if the download fails or does not have the
-    checksum in its name.
+    checksum in its name; `OutputError` if the disk is full.
     """
     source = os.fspath(source)
     scheme, separator, name = source.partition("://")
@@ -99,6 +100,8 @@ def _download(url: str) -> str:
     except UnencryptedAddress as error:
         raise CheckpointError(str(error)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if cause := no_room(error):
+            raise OutputError(f"{path} cannot be written ({reason_of(cause)}): make room for this download") from cause
         reason = one_line(getattr(error, "reason", None) or error)
         raise CheckpointError(f"cannot download {url}: {reason}; without network, put the file at {path}") from error
     return path

@@ -172,7 +172,7 @@ def test_unpacking_goes_on_where_it_was_stopped(tmp_path):
     folder.mkdir()
     (folder / "1.jpg").write_bytes(b"FIRST")  # of its full size
     (folder / "2.jpg").write_bytes(b"sec")
-    (folder / "3.jpg.partial").write_bytes(b"th")
+    (folder / "3.jpg.tmp").write_bytes(b"th")
     assert unpack(tmp_path / "a.zip", tmp_path) == 3
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "1.jpg": b"FIRST", "2.jpg": b"second", "3.jpg": b"third"}

@@ -57,11 +57,11 @@ def test_every_key_of_the_configurations_is_there(path):
 def test_what_a_row_says():
     page = configuration_reference()
     assert not re.search(r"\b(None|True|False)\b", page), "a configuration says null, true and false"
-    assert "| `warmup` | one of `linear`, `constant` | `linear` | rises from warmup_factor to 1, or" in page
-    assert "| `milestones` | list of number at least 0 | `[8, 11]` | epochs after which gamma is applied |" in page
-    assert "| `checkpoint` | text or null | - | path or URL; null only for an untrained teacher |" in page
-    assert "| `assigner` | [mapping with a type](#types-of-assigner) | `{type: ATSSAssigner, topk: 9}` |" in page
-    assert "| `num_classes` | integer | derived | object classes, background not counted |" in page
+    assert "| `warmup` | one of `linear`, `constant` | `linear` | warn | rises from warmup_factor to 1, or" in page
+    assert "| `milestones` | list of number at least 0 | `[8, 11]` | warn | epochs after which gamma is" in page
+    assert "| `checkpoint` | text or null | - | warn | path or URL; null only for an untrained teacher |" in page
+    assert "| `assigner` | [mapping with a type](#types-of-assigner) | `{type: ATSSAssigner, topk: 9}` | warn |" in page
+    assert "| `num_classes` | integer | derived | refuse | object classes, background not counted |" in page
     assert " anything " not in page and "`student`" not in re.findall(r"^\| (`\w+`) \|", page, re.M)
 
 
