@@ -49,6 +49,8 @@ def test_a_sound_data_set(source, write_coco, workers):
     text = format_check(train)
     assert "3 images, 1 of them without boxes" in text and "5 boxes, 1 crowd\n" in text and "no problems" in text
     assert "left out of training: 2 thinner than a pixel, 1 outside the image" in text
+    ids = [a["id"] for a in json.loads(source[1].read_text())["annotations"]]
+    assert f"  thinner than a pixel: annotation {ids[7]}, {ids[8]}\n  outside the image: annotation {ids[6]}\n" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["cat", "1", "1", "0", "2"] in rows and ["dog", "2", "0", "1", "3"] in rows
 
