@@ -101,8 +101,6 @@ def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] 
         full = ALIASES.get(name, name)
         if full not in known:
             raise ConfigError(path, f"unknown key; {nearest(name, [*known, *beside])}")
-        if full != name and full in args:
-            raise ConfigError(path, f"is short for {full}, which is given, too: remove one of them")
         read[name] = check_value(value, known[full], path)
     given = {ALIASES.get(name, name) for name in args} | set(derived)
     for name, (_, default) in parameters(call).items():

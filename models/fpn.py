@@ -80,6 +80,10 @@ class FPN(nn.Module):
     def out_strides(self, in_strides: list[int]) -> list[int]:
         """Stride of each output in pixels, from the strides of the backbone's levels."""
         strides = in_strides[self.start_level:self.end_level + 1]
+        factor = self.upsample.scale_factor
+        if factor and any(coarse != factor * fine for fine, coarse in zip(strides, strides[1:])):
+            raise ConfigError("model.neck.upsample_cfg.scale_factor", f"is {factor:g}, and the backbone's strides are "
+                                                                      f"{strides}: remove it")
         while len(strides) < self.num_outs:
             strides = strides + [strides[-1] * 2]
         return strides

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.ranges import Count, NonNegative, Share
+from data.ranges import Count, NonNegative, Positive, Share
 
 from .build import ConfigError, OneOf, build
 
@@ -42,7 +42,7 @@ def keep_in_eval(module: nn.Module, frozen: Iterable[nn.Module], norm_eval: bool
 class BatchNorm:
     """Batch norm with the statistics of one process; they are not used in training with `norm_eval`."""
 
-    eps: NonNegative = 1e-5     # added to the variance
+    eps: Positive = 1e-5        # added to the variance
     momentum: Share = 0.1       # the weight of a batch in the running statistics
     requires_grad: bool = True  # whether its weight and bias are trained
     layer: ClassVar[Callable[..., nn.Module]] = nn.BatchNorm2d
@@ -74,7 +74,7 @@ class GroupNorm:
     """Group norm (arXiv:1803.08494)."""
 
     num_groups: Count = 32      # must divide the number of channels
-    eps: NonNegative = 1e-5     # added to the variance
+    eps: Positive = 1e-5        # added to the variance
     requires_grad: bool = True  # whether its weight and bias are trained
 
     def __call__(self, channels: int) -> nn.Module:

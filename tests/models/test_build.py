@@ -112,6 +112,29 @@ def test_a_neck_that_does_not_fit_its_backbone_is_refused_at_once(path, value):
         build_detector(change(path, value))
 
 
+POINTS = [[-1, 64], [64, 128], [128, 256], [256, 512], [512, 9999]]
+CROSSED = [
+    ("FCOSHead", "head", {"strides": [8, 16, 32]}, "head.regress_ranges: must have one entry per stride, 3"),
+    ("FCOSHead", "head", {"strides": [4, 8, 16, 32, 64]}, "head.strides: are [4, 8, 16, 32, 64], and the feat"),
+    ("FCOSHead", "head", {"regress_ranges": [*POINTS[:4], [512, 512]]}, "head.regress_ranges: must each go from a "),
+    ("RetinaHead", "head", {"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": 0.6}},
+     "head.assigner.neg_iou_thr: 0.6 must not be above pos_iou_thr 0.5"),
+    ("RetinaHead", "head", {"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": [0.4, 0.1]}},
+     "head.assigner.neg_iou_thr: [0.4, 0.1] must be a lower bound and an upper bound"),
+    ("GFLHead", "neck", {"num_outs": 4}, "head.anchor_generator.strides: are [8, 16, 32, 64, 128], and the features"),
+    ("GFLHead", "neck", {"start_level": 4}, "neck.start_level: levels 4..3 are not among the backbone's 0..3"),
+    ("GFLHead", "neck", {"end_level": 7}, "neck.end_level: levels 1..7 are not among the backbone's 0..3"),
+    ("GFLHead", "neck", {"upsample": {"scale_factor": 3}}, "neck.upsample_cfg.scale_factor: is 3, and the backbone's"),
+]
+
+
+@pytest.mark.parametrize("head, part, section, message", CROSSED)
+def test_values_that_do_not_fit_each_other(head, part, section, message):
+    with pytest.raises(ConfigError) as error:
+        build_detector(small_config(head, **{"head": {}, part: section}))
+    assert str(error.value).startswith(f"model.{message}")
+
+
 def test_a_head_with_fewer_levels_than_there_are_features():
     anchors = {"type": "AnchorGenerator", "strides": [8, 16, 32], "ratios": [1.0], "scales": [8]}
     with pytest.raises(ConfigError, match="strides"):
@@ -124,8 +147,6 @@ def test_short_spellings():
     model = build_detector(cfg)
     assert model.neck.upsample.mode == "bilinear" and "bbox_head.cls_convs.0.bn.weight" in model.state_dict()
     assert isinstance(model.neck.fpn_convs[0].activate, torch.nn.ReLU)
-    with pytest.raises(ConfigError, match="head.norm: is short for norm_cfg, which is given, too"):
-        build_detector(small_config(head={"norm": "BN"}))
 
 
 def test_what_follows_from_another_part_may_be_said():
