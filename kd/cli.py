@@ -5,14 +5,17 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
 
 import torch
 
 from data import DataError
 from data.extras import MissingExtra
 from data.output import OutputError
+from data.ranges import Range, Share
 from data.sources.download import DownloadError
 from models import ConfigError
+from models.build import check_value
 from models.weights import CheckpointError
 
 from .exceptions import ExportError, Incomplete, Stopped, TrainingError, UsageError, WorkDirError
@@ -24,6 +27,37 @@ FAILURES = (TrainingError, ExportError, DownloadError, Incomplete)
 # Errors of the operating system about a path that the user gave.
 BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
+
+def number(hint: Any) -> Callable[[str], float]:
+    """The argparse type of the numbers that a hint from data/ranges.py allows."""
+    kind, _ = get_args(hint)
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text  # which is then refused
+        try:
+            return check_value(value, hint, "")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.problem) from None
+
+    read.hint = hint
+    return read
+
+
+def named(hint: Any) -> Callable[[str], tuple[str, float]]:
+    """The argparse type of texts of the form NAME=NUMBER, with the numbers that a hint allows: name and number."""
+    def read(text: str) -> tuple[str, float]:
+        name, _, value = text.rpartition("=")
+        if not name:
+            raise argparse.ArgumentTypeError(f'"{text}" is not of the form NAME=NUMBER')
+        return name, number(hint)(value)
+
+    read.hint = hint
+    return read
+
+
 # Arguments that several scripts have.
 SHARED = {
     "--cfg": {"required": True, "metavar": "FILE", "help": "configuration, see configs/"},
@@ -31,12 +65,20 @@ SHARED = {
     "--part": {"choices": ("student", "teacher"), "help": "which model of an FGD checkpoint"},
     "--classes": {"nargs": "+", "metavar": "NAME",
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
-    "--score-thr": {"type": float, "default": 0.3, "metavar": "SCORE",
+    "--score-thr": {"type": number(Share), "default": 0.3, "metavar": "SCORE",
                     "help": "detections with a lower score are left out; default: 0.3"},
     "runs": {"nargs": "+", "type": Path, "metavar": "RUN", "help": "work dirs of train.py; other paths are left out"},
-    "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, used if no run has recorded it"},
+    "--teacher-ap": {"type": number(Annotated[float, Range(0, 100)]), "metavar": "POINTS",
+                     "help": "the teacher's AP, used if no run has recorded it"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
     "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument in one line, as all errors are reported."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help shows all arguments\n")
 
 
 def parser(description: str, example: str, *shared: str, **changes: dict) -> argparse.ArgumentParser:
@@ -46,8 +88,8 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
         shared: names of arguments from `SHARED`.
         changes: settings that replace those in `SHARED`, by the argument's name in Python.
     """
-    result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=description, epilog=f"example: {example}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in shared:
         result.add_argument(name, **SHARED[name] | changes.get(name.strip("-").replace("-", "_"), {}))
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,4 +1,5 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
+from data.ranges import Count
 from data.transforms import padded_size
 from kd import cli, load_config
 from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size
@@ -7,13 +8,11 @@ from kd.evaluation.cost import format_summaries, models_of, summarize, typical_s
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
                                  "model.head.num_classes=80", "--cfg", "overrides")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+    parser.add_argument("--size", type=cli.number(Count), nargs=2, metavar=("H", "W"),
                         help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.overrides)
-    if args.size and min(args.size) < 1:
-        parser.error("--size needs at least 1 pixel")
     size = padded_size(args.size) if args.size else typical_size(cfg.input.scale)
     print(format_summaries({title: summarize(model, size) for title, model in models_of(cfg).items()}))
 

@@ -3,6 +3,7 @@ level and, with FGD among the methods, its attention and foreground mask. One PN
 import sys
 from pathlib import Path
 
+from data.ranges import Count
 from kd import cli, load_config
 from kd.evaluation.visualize import visualize
 
@@ -14,7 +15,7 @@ def main() -> None:
                             "help": "the student's weights, preferably from a run of this configuration"})
     parser.add_argument("--images", nargs="+", type=Path, default=[], metavar="FILE",
                         help="images to draw; default: the first ones of data.val")
-    parser.add_argument("--count", type=int, default=4, help="how many images of data.val; default: 4")
+    parser.add_argument("--count", type=cli.number(Count), default=4, help="how many images of data.val; default: 4")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     args = parser.parse_intermixed_args()
     files, left_out = visualize(load_config(args.cfg, args.overrides), args.checkpoint, args.out,

@@ -93,7 +93,7 @@ def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | Non
         left = len(images) - sum(map(len, own.values()))
         return own, [f"{left} images are in none of the splits {', '.join(own)} and are left out"] * (left > 0)
     shares = shares or DEFAULT_SHARES
-    if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not (min(shares.values()) > 0 and abs(sum(shares.values()) - 1) <= 1e-6):  # nor nan
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())
         raise DataError(f"shares {given} must be above 0 and sum up to 1")
     order = np.random.default_rng(seed).permutation(len(images))
