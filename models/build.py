@@ -30,11 +30,13 @@ class OneOf:
         common: a dataclass of options that every type has besides its own arguments.
         default: the type if none is given.
         takes: of a table of losses, what they are called with; only losses that take one of these may stand here.
+        light: the classes hold no weights, so one is made at once to see whether its arguments fit each other.
     """
 
     def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None,
-                 takes: Sequence[str] = ()):
-        self.table, self.derived, self.common, self.default, self.takes = table, derived, common, default, takes
+                 takes: Sequence[str] = (), light: bool = False):
+        self.table, self.derived, self.common, self.default = table, derived, common, default
+        self.takes, self.light = takes, light or bool(takes)
 
 
 class ConfigError(ValueError):
@@ -125,6 +127,8 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
     if choice.common is not None:
         read_section(choice.common, options, key)
     check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
+    if choice.light:
+        make(table[kind], args, key)
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
@@ -222,14 +226,17 @@ def _check_sequence(value: Any, hint: Any, key: str) -> Sequence:
 def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
     """Build what `cfg` describes: call `table[cfg["type"]]` with its other entries, and with `derived` for the rest.
 
-    If a constructor refuses an argument, it names it (for example `num_outs`), and `key` is put before this name.
     Raises:
         ConfigError: naming the key that is unknown, missing, of the wrong type, or refused by the constructor.
     """
     check_component(cfg, OneOf(table, *derived), key)
     call = table[cfg["type"]]
     args = {ALIASES.get(k, k): v for k, v in cfg.items() if k != "type"}
-    args |= {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}
+    return make(call, args | {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}, key)
+
+
+def make(call: Callable, args: Mapping[str, Any], key: str) -> Any:
+    """Call a constructor. If it refuses an argument, it names it (for example `num_outs`); `key` is put before it."""
     try:
         return call(**args)
     except ConfigError as error:

@@ -19,9 +19,9 @@ from ..targets import Assignment, pad_targets
 Maps = Sequence[Tensor]
 # The types of a head's parts; its other parts are losses.
 PARTS = {"anchor_generator": PRIORS, "bbox_coder": CODERS, "assigner": ASSIGNERS}
-AnchorCfg = Annotated[dict, OneOf(PRIORS)]
-CoderCfg = Annotated[dict, OneOf(CODERS)]
-AssignerCfg = Annotated[dict, OneOf(ASSIGNERS)]
+AnchorCfg = Annotated[dict, OneOf(PRIORS, light=True)]
+CoderCfg = Annotated[dict, OneOf(CODERS, light=True)]
+AssignerCfg = Annotated[dict, OneOf(ASSIGNERS, light=True)]
 # The losses by what they are given, in the words of the losses' `takes`.
 ClassLoss = Annotated[dict, OneOf(LOSSES, takes=("logits and labels",))]
 QualityLoss = Annotated[dict, OneOf(LOSSES, takes=("logits, labels and qualities",))]

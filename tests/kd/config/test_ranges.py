@@ -218,6 +218,21 @@ def test_a_component_in_the_place_of_another_is_named(head, override, message, t
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part, message", [
+    ("assigner={type: MaxIoUAssigner, pos_iou_thr: 0.3}", "assigner.neg_iou_thr: 0.4 must not be above pos_iou_thr"),
+    ("anchor_generator={type: AnchorGenerator, strides: [8], ratios: [1], scales: [8], base_sizes: [4, 8]}",
+     "anchor_generator.base_sizes: must have one entry per stride, 1 in total"),
+    ("anchor_generator={type: AnchorGenerator, strides: [8], ratios: [1]}",
+     "anchor_generator: must have either scales, or both octave_base_scale and scales_per_octave"),
+    ("loss_cls={type: QualityFocalLoss, use_sigmoid: false}", "loss_cls: QualityFocalLoss: use_sigmoid must be true"),
+])
+def test_arguments_of_a_part_that_do_not_fit_each_other(part, message, tmp_path):
+    path = write_config(tmp_path / "cfg.yaml", config(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"model.head.{part}"])
+    assert str(error.value).startswith(f"model.head.{message}")
+
+
 @pytest.mark.parametrize("override, message", [
     ("data.flip=1.5", "data.flip: must be from 0 to 1, not 1.5"),
     ("data.scale=[0,0]", "data.scale.0: must be at least 1, not 0"),
