@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.ranges import Count, Number, Share
+from data.ranges import Count, Number, Share, Some
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DataConfig:
     batch_size: Count = 2  # images per process and step
     workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
-    multi_scale: list[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
+    multi_scale: Some[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training
     skip_empty: bool = False  # leave images without boxes out of training
     skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log

@@ -1,10 +1,10 @@
-"""Ranges of the numbers in a configuration, for type hints: `flip: Share = 0.5`.
+"""Ranges of numbers and lengths of lists, for type hints: `flip: Share = 0.5`, `strides: Some[Count]`.
 
-They are checked when a configuration is read.
+They are checked when a configuration or a command line is read.
 """
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,18 @@ class Range:
 
     def __str__(self) -> str:
         if self.high != inf:
-            return f"from {self.low} to {self.high}"
+            return f"above {self.low} and up to {self.high}" if self.open else f"from {self.low} to {self.high}"
         return f"above {self.low}" if self.open else f"at least {self.low}"
+
+
+class NotEmpty:
+    """The lists with at least one entry."""
+
+    def __contains__(self, value: list | tuple) -> bool:
+        return len(value) > 0
+
+    def __str__(self) -> str:
+        return "a list with at least one entry"
 
 
 Positive = Annotated[float, Range(0, open=True)]
@@ -31,3 +41,8 @@ Count = Annotated[int, Range(1)]        # of things that there must be
 Number = Annotated[int, Range(0)]       # of things that there may be, or the index of one
 AllOr = Annotated[int, Range(-1)]       # a limit; -1 means none
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy takes no others
+OrMinusOne = Annotated[float, Range(-1)]    # a number that -1 turns off
+Temperature = Annotated[float, Range(1)]    # of distributions that are softened, never sharpened
+
+Entry = TypeVar("Entry")
+Some = Annotated[list[Entry], NotEmpty()]    # a list that must not be empty

@@ -82,11 +82,17 @@ def draw(image, boxes, texts):
     return picture
 
 
+def share(text):
+    if 0 <= float(text) <= 1:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("images", nargs="+")
-    parser.add_argument("--score-thr", type=float, default=0.3)
+    parser.add_argument("--score-thr", type=share, default=0.3)
     parser.add_argument("--out", type=Path, help="folder for pictures with boxes")
     args = parser.parse_args()
     session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())

@@ -9,10 +9,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 from data.output import BAD_PATHS, REASONS
+from data.ranges import Range, Share
 
 from .early import check_early
 from .exceptions import UsageError
@@ -24,6 +26,39 @@ if TYPE_CHECKING:
 
     from .config import Config
 
+
+NUMBERS = {int: "an integer", float: "a number"}
+
+
+def number(hint: Any) -> Callable[[str], float]:
+    """The argparse type of the numbers that a hint from data/ranges.py allows."""
+    kind, allowed = get_args(hint)
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'must be {NUMBERS[kind]}, not "{text}"') from None
+        if not isfinite(value) or value not in allowed:
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    read.hint = hint
+    return read
+
+
+def named(hint: Any) -> Callable[[str], tuple[str, float]]:
+    """The argparse type of texts of the form NAME=NUMBER, with the numbers that a hint allows: name and number."""
+    def read(text: str) -> tuple[str, float]:
+        name, _, value = text.rpartition("=")
+        if not name:
+            raise argparse.ArgumentTypeError(f'"{text}" is not of the form NAME=NUMBER')
+        return name, number(hint)(value)
+
+    read.hint = hint
+    return read
+
+
 # Arguments that several scripts have.
 SHARED = {
     "--cfg": {"required": True, "metavar": "FILE", "help": "configuration, see configs/"},
@@ -31,12 +66,20 @@ SHARED = {
     "--part": {"choices": ("student", "teacher"), "help": "which model of an FGD checkpoint"},
     "--classes": {"nargs": "+", "metavar": "NAME",
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
-    "--score-thr": {"type": float, "default": 0.3, "metavar": "SCORE",
+    "--score-thr": {"type": number(Share), "default": 0.3, "metavar": "SCORE",
                     "help": "detections with a lower score are left out; default: 0.3"},
     "runs": {"nargs": "+", "type": Path, "metavar": "RUN", "help": "work dirs of train.py; other paths are left out"},
-    "--teacher-ap": {"type": float, "metavar": "POINTS", "help": "the teacher's AP, used if no run has recorded it"},
+    "--teacher-ap": {"type": number(Annotated[float, Range(0, 100)]), "metavar": "POINTS",
+                     "help": "the teacher's AP, used if no run has recorded it"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
     "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument in one line, as all errors are reported."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help shows all arguments\n")
 
 
 def parser(description: str, example: str, *shared: str, **changes: dict) -> argparse.ArgumentParser:
@@ -46,8 +89,8 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
         shared: names of arguments from `SHARED`.
         changes: settings that replace those in `SHARED`, by the argument's name in Python.
     """
-    result = argparse.ArgumentParser(description=description, epilog=f"example: {example}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=description, epilog=f"example: {example}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in shared:
         result.add_argument(name, **SHARED[name] | changes.get(name.strip("-").replace("-", "_"), {}))
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")

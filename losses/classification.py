@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.ranges import NonNegative, Share
+
 from .reduce import at_least_float32, modulate, reduce_loss
 from .sliced import sliced_loss
 
@@ -64,7 +66,8 @@ class FocalLoss(nn.Module):
 
     takes = "logits and labels"
 
-    def __init__(self, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 1.0):
+    def __init__(self, use_sigmoid: bool = True, gamma: NonNegative = 2.0, alpha: Share = 0.25,
+                 loss_weight: NonNegative = 1.0):
         super().__init__()
         if not use_sigmoid:
             raise ValueError("FocalLoss: use_sigmoid must be true, as in every reference configuration")
@@ -81,7 +84,7 @@ class QualityFocalLoss(nn.Module):
 
     takes = "logits, labels and qualities"
 
-    def __init__(self, use_sigmoid: bool = True, beta: float = 2.0, loss_weight: float = 1.0):
+    def __init__(self, use_sigmoid: bool = True, beta: NonNegative = 2.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         if not use_sigmoid:
             raise ValueError("QualityFocalLoss: use_sigmoid must be true, as in every reference configuration")
@@ -97,7 +100,7 @@ class CrossEntropyLoss(nn.Module):
 
     takes = "logits and probabilities"
 
-    def __init__(self, use_sigmoid: bool = True, loss_weight: float = 1.0):
+    def __init__(self, use_sigmoid: bool = True, loss_weight: NonNegative = 1.0):
         super().__init__()
         if not use_sigmoid:
             raise ValueError("CrossEntropyLoss: use_sigmoid must be true, as the centerness loss needs it")

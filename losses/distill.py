@@ -1,7 +1,11 @@
 """Losses that compare a student's prediction or feature with a teacher's. The target never gets a gradient."""
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data.ranges import NonNegative, Temperature
 
 from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
 from .sliced import sliced_loss
@@ -134,7 +138,7 @@ class KDQualityFocalLoss(nn.Module):
 
     takes = "logits of both sides"
 
-    def __init__(self, use_sigmoid: bool = True, beta: float = 1.0, loss_weight: float = 1.0):
+    def __init__(self, use_sigmoid: bool = True, beta: NonNegative = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         if not use_sigmoid:
             raise ValueError("KDQualityFocalLoss: use_sigmoid must be true, as in every reference configuration")
@@ -150,7 +154,8 @@ class KnowledgeDistillationKLDivLoss(nn.Module):
 
     takes = "distributions of both sides"
 
-    def __init__(self, class_reduction: str = "mean", T: float = 10.0, loss_weight: float = 1.0):
+    def __init__(self, class_reduction: Literal["mean", "sum"] = "mean", T: Temperature = 10.0,
+                 loss_weight: NonNegative = 1.0):
         super().__init__()
         if T < 1:
             raise ValueError(f"KnowledgeDistillationKLDivLoss: T must be at least 1, not {T}")

@@ -1,9 +1,12 @@
 """IoU of aligned boxes, and losses that use it. All boxes are (..., 4) xyxy, in any unit."""
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from data.ranges import NonNegative, Positive
 
 from .reduce import at_least_float32, reduce_loss
 
@@ -89,7 +92,7 @@ class _BoxLoss(nn.Module):
     takes = "boxes"
     function: Callable[..., Tensor]
 
-    def __init__(self, eps: float = 1e-6, loss_weight: float = 1.0):
+    def __init__(self, eps: Positive = 1e-6, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.options = {"eps": eps}
         self.loss_weight = loss_weight
@@ -105,7 +108,8 @@ class IoULoss(_BoxLoss):
 
     function = staticmethod(iou_loss)
 
-    def __init__(self, mode: str = "log", eps: float = 1e-6, loss_weight: float = 1.0):
+    def __init__(self, mode: Literal["log", "linear", "square"] = "log", eps: Positive = 1e-6,
+                 loss_weight: NonNegative = 1.0):
         super().__init__(eps, loss_weight)
         self.options["mode"] = mode
 

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor, nn
 
+from data.ranges import NonNegative
+
 from .reduce import at_least_float32, reduce_loss
 
 
@@ -43,7 +45,7 @@ class L1Loss(nn.Module):
 
     takes = "numbers"
 
-    def __init__(self, loss_weight: float = 1.0):
+    def __init__(self, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.loss_weight = loss_weight
 
@@ -57,7 +59,7 @@ class SmoothL1Loss(nn.Module):
 
     takes = "numbers"
 
-    def __init__(self, beta: float = 1.0, loss_weight: float = 1.0):
+    def __init__(self, beta: NonNegative = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.beta, self.loss_weight = beta, loss_weight
 
@@ -71,7 +73,7 @@ class DistributionFocalLoss(nn.Module):
 
     takes = "distributions and numbers"
 
-    def __init__(self, loss_weight: float = 1.0):
+    def __init__(self, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.loss_weight = loss_weight
 

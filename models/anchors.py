@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from data.ranges import Count, Positive, Share, Some
+
 from .build import ConfigError
 
 
@@ -41,9 +43,9 @@ class AnchorGenerator:
             stride is the padded image's size divided by the map's, which can be less than the nominal stride.
     """
 
-    def __init__(self, strides: list[int], ratios: list[float], octave_base_scale: float | None = None,
-                 scales_per_octave: int | None = None, scales: list[float] | None = None,
-                 base_sizes: list[float] | None = None, center_offset: float = 0.0,
+    def __init__(self, strides: Some[Count], ratios: Some[Positive], octave_base_scale: Positive | None = None,
+                 scales_per_octave: Count | None = None, scales: Some[Positive] | None = None,
+                 base_sizes: Some[Positive] | None = None, center_offset: Share = 0.0,
                  style: Literal["mmdet", "detectron2", "torchvision"] = "mmdet"):
         if (scales is None) == (octave_base_scale is None or scales_per_octave is None):
             raise ConfigError("", "must have either scales, or both octave_base_scale and scales_per_octave")

@@ -8,9 +8,12 @@ Every assigner takes
 and returns (N, P) int64: the index of the box that the anchor learns, or NEGATIVE, or IGNORED.
 """
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from data.ranges import Count, Range, Share
 
 from .anchors import Priors
 from .build import ConfigError
@@ -18,6 +21,7 @@ from .layers import from_host
 
 NEGATIVE, IGNORED = -1, -2
 MAX_PAIRS = 2 ** 25  # pairs of box and anchor in memory at once: at most about 2 GB, for any number of boxes
+ShareOrMinusOne = Annotated[float, Range(-1, 1)]
 FAR = 1e8  # the references' distance for an ignored anchor: it is chosen only if no other anchor is left
 
 
@@ -65,11 +69,14 @@ class MaxIoUAssigner:
         ignore_wrt_candidates: the share is a share of the anchor's area; otherwise of the region's area.
     """
 
-    def __init__(self, pos_iou_thr: float = 0.5, neg_iou_thr: float | tuple[float, float] = 0.4,
-                 min_pos_iou: float = 0.0, match_low_quality: bool = True, gt_max_assign_all: bool = True,
-                 low_quality_to_best: bool = False, ignore_iof_thr: float = -1, ignore_wrt_candidates: bool = True):
+    def __init__(self, pos_iou_thr: Share = 0.5, neg_iou_thr: Share | tuple[Share, Share] = 0.4,
+                 min_pos_iou: Share = 0.0, match_low_quality: bool = True, gt_max_assign_all: bool = True,
+                 low_quality_to_best: bool = False, ignore_iof_thr: ShareOrMinusOne = -1,
+                 ignore_wrt_candidates: bool = True):
         self.pos_iou_thr, self.min_pos_iou = pos_iou_thr, min_pos_iou
         self.neg_iou_thr = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, (int, float)) else tuple(neg_iou_thr)
+        if self.neg_iou_thr[0] > self.neg_iou_thr[1]:
+            raise ConfigError("neg_iou_thr", f"{list(neg_iou_thr)} must be a lower bound and an upper bound")
         if self.neg_iou_thr[1] > pos_iou_thr:
             raise ConfigError("neg_iou_thr", f"{neg_iou_thr} must not be above pos_iou_thr {pos_iou_thr}")
         self.match_low_quality, self.gt_max_assign_all = match_low_quality, gt_max_assign_all
@@ -125,7 +132,7 @@ class ATSSAssigner:
         ignore_iof_thr: an anchor is ignored if more than this share of it is in an ignored region; -1 turns this off.
     """
 
-    def __init__(self, topk: int = 9, ignore_iof_thr: float = -1):
+    def __init__(self, topk: Count = 9, ignore_iof_thr: ShareOrMinusOne = -1):
         self.topk, self.ignore_iof_thr = topk, ignore_iof_thr
 
     @torch.no_grad()

@@ -29,10 +29,14 @@ class OneOf:
         derived: arguments that the program gives, so that the configuration need not.
         common: a dataclass of options that every type has besides its own arguments.
         default: the type if none is given.
+        takes: of a table of losses, what they are called with; only losses that take one of these may stand here.
+        light: the classes hold no weights, so one is made at once to see whether its arguments fit each other.
     """
 
-    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None):
+    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None,
+                 takes: Sequence[str] = (), light: bool = False):
         self.table, self.derived, self.common, self.default = table, derived, common, default
+        self.takes, self.light = takes, light or bool(takes)
 
 
 class ConfigError(ValueError):
@@ -67,9 +71,16 @@ def read_section(section: type, args: Any, key: str) -> Any:
     """Make the dataclass `section`, and the sections in it, from a mapping; a section is returned as it is.
 
     Raises:
-        ConfigError: see `check_arguments`.
+        ConfigError: see `check_arguments`, or from the section itself.
     """
-    return args if isinstance(args, section) else section(**check_arguments(section, args, key))
+    if isinstance(args, section):
+        return args
+    checked = check_arguments(section, args, key)
+    try:
+        return section(**checked)
+    except ConfigError as error:  # it may name the option alone
+        name = error.key.removeprefix(f"{key}.")
+        raise ConfigError(f"{key}.{name}" if key else name, error.problem) from None
 
 
 def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] = (),
@@ -110,15 +121,16 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         raise ConfigError(key, f"must be a mapping with a type; {nearest('', table)}")
     if not isinstance(kind, str) or kind not in table:
         raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
+    if choice.takes and table[kind].takes not in choice.takes:
+        fitting = ", ".join(name for name, each in table.items() if each.takes in choice.takes)
+        raise ConfigError(f"{key}.type", f"{kind} compares {table[kind].takes}, and here {' or '.join(choice.takes)} "
+                                         f"are compared; use {fitting}")
     options, args = split_options(cfg, choice.common)
     if choice.common is not None:
-        checked = check_arguments(choice.common, options, key)
-        try:
-            choice.common(**checked)
-        except ConfigError as error:  # it may name the option alone
-            name = error.key.removeprefix(f"{key}.")
-            raise ConfigError(f"{key}.{name}", error.problem) from None
+        read_section(choice.common, options, key)
     check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
+    if choice.light:
+        make(table[kind], args, key)
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
@@ -137,6 +149,11 @@ def describe(value: Any) -> str:
     return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
 
 
+def choices(hint: Any) -> list[str]:
+    """The values of a Literal, as they are written in a configuration."""
+    return [str(value).lower() if isinstance(value, bool) else str(value) for value in get_args(hint)]
+
+
 def check_value(value: Any, hint: Any, key: str) -> Any:
     """Check one value against one type hint.
 
@@ -150,13 +167,15 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         plain, mark = get_args(hint)
         if isinstance(mark, OneOf):
             check_component(value, mark, key)
-        elif check_value(value, plain, key) not in mark:
-            raise ConfigError(key, f"must be {mark}, not {value}")
+        else:
+            value = check_value(value, plain, key)
+            if value not in mark:
+                raise ConfigError(key, f"must be {mark}, not {value}")
     elif origin in (Union, types.UnionType):
         return _check_union(value, get_args(hint), key)
     if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(key, f"must be one of {', '.join(map(str, get_args(hint)))}, not {describe(value)}")
+        if not any(value == each and type(value) is type(each) for each in get_args(hint)):  # True == 1
+            raise ConfigError(key, f"must be one of {', '.join(choices(hint))}, not {describe(value)}")
     elif inspect.isclass(origin) and issubclass(origin, Sequence):
         return _check_sequence(value, hint, key)
     elif hint is float:
@@ -209,14 +228,17 @@ def _check_sequence(value: Any, hint: Any, key: str) -> Sequence:
 def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
     """Build what `cfg` describes: call `table[cfg["type"]]` with its other entries, and with `derived` for the rest.
 
-    If a constructor refuses an argument, it names it (for example `num_outs`), and `key` is put before this name.
     Raises:
         ConfigError: naming the key that is unknown, missing, of the wrong type, or refused by the constructor.
     """
     check_component(cfg, OneOf(table, *derived), key)
     call = table[cfg["type"]]
     args = {ALIASES.get(k, k): v for k, v in cfg.items() if k != "type"}
-    args |= {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}
+    return make(call, args | {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}, key)
+
+
+def make(call: Callable, args: Mapping[str, Any], key: str) -> Any:
+    """Call a constructor. If it refuses an argument, it names it (for example `num_outs`); `key` is put before it."""
     try:
         return call(**args)
     except ConfigError as error:
@@ -225,17 +247,11 @@ def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
         raise ConfigError(key, str(error)) from None
 
 
-def build_loss(cfg: dict, key: str, given: Sequence[str]) -> Any:
-    """Build the loss that `cfg` describes, of those that take what it will be given.
+def build_loss(cfg: dict, key: str, takes: Sequence[str] = ()) -> Any:
+    """Build the loss that `cfg` describes; `takes` as for `OneOf`.
 
-    Args:
-        given: what the loss is called with, one of the `takes` of the losses; empty: whatever it takes.
     Raises:
         ConfigError: see `build`, or a loss that takes something else.
     """
-    loss = build(cfg, LOSSES, key)
-    if given and loss.takes not in given:
-        fitting = ", ".join(name for name, kind in LOSSES.items() if kind.takes in given)
-        raise ConfigError(f"{key}.type", f"{cfg['type']} compares {loss.takes}, and here {' or '.join(given)} are "
-                                         f"compared; use {fitting}")
-    return loss
+    check_component(cfg, OneOf(LOSSES, takes=takes), key)
+    return build(cfg, LOSSES, key)

@@ -4,6 +4,8 @@ import math
 import torch
 from torch import Tensor
 
+from data.ranges import Positive
+
 from .layers import from_host
 
 
@@ -15,8 +17,9 @@ class DeltaXYWHBBoxCoder:
         wh_ratio_clip: the ratio of decoded size to anchor size is clipped to this value and its inverse.
     """
 
-    def __init__(self, target_means: list[float] = (0.0, 0.0, 0.0, 0.0),
-                 target_stds: list[float] = (1.0, 1.0, 1.0, 1.0), wh_ratio_clip: float = 16 / 1000):
+    def __init__(self, target_means: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+                 target_stds: tuple[Positive, Positive, Positive, Positive] = (1.0, 1.0, 1.0, 1.0),
+                 wh_ratio_clip: Positive = 16 / 1000):
         self.means, self.stds = list(target_means), list(target_stds)
         self.max_log_ratio = abs(math.log(wh_ratio_clip))
 
@@ -49,7 +52,7 @@ class DistancePointBBoxCoder:
         return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 
-CODERS = {"DeltaXYWHBBoxCoder": DeltaXYWHBBoxCoder, "DistancePointBBoxCoder": DistancePointBBoxCoder}
+CODERS = {"DeltaXYWHBBoxCoder": DeltaXYWHBBoxCoder}  # the heads on points have no choice
 
 
 def clip_boxes(boxes: Tensor, size: tuple[float, float]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbones.resnet import ResNet
 from .backbones.torchvision import TorchvisionBackbone
-from .build import ConfigError, OneOf, build, read_section
+from .build import ConfigError, OneOf, build, parameters, read_section
 from .fpn import FPN
 from .heads import HEADS, DenseHead, HeadOutputs
 from .postprocess import TestConfig, postprocess
@@ -201,7 +201,7 @@ def build_detector(cfg: ModelConfig | Mapping, pretrained: bool = True) -> Detec
     if head.in_channels != channels[0]:
         raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")
     if head.prior_generator.strides != strides:
-        raise ConfigError("model.head.anchor_generator.strides", f"are {head.prior_generator.strides}, and the "
-                                                                 f"features' are {strides}")
+        where = "strides" if "strides" in parameters(type(head)) else "anchor_generator.strides"
+        raise ConfigError(f"model.head.{where}", f"are {head.prior_generator.strides}, and the features' are {strides}")
     own = {name: value for name, value in head.test_defaults.items() if getattr(cfg.test, name) is None}
     return Detector(backbone, neck, head, Preprocess(**cfg.preprocess), replace(cfg.test, **own))

@@ -1,15 +1,16 @@
 """Layers that backbones, necks and heads share."""
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .build import ConfigError, nearest
+from data.ranges import Count, NonNegative, Positive, Share
 
-NormCfg = str | dict | None
-ActCfg = str | dict | None
+from .build import ConfigError, OneOf, build
 
 
 def from_host(values: Sequence, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -37,52 +38,92 @@ def keep_in_eval(module: nn.Module, frozen: Iterable[nn.Module], norm_eval: bool
         part.eval()
 
 
-NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm, "GN": nn.GroupNorm}
+@dataclass
+class BatchNorm:
+    """Batch norm with the statistics of one process; they are not used in training with `norm_eval`."""
+
+    eps: Positive = 1e-5        # added to the variance
+    momentum: Share = 0.1       # the weight of a batch in the running statistics
+    requires_grad: bool = True  # whether its weight and bias are trained
+    layer: ClassVar[Callable[..., nn.Module]] = nn.BatchNorm2d
+
+    def __call__(self, channels: int) -> nn.Module:
+        return self.layer(channels, eps=self.eps, momentum=self.momentum).requires_grad_(self.requires_grad)
 
 
-def build_norm(cfg: str | dict, channels: int) -> tuple[str, nn.Module]:
-    """A normalisation layer and the name that the references give it, `gn` or `bn`.
+@dataclass
+class SyncBatchNorm(BatchNorm):
+    """Batch norm with the statistics of all processes (CUDA). The arguments are those of `BN`."""
 
-    Args:
-        cfg: "BN", "SyncBN", "FrozenBN", "GN", or a mapping with one of these as `type` and with `num_groups`, `eps`,
-            `momentum`, `requires_grad`.
-    """
-    args = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
-    kind = args.pop("type", None)
-    if kind not in NORMS:
-        raise ConfigError("norm_cfg.type", f'unknown norm "{kind}"; {nearest(kind, NORMS)}')
-    trained = args.pop("requires_grad", True)
-    valid = {"GN": {"num_groups", "eps"}, "FrozenBN": {"eps"}}.get(kind, {"eps", "momentum"})
-    for name in args:
-        if name not in valid:
-            raise ConfigError(f"norm_cfg.{name}", f"unknown key; {nearest(name, valid)}")
-    if kind == "GN":
-        groups = args.pop("num_groups", 32)
-        if channels % groups:
-            raise ConfigError("norm_cfg.num_groups", f"{channels} channels cannot be split into {groups} groups")
-        norm = nn.GroupNorm(groups, channels, **args)
-    else:
-        norm = NORMS[kind](channels, **args)
-    if not trained:
-        norm.requires_grad_(False)
-    return ("gn" if kind == "GN" else "bn"), norm
+    layer: ClassVar[Callable[..., nn.Module]] = nn.SyncBatchNorm
 
 
-ACTIVATIONS = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "SiLU": nn.SiLU, "GELU": nn.GELU}
+@dataclass
+class Frozen:
+    """Batch norm that never learns: running statistics, weight and bias stay as loaded."""
+
+    eps: NonNegative = 1e-5                # added to the variance
+    requires_grad: Literal[False] = False  # accepted for other projects' configurations
+
+    def __call__(self, channels: int) -> nn.Module:
+        return FrozenBatchNorm(channels, self.eps)
+
+
+@dataclass
+class GroupNorm:
+    """Group norm (arXiv:1803.08494)."""
+
+    num_groups: Count = 32      # must divide the number of channels
+    eps: Positive = 1e-5        # added to the variance
+    requires_grad: bool = True  # whether its weight and bias are trained
+
+    def __call__(self, channels: int) -> nn.Module:
+        if channels % self.num_groups:
+            raise ConfigError("norm_cfg.num_groups",
+                              f"{channels} channels cannot be split into {self.num_groups} groups")
+        return nn.GroupNorm(self.num_groups, channels, self.eps).requires_grad_(self.requires_grad)
+
+
+NORMS = {"BN": BatchNorm, "SyncBN": SyncBatchNorm, "FrozenBN": Frozen, "GN": GroupNorm}
+Norm = Literal["BN", "SyncBN", "FrozenBN", "GN"] | Annotated[dict, OneOf(NORMS)]
+NormCfg = Norm | None
+
+
+def build_norm(cfg: Norm, channels: int) -> tuple[str, nn.Module]:
+    """A norm by name, or by a mapping with its `type` and arguments; and the references' name for it, `gn` or `bn`."""
+    norm = build({"type": cfg} if isinstance(cfg, str) else cfg, NORMS, "norm_cfg")(channels)
+    return ("gn" if isinstance(norm, nn.GroupNorm) else "bn"), norm
+
+
+def relu(inplace: bool = False) -> nn.Module:
+    """max(x, 0)."""
+    return nn.ReLU(inplace)
+
+
+def leaky_relu(negative_slope: NonNegative = 0.01, inplace: bool = False) -> nn.Module:
+    """x above zero, `negative_slope` times x below."""
+    return nn.LeakyReLU(negative_slope, inplace)
+
+
+def silu(inplace: bool = False) -> nn.Module:
+    """x times its sigmoid (arXiv:1702.03118)."""
+    return nn.SiLU(inplace)
+
+
+def gelu(approximate: Literal["none", "tanh"] = "none") -> nn.Module:
+    """x times the normal distribution's cumulative function (arXiv:1606.08415)."""
+    return nn.GELU(approximate)
+
+
+ACTIVATIONS = {"ReLU": relu, "LeakyReLU": leaky_relu, "SiLU": silu, "GELU": gelu}
+ActCfg = Literal["ReLU", "LeakyReLU", "SiLU", "GELU"] | Annotated[dict, OneOf(ACTIVATIONS)] | None
 
 
 def build_activation(cfg: ActCfg) -> nn.Module:
     """An activation by name, or by a mapping with its `type` and arguments; None is the identity."""
     if cfg is None:
         return nn.Identity()
-    args = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
-    kind = args.pop("type", None)
-    if kind not in ACTIVATIONS:
-        raise ConfigError("act_cfg.type", f'unknown activation "{kind}"; {nearest(kind, ACTIVATIONS)}')
-    try:
-        return ACTIVATIONS[kind](**args)
-    except TypeError as error:
-        raise ConfigError("act_cfg", str(error)) from None
+    return build({"type": cfg} if isinstance(cfg, str) else cfg, ACTIVATIONS, "act_cfg")
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:

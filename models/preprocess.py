@@ -1,11 +1,13 @@
 """Normalisation of a detector's input with its pixel statistics."""
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .build import ConfigError
+from data.ranges import Positive, Range
+
+Pixel = Annotated[float, Range(0, 255)]
 
 
 class Preprocess(nn.Module):
@@ -16,12 +18,10 @@ class Preprocess(nn.Module):
         channel_order: the order that the detector takes; images are read as RGB.
     """
 
-    def __init__(self, mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
-                 std: tuple[float, float, float] = (58.395, 57.12, 57.375),
+    def __init__(self, mean: tuple[Pixel, Pixel, Pixel] = (123.675, 116.28, 103.53),
+                 std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375),
                  channel_order: Literal["rgb", "bgr"] = "rgb"):
         super().__init__()
-        if min(std) <= 0:
-            raise ConfigError("model.preprocess.std", f"must be above zero, not {list(std)}")
         self.channel_order, self.statistics = channel_order, (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)

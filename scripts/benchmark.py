@@ -3,8 +3,10 @@ of the input pipeline and of the evaluation."""
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from data.output import write_text
+from data.ranges import Count, Range
 from kd import cli
 from kd.benchmark.workload import CONFIGS, SIZES, Workload
 from kd.early import check_early
@@ -16,21 +18,19 @@ def main() -> None:
         "--cfg", "--device", "overrides",
         cfg={"required": False, "action": "append",
              "help": f"configuration; may be given several times; default: {', '.join(CONFIGS)}"})
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+    parser.add_argument("--size", type=cli.number(Annotated[int, Range(64)]), nargs=2, metavar=("H", "W"),
                         help="image size in pixels; default: 320 416 on a CPU, 800 1333 on a GPU")
-    parser.add_argument("--batch", type=int, metavar="N", help="images per step; default: 2 on a CPU, 8 on a GPU")
-    parser.add_argument("--boxes", type=int, default=Workload.boxes, metavar="K",
+    parser.add_argument("--batch", type=cli.number(Count), metavar="N",
+                        help="images per step; default: 2 on a CPU, 8 on a GPU")
+    parser.add_argument("--boxes", type=cli.number(Count), default=Workload.boxes, metavar="K",
                         help="boxes per image; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=Workload.rounds, metavar="R",
+    parser.add_argument("--rounds", type=cli.number(Count), default=Workload.rounds, metavar="R",
                         help="rounds that are timed; the medians are shown; default: %(default)s")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="replaces train.amp of the configurations")
-    parser.add_argument("--eval-images", type=int, default=Workload.eval_images, metavar="N",
+    parser.add_argument("--eval-images", type=cli.number(Count), default=Workload.eval_images, metavar="N",
                         help="images, with 100 detections each, for timing the evaluation; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     args = parser.parse_intermixed_args()
-    counts = (args.boxes, args.rounds, args.eval_images, 1 if args.batch is None else args.batch)
-    if min(counts) < 1 or min(args.size or (64,)) < 64:
-        parser.error("--batch, --boxes, --rounds and --eval-images must be at least 1, --size at least 64 pixels")
     for path in args.cfg or CONFIGS:
         check_early(path, args.overrides)
     from kd.benchmark.run import format_report, run_benchmark

@@ -1,6 +1,7 @@
 """Train a teacher, a student alone and a distilled student on generated scenes; a few minutes on two CPU cores."""
 from pathlib import Path
 
+from data.ranges import Count
 from kd import cli
 
 
@@ -8,7 +9,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/demo.py --work-dir runs/demo", "--device", "overrides")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/demo"),
                         help="folder for everything; an earlier demo there is replaced; default: runs/demo")
-    parser.add_argument("--images", type=int, default=400, help="scenes to train on; default: 400")
+    parser.add_argument("--images", type=cli.number(Count), default=400, help="scenes to train on; default: 400")
     args = parser.parse_args()
     from kd.experiments.demo import run_demo
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from data.errors import counted
 from data.inputs.find import find_files
+from data.ranges import Count, Share
 from kd import cli
 from kd.exceptions import Incomplete
 
@@ -16,12 +17,11 @@ def main() -> None:
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
                         help="images, videos, folders (searched with their subfolders) or quoted globs")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
-    parser.add_argument("--class-thr", nargs="+", action="extend", default=[], metavar="NAME=SCORE",
-                        help="lowest score for a single class")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: data.batch_size")
+    parser.add_argument("--class-thr", nargs="+", action="extend", type=cli.named(Share), default=[],
+                        metavar="NAME=SCORE", help="lowest score for a single class")
+    parser.add_argument("--batch-size", type=cli.number(Count), metavar="N",
+                        help="images at a time; default: data.batch_size")
     args = parser.parse_intermixed_args()
-    if not 0 <= args.score_thr <= 1 or (args.batch_size or 1) < 1:
-        parser.error("--score-thr needs a score from 0 to 1, and --batch-size at least 1")
     sources = find_files(args.input)
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
     from kd.inference.detectors import load_named

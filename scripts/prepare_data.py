@@ -1,9 +1,11 @@
 """Turn annotated images into COCO-format files with splits, or download COCO 2017."""
 from argparse import ArgumentTypeError
 from pathlib import Path
+from typing import Annotated
 
 from data import find_data
 from data.errors import DataError, counted
+from data.ranges import Number, Range, Seed
 from data.sources.download import COCO_2017, COCO_SERVER, prepare_coco
 from data.sources.formats import READERS, read_labelled
 from kd import cli
@@ -36,11 +38,13 @@ def main() -> None:
         command.add_argument("--encoding", type=encoding, metavar="NAME",
                              help="encoding of text files that do not say it themselves, for example cp1252, gbk or "
                                   "latin-1; default: UTF-8")
-        command.add_argument("--split", nargs="+", metavar="NAME=SHARE",
+        command.add_argument("--split", nargs="+", type=cli.named(Annotated[float, Range(0, 1, open=True)]),
+                             metavar="NAME=SHARE",
                              help="split at random, for example train=0.8 val=0.1 test=0.1; default: the splits of the "
                                   "data, otherwise train=0.8 val=0.2")
-        command.add_argument("--seed", type=int, default=0, help="seed of the random split; default: 0")
-        command.add_argument("--workers", type=int, default=2, help="processes that decode the images; default: 2")
+        command.add_argument("--seed", type=cli.number(Seed), default=0, help="seed of the random split; default: 0")
+        command.add_argument("--workers", type=cli.number(Number), default=2,
+                             help="processes that decode the images; default: 2")
         command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
         if name == "yolo":
             command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name per line")
@@ -78,18 +82,12 @@ def encoding(name: str) -> str:
     return name
 
 
-def shares(texts: list[str] | None) -> dict[str, float] | None:
-    """The shares in texts of the form NAME=SHARE; None without any."""
-    found = {}
-    for text in texts or ():
-        name, _, share = text.partition("=")
-        try:
-            found[name] = float(share)
-        except ValueError:
-            raise UsageError(f'split "{text}" is not of the form NAME=SHARE, for example train=0.8') from None
+def shares(pairs: list[tuple[str, float]] | None) -> dict[str, float] | None:
+    """The share of each split; None without any."""
+    for name, share in pairs or ():
         if name not in ("train", "val", "test"):
-            raise UsageError(f'split "{text}" must be called train, val or test')
-    return found or None
+            raise UsageError(f"--split {name}={share}: a split must be called train, val or test")
+    return dict(pairs) if pairs else None
 
 
 if __name__ == "__main__":

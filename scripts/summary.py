@@ -1,16 +1,15 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
+from data.ranges import Count
 from kd import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
                                  "model.head.num_classes=80", "--cfg", "overrides")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"),
+    parser.add_argument("--size", type=cli.number(Count), nargs=2, metavar=("H", "W"),
                         help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
     args = parser.parse_intermixed_args()
-    if args.size and min(args.size) < 1:
-        parser.error("--size needs at least 1 pixel")
     cfg = cli.load_config(args.cfg, args.overrides)
     from data.transforms import padded_size
     from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size

@@ -3,6 +3,7 @@
 Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
 from pathlib import Path
 
+from data.ranges import Count, Seed
 from kd import cli
 from kd.early import check_early
 from kd.exceptions import TrainingError, UsageError
@@ -20,15 +21,17 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, metavar="FILE",
                         help="configuration of the teacher, which is trained first, once; its checkpoint is then used "
                              "by each --cfg whose distill.teacher.cfg is this file")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=seed_or_setting, default=[0, 1, 2], metavar="SEED",
+                        help="default: 0 1 2")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/sweep"),
                         help="where the runs and the table go; default: runs/sweep")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per GPU, or one")
+    parser.add_argument("--jobs", type=cli.number(Count), metavar="N",
+                        help="runs at once; default: one per GPU, or one")
     args = parser.parse_intermixed_args()
-    seeds = [word for word in args.seeds if "=" not in word]  # --seeds also takes the overrides that follow it
-    overrides = [*(word for word in args.seeds if "=" in word), *args.overrides]
-    if not seeds or not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UsageError(f"--seeds {' '.join(seeds)}: give whole numbers, each once")
+    seeds = [seed for seed in args.seeds if isinstance(seed, int)]
+    overrides = [*(word for word in args.seeds if isinstance(word, str)), *args.overrides]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, seeds))}: give whole numbers, each once")
     for path in args.cfg:  # overrides of distill are only for those that distil
         check_early(path, [text for text in overrides if not text.startswith("distill.")], ("train", "val"))
     import torch
@@ -38,11 +41,9 @@ def main() -> None:
     from kd.work_dir.records import read_runs
 
     device = cli.choose_device(args.device).type
-    at_once = args.jobs if args.jobs is not None else torch.cuda.device_count() if device == "cuda" else 1
-    if at_once < 1:
-        raise UsageError(f"--jobs {at_once}: at least one run at a time")
+    at_once = args.jobs or (torch.cuda.device_count() if device == "cuda" else 1)
 
-    jobs, failure = plan(args.cfg, list(map(int, seeds)), args.work_dir, overrides, args.teacher), None
+    jobs, failure = plan(args.cfg, seeds, args.work_dir, overrides, args.teacher), None
     try:
         run_jobs(jobs, at_once, device, lambda line: print(line, flush=True))
     except TrainingError as error:
@@ -56,6 +57,14 @@ def main() -> None:
             cli.wrote(args.work_dir / name)
     if failure:
         raise failure
+
+
+def seed_or_setting(text: str) -> int | str:
+    """A seed; or an override, because --seeds also takes those that follow it."""
+    return text if "=" in text else cli.number(Seed)(text)
+
+
+seed_or_setting.hint = Seed
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ level and, with FGD among the methods, its attention and foreground mask. One PN
 import sys
 from pathlib import Path
 
+from data.ranges import Count
 from kd import cli
 
 
@@ -13,7 +14,7 @@ def main() -> None:
                             "help": "the student's weights, preferably from a run of this configuration"})
     parser.add_argument("--images", nargs="+", type=Path, default=[], metavar="FILE",
                         help="images to draw; default: the first ones of data.val")
-    parser.add_argument("--count", type=int, default=4, help="how many images of data.val; default: 4")
+    parser.add_argument("--count", type=cli.number(Count), default=4, help="how many images of data.val; default: 4")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
     args = parser.parse_intermixed_args()
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)

@@ -100,7 +100,7 @@ def split_images(images: Sequence[LabelledImage], shares: dict[str, float] | Non
         text = f"image is in none of the splits {', '.join(own)} and is left out"
         return own, [counted(left, text, text.replace("image is", "images are").replace("and is", "and are"))][:left]
     shares = shares or DEFAULT_SHARES
-    if min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not (min(shares.values()) > 0 and abs(sum(shares.values()) - 1) <= 1e-6):  # nor nan
         given = " ".join(f"{name}={share:g}" for name, share in shares.items())
         raise DataError(f"shares {given} must be above 0 and sum up to 1")
     order = np.random.default_rng(seed).permutation(len(images))

@@ -162,7 +162,8 @@ def apply_override(cfg: dict, sources: dict[str, str], override: str) -> None:
             node[name] = {}
         node = node[position(node, name, ".".join(above[:i]), override)]
     node[position(node, last, ".".join(above), override)] = parse_yaml(text, f'override "{override}"')
-    sources[key] = f'override "{override}"'
+    for below in [key, *(each for each in sources if each.startswith(f"{key}."))]:
+        sources[below] = f'override "{override}"'
 
 
 def position(node: dict | list, name: str, key: str, override: str) -> str | int:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from models.build import ALIASES, OneOf, parameters
+from data.ranges import NotEmpty
+from models.build import ALIASES, OneOf, choices, parameters
 
 from .config import Config
 from .hints import default_of, is_given, is_section, leaves
@@ -130,11 +131,13 @@ def type_name(hint: Any, places: Places) -> str:
     if origin is Annotated:
         plain, mark = inner
         if not isinstance(mark, OneOf):
-            return f"{type_name(plain, places)} {mark}"
+            name = type_name(plain, places)
+            return f"non-empty {name}" if isinstance(mark, NotEmpty) else f"{name} {mark}"
         _, paths = places.tables[id(mark.table)]
-        return f"[mapping with a type](#{slug(table_heading(paths))})"
+        what = f" that compares {' or '.join(mark.takes)}" if mark.takes else ""
+        return f"[mapping with a type](#{slug(table_heading(paths))}){what}"
     if origin is Literal:
-        return "one of " + ", ".join(f"`{value}`" for value in inner)
+        return "one of " + ", ".join(f"`{word}`" for word in choices(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(part, places) for part in inner)
     if origin is tuple and inner[-1] is not Ellipsis:

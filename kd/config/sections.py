@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from data.ranges import Count, NonNegative, Number, Positive, Seed, Share
+from data.ranges import Count, NonNegative, Number, Positive, Seed, Share, Some
 from models import ModelConfig, Precision
 from models.build import OneOf
 
@@ -37,7 +37,7 @@ class TTAConfig:
     """The `eval.tta` section: test-time augmentation, which merges detections on several views of every image."""
 
     flip: bool = False                               # also detect on each image mirrored
-    scales: list[tuple[Count, Count]] | None = None  # detect at all of these, in place of data.scale
+    scales: Some[tuple[Count, Count]] | None = None  # detect at all of these, in place of data.scale
 
 
 @dataclass
@@ -46,7 +46,7 @@ class EvalConfig:
 
     every: Number = 1              # epochs between evaluations; the last epoch is always evaluated
     batch_size: Count | None = None  # images per step; null: data.batch_size. The figures do not depend on it
-    class_map: list[Number] | None = None  # for each class of the data, the detector's; null: the same; not to train
+    class_map: Some[Number] | None = None  # for each class of the data, the detector's; null: the same; not to train
     tta: TTAConfig | None = None   # augmentation in eval.py and predict.py; null: one view
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class TeacherConfig:
     part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
     name: str | None = None    # distinguishes its losses from those of other teachers
     weight: NonNegative = 1.0  # multiplies the losses of all methods with this teacher
-    class_map: list[Number] | None = None  # for each class of the student, the teacher's; null: the same
+    class_map: Some[Number] | None = None  # for each class of the student, the teacher's; null: the same
     precision: Precision | None = None  # of its convolutions; null: as the student's
     shard: bool = False        # for a teacher too large for one device: training spreads its weights over the processes
 
@@ -72,7 +72,7 @@ class TeacherConfig:
 class DistillConfig:
     """The `distill` section."""
 
-    teacher: TeacherConfig | list[TeacherConfig]
+    teacher: TeacherConfig | Some[TeacherConfig]
     methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
     eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
     init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD

@@ -186,22 +186,15 @@ def picture_name(name: str) -> str:
     return name if path.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.png"
 
 
-def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[str] = ()) -> Tensor:
-    """The lowest score of each class, from one for all classes and exceptions of the form NAME=SCORE.
+def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tuple[str, float]] = ()) -> Tensor:
+    """The lowest score of each class, from one for all classes and exceptions, each a class and its score.
 
     Raises:
-        UsageError: an exception has another form, or names a class that does not exist.
+        UsageError: an exception names a class that does not exist.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
-    for text in per_class:
-        name, _, value = text.rpartition("=")
-        try:
-            score = float(value)
-        except ValueError:
-            score = -1.0
-        if not name or not 0 <= score <= 1:
-            raise UsageError(f'threshold "{text}" is not of the form NAME=SCORE, with a score from 0 to 1')
+    for name, score in per_class:
         if name not in classes.names:
-            raise UsageError(f'threshold "{text}": there is no class "{name}"; {nearest(name, classes.names)}')
+            raise UsageError(f'--class-thr {name}={score}: there is no class "{name}"; {nearest(name, classes.names)}')
         thresholds[classes.names.index(name)] = score
     return thresholds

@@ -4,11 +4,22 @@ from typing import Literal
 from torch import Tensor, nn
 
 from data.errors import counted
+from data.ranges import Number
 from losses import at_least_float32, channel_statistics
 from models import Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError
 
-from .base import Method, MimicLoss, adapter, build_mimic_losses, check_same_predictions, link, mimic
+from .base import (
+    BoxLoss,
+    CenternessLoss,
+    Method,
+    ScoreLoss,
+    adapter,
+    build_mimic_losses,
+    check_same_predictions,
+    link,
+    mimic,
+)
 
 
 class CrossKD(Method):
@@ -26,14 +37,14 @@ class CrossKD(Method):
     teacher_head = True
     crosses_heads = True
 
-    def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: int = 3,
-                 loss_cls_kd: MimicLoss = None, loss_reg_kd: MimicLoss = None, loss_center_kd: MimicLoss = None,
+    def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: Number = 3,
+                 loss_cls_kd: ScoreLoss = None, loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None,
                  adapter_kernel: Literal[1, 3] = 1, sync_stats: bool = False):
         super().__init__()
         cut = reused_teacher_head_idx
         check_same_predictions(student.bbox_head, teacher.bbox_head, "CrossKD")
         for name, head in (("student", student.bbox_head), ("teacher", teacher.bbox_head)):
-            if not 0 <= cut <= head.stacked_convs:
+            if cut > head.stacked_convs:
                 raise ConfigError("reused_teacher_head_idx", f"must be from 0 to {head.stacked_convs}, the number of "
                                                              f"convolutions in the {name}'s towers, not {cut}")
         widths = [head.tower_channels if cut else head.in_channels for head in (student.bbox_head, teacher.bbox_head)]

@@ -3,6 +3,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from data.ranges import NonNegative, Number, Positive, Some
 from losses import channel_wise_divergence
 from models import Detector, DetectorPass
 
@@ -19,9 +20,9 @@ class CWD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, tau: float = 1.0, loss_weight: float = 5.0,
-                 on: Literal["features", "logits"] = "features", levels: list[int] | None = None,
-                 student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
+    def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
+                 on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,
+                 student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,
                  adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
         self.tau, self.loss_weight, self.teacher_head = tau, loss_weight, on == "logits"

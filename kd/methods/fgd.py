@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.ranges import NonNegative, Number, Positive, Some
 from losses import at_least_float32
 from models import Detector, DetectorPass
 from models.layers import from_host, kaiming_init
@@ -26,10 +27,11 @@ class FGD(Method):
         adapter_kernel: kernel size of the convolution that is added where student and teacher differ in channels.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, levels: list[int] | None = None,
-                 student_modules: list[str] | None = None, teacher_modules: list[str] | None = None,
-                 temp: float = 0.5, alpha_fgd: float = 0.001, beta_fgd: float = 0.0005, gamma_fgd: float = 0.001,
-                 lambda_fgd: float = 0.000005, adapter_kernel: Literal[1, 3] = 1):
+    def __init__(self, student: Detector, teacher: Detector, levels: Some[Number] | None = None,
+                 student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,
+                 temp: Positive = 0.5, alpha_fgd: NonNegative = 0.001, beta_fgd: NonNegative = 0.0005,
+                 gamma_fgd: NonNegative = 0.001, lambda_fgd: NonNegative = 0.000005,
+                 adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, None)
         self.part_weights = dict(alpha_fgd=alpha_fgd, beta_fgd=beta_fgd, gamma_fgd=gamma_fgd, lambda_fgd=lambda_fgd)

@@ -4,6 +4,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.ranges import NonNegative, Number, Some
 from losses import at_least_float32
 from models import Detector, DetectorPass
 
@@ -18,9 +19,9 @@ class FitNet(Method):
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 1.0,
-                 levels: list[int] | None = None, student_modules: list[str] | None = None,
-                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 1.0,
+                 levels: Some[Number] | None = None, student_modules: Some[str] | None = None,
+                 teacher_modules: Some[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
         self.loss_weight = loss_weight

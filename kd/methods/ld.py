@@ -4,6 +4,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.ranges import NonNegative, Share, Temperature
 from losses import KnowledgeDistillationKLDivLoss, at_least_float32
 from models import Detector, DetectorPass, GFLHead
 from models.assigners import pairwise_overlap
@@ -29,16 +30,14 @@ class LD(Method):
 
     teacher_head = True
 
-    def __init__(self, student: Detector, teacher: Detector, loss_weight: float = 0.25, T: float = 10.0,
-                 class_reduction: str = "mean", vlr_weight: float = 0.0, vlr_gamma: float = 0.25,
-                 vlr_overlap: Literal["iof", "iou"] = "iof"):
+    def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 0.25, T: Temperature = 10.0,
+                 class_reduction: Literal["mean", "sum"] = "mean", vlr_weight: NonNegative = 0.0,
+                 vlr_gamma: Share = 0.25, vlr_overlap: Literal["iof", "iou"] = "iof"):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "LD")
         if not isinstance(student.bbox_head, GFLHead):
             raise ConfigError("", f"LD distils distributions over distances, and {type(student.bbox_head).__name__} "
                                   "predicts none: use it with GFLHead")
-        if not 0 <= vlr_gamma <= 1:
-            raise ConfigError("vlr_gamma", f"must be from 0 to 1, not {vlr_gamma}")
         self.vlr_gamma, self.vlr_overlap = vlr_gamma, vlr_overlap
         self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
         self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None

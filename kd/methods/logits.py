@@ -1,6 +1,7 @@
 """Methods that mimic class logits only: plain (KD) and decoupled (DKD)."""
 from torch import Tensor
 
+from data.ranges import NonNegative, Positive
 from losses import binary_kd_loss, dkd_loss
 from models import Detector, DetectorPass
 from models.build import ConfigError
@@ -21,7 +22,7 @@ class KD(Method):
 
     teacher_head = True
 
-    def __init__(self, student: Detector, teacher: Detector, T: float = 1.0, loss_weight: float = 1.0):
+    def __init__(self, student: Detector, teacher: Detector, T: Positive = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "KD", boxes=False)
         self.T, self.loss_weight = T, loss_weight
@@ -49,8 +50,8 @@ class DKD(Method):
 
     teacher_head = True
 
-    def __init__(self, student: Detector, teacher: Detector, alpha: float = 1.0, beta: float = 8.0, T: float = 4.0,
-                 loss_weight: float = 1.0):
+    def __init__(self, student: Detector, teacher: Detector, alpha: NonNegative = 1.0, beta: NonNegative = 8.0,
+                 T: Positive = 4.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "DKD", boxes=False)
         if student.bbox_head.num_classes < 2:

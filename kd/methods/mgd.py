@@ -4,6 +4,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from data.ranges import NonNegative, Number, Share, Some
 from losses import at_least_float32
 from models import Detector, DetectorPass
 
@@ -19,12 +20,10 @@ class MGD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
-    def __init__(self, student: Detector, teacher: Detector, alpha_mgd: float = 0.00002, lambda_mgd: float = 0.65,
-                 levels: list[int] | None = None, student_modules: list[str] | None = None,
-                 teacher_modules: list[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
+    def __init__(self, student: Detector, teacher: Detector, alpha_mgd: NonNegative = 0.00002, lambda_mgd: Share = 0.65,
+                 levels: Some[Number] | None = None, student_modules: Some[str] | None = None,
+                 teacher_modules: Some[str] | None = None, adapter_kernel: Literal[1, 3] = 1):
         super().__init__()
-        if not 0 <= lambda_mgd <= 1:
-            raise ValueError(f"lambda_mgd, the share of masked cells, must be from 0 to 1, not {lambda_mgd}")
         self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
         self.alpha_mgd, self.lambda_mgd = alpha_mgd, lambda_mgd
         self.generation = nn.ModuleList(

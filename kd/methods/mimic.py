@@ -3,7 +3,7 @@ from torch import Tensor
 
 from models import Detector, DetectorPass
 
-from .base import Method, MimicLoss, build_mimic_losses, check_same_predictions, mimic
+from .base import BoxLoss, CenternessLoss, Method, ScoreLoss, build_mimic_losses, check_same_predictions, mimic
 
 
 class Mimic(Method):
@@ -15,8 +15,8 @@ class Mimic(Method):
 
     teacher_head = True
 
-    def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: MimicLoss = None,
-                 loss_reg_kd: MimicLoss = None, loss_center_kd: MimicLoss = None):
+    def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: ScoreLoss = None,
+                 loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "Mimic")
         centerness = student.bbox_head.has_centerness and teacher.bbox_head.has_centerness

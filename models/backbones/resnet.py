@@ -1,10 +1,12 @@
 """ResNet 18 to 152 (arXiv:1512.03385) and ResNeXt (arXiv:1611.05431) with torchvision's parameter names."""
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
+from data.ranges import Count, NotEmpty, Range
+
 from ..build import ConfigError
-from ..layers import NormCfg, build_norm, conv_norm, kaiming_init, keep_in_eval
+from ..layers import Norm, build_norm, conv_norm, kaiming_init, keep_in_eval
 from ..weights import load_backbone_weights
 
 
@@ -13,7 +15,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg):
+    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: Norm):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = build_norm(norm_cfg, channels)[1]
@@ -38,7 +40,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: NormCfg, groups: int = 1,
+    def __init__(self, in_channels: int, channels: int, stride: int, style: str, norm_cfg: Norm, groups: int = 1,
                  group_width: int | None = None):
         super().__init__()
         stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
@@ -68,7 +70,7 @@ class Shortcut(nn.Sequential):
         return conv_norm(self[0], self[1], x)
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg) -> nn.Module | None:
+def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: Norm) -> nn.Module | None:
     """The projection that a shortcut needs if the shape changes, otherwise None."""
     if stride == 1 and in_channels == out_channels:
         return None
@@ -78,6 +80,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: NormCfg
 
 DEPTHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
           101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
+Stage = Annotated[int, Range(0, 3)]
 
 
 class ResNet(nn.Module):
@@ -101,23 +104,22 @@ class ResNet(nn.Module):
             `torchvision://resnet50`, see `models.weights.load_backbone_weights`.
     """
 
-    def __init__(self, depth: int, base_channels: int = 64, stem_channels: int | None = None, num_stages: int = 4,
-                 out_indices: tuple[int, ...] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = True,
-                 norm_cfg: str | dict = "BN", style: Literal["pytorch", "caffe"] = "pytorch",
-                 zero_init_residual: bool = True, groups: int = 1, base_width: int | None = None,
+    def __init__(self, depth: Literal[18, 34, 50, 101, 152], base_channels: Count = 64,
+                 stem_channels: Count | None = None, num_stages: Annotated[int, Range(1, 4)] = 4,
+                 out_indices: Annotated[tuple[Stage, ...], NotEmpty()] = (0, 1, 2, 3),
+                 frozen_stages: Annotated[int, Range(-1, 4)] = -1, norm_eval: bool = True, norm_cfg: Norm = "BN",
+                 style: Literal["pytorch", "caffe"] = "pytorch", zero_init_residual: bool = True, groups: Count = 1,
+                 base_width: Count | None = None,
                  weights: str | None = None):
         super().__init__()
-        if depth not in DEPTHS:
-            raise ConfigError("depth", f"must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
-        if not 1 <= num_stages <= 4 or not -1 <= frozen_stages <= num_stages:
-            raise ConfigError("frozen_stages", f"must be -1 to num_stages ({num_stages} of 4), not {frozen_stages}")
-        if not out_indices or not all(0 <= i < num_stages for i in out_indices):
-            raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, not {list(out_indices)}")
+        if frozen_stages > num_stages:
+            raise ConfigError("frozen_stages", f"must be from -1 to num_stages, {num_stages}, not {frozen_stages}")
+        if out_indices[-1] >= num_stages or list(out_indices) != sorted(set(out_indices)):
+            raise ConfigError("out_indices", f"must be among 0..{num_stages - 1}, each once and in this order, not "
+                                             f"{list(out_indices)}")
         block, counts = DEPTHS[depth]
         if block is BasicBlock and (groups != 1 or base_width is not None):
             raise ConfigError("groups", f"and base_width need the bottlenecks of depth 50 and more, not depth {depth}")
-        if groups < 1 or (base_width is not None and base_width < 1):
-            raise ConfigError("groups", f"and base_width must be at least 1, not {groups} and {base_width}")
         base_width = base_width or (base_channels if groups == 1 else 4)
         self.num_stages, self.out_indices = num_stages, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval

@@ -7,6 +7,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from data.ranges import Some
+
 from ..build import ConfigError, nearest
 from ..checkpoints.unpickler import one_line
 from ..layers import keep_in_eval
@@ -35,14 +37,12 @@ class TorchvisionBackbone(nn.Module):
     size (ViT, MaxViT) cannot be backbones.
     """
 
-    def __init__(self, name: str, nodes: list[str], weights: str | None = None, out_norm: bool = False,
+    def __init__(self, name: str, nodes: Some[str], weights: str | None = None, out_norm: bool = False,
                  frozen: tuple[str, ...] = (), norm_eval: bool = True):
         super().__init__()
         models = torchvision.models.list_models(module=torchvision.models)
         if name not in models:
             raise ConfigError("name", f'torchvision has no classification model "{name}"; {nearest(name, models)}')
-        if not nodes:
-            raise ConfigError("nodes", "must name at least one node")
         self.nodes, self.out_norm, self.norm_eval, self.frozen = list(nodes), out_norm, norm_eval, ()
         children, self.graphs = extract(torchvision.models.get_model(name, weights=None), self.nodes)
         for child, module in children.items():

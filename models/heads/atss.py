@@ -1,17 +1,23 @@
 """ATSS head (arXiv:1912.02424)."""
-from typing import Annotated
-
 from torch import Tensor, nn
 
-from losses import LOSSES, at_least_float32, mean_over_processes
+from data.ranges import Count, Number, OrMinusOne
+from losses import at_least_float32, mean_over_processes
 
-from ..anchors import PRIORS, Priors
-from ..assigners import ASSIGNERS
-from ..build import OneOf
-from ..coders import CODERS
+from ..anchors import Priors
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
-from .dense import DenseHead, HeadOutputs, centerness_target
+from .dense import (
+    AnchorCfg,
+    AssignerCfg,
+    BoxLoss,
+    CenternessLoss,
+    ClassLoss,
+    CoderCfg,
+    DenseHead,
+    HeadOutputs,
+    centerness_target,
+)
 
 
 class ATSSHead(DenseHead):
@@ -23,26 +29,24 @@ class ATSSHead(DenseHead):
     box_channels = 4
     classifier = "atss_cls"
     has_centerness = True
-    loss_inputs = {"loss_cls": ("logits and labels",), "loss_bbox": ("boxes", "numbers"),
-                   "loss_centerness": ("logits and probabilities",)}
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 1.0},
                    "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0},
                    "loss_center_kd": {"type": "CrossEntropyLoss", "loss_weight": 1.0}}
 
     def __init__(
-            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
             norm_cfg: NormCfg = {"type": "GN", "num_groups": 32},
-            anchor_generator: Annotated[dict, OneOf(PRIORS)] = {
+            anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,
                 "strides": [8, 16, 32, 64, 128]},
-            bbox_coder: Annotated[dict, OneOf(CODERS)] = {
+            bbox_coder: CoderCfg = {
                 "type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]},
-            assigner: Annotated[dict, OneOf(ASSIGNERS)] = {"type": "ATSSAssigner", "topk": 9},
-            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "FocalLoss"},
-            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss", "loss_weight": 2.0},
-            loss_centerness: Annotated[dict, OneOf(LOSSES)] = {"type": "CrossEntropyLoss"},
-            pos_weight: float = -1, allowed_border: float = -1, restrict_to_pad: bool = True):
+            assigner: AssignerCfg = {"type": "ATSSAssigner", "topk": 9},
+            loss_cls: ClassLoss = {"type": "FocalLoss"},
+            loss_bbox: BoxLoss = {"type": "GIoULoss", "loss_weight": 2.0},
+            loss_centerness: CenternessLoss = {"type": "CrossEntropyLoss"},
+            pos_weight: OrMinusOne = -1, allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
         self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls,

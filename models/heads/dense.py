@@ -1,15 +1,17 @@
 """The base of all dense heads: two towers of convolutions, the assignment, and what distillation needs from a head."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from losses import mean_over_processes
+from data.ranges import Count, Number, OrMinusOne
+from losses import LOSSES, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS, IGNORED
-from ..build import ConfigError, build, build_loss
+from ..build import ConfigError, OneOf, build
 from ..coders import CODERS
 from ..layers import ConvModule, NormCfg, normal_init
 from ..targets import Assignment, pad_targets
@@ -17,6 +19,15 @@ from ..targets import Assignment, pad_targets
 Maps = Sequence[Tensor]
 # The types of a head's parts; its other parts are losses.
 PARTS = {"anchor_generator": PRIORS, "bbox_coder": CODERS, "assigner": ASSIGNERS}
+AnchorCfg = Annotated[dict, OneOf(PRIORS, light=True)]
+CoderCfg = Annotated[dict, OneOf(CODERS, light=True)]
+AssignerCfg = Annotated[dict, OneOf(ASSIGNERS, light=True)]
+# The losses by what they are given, in the words of the losses' `takes`.
+ClassLoss = Annotated[dict, OneOf(LOSSES, takes=("logits and labels",))]
+QualityLoss = Annotated[dict, OneOf(LOSSES, takes=("logits, labels and qualities",))]
+SidesLoss = Annotated[dict, OneOf(LOSSES, takes=("distributions and numbers",))]
+BoxLoss = Annotated[dict, OneOf(LOSSES, takes=("boxes", "numbers"))]
+CenternessLoss = Annotated[dict, OneOf(LOSSES, takes=("logits and probabilities",))]
 
 
 @dataclass
@@ -56,7 +67,6 @@ class DenseHead(nn.Module):
     classifier: str
     score_meaning = "the class"
     has_centerness = False
-    loss_inputs: dict[str, tuple[str, ...]] = {}  # what each loss is given, in the words of the losses' `takes`
     kd_boxes = ("boxes", "numbers")  # what a loss on `comparable_boxes` is given
     box_form = "boxes in pixels"  # the form that `comparable_boxes` returns
     # This head's defaults for keys of the `test` section.
@@ -64,14 +74,10 @@ class DenseHead(nn.Module):
     # The published losses of CrossKD and of mimicking for this head.
     kd_defaults: dict = {}
 
-    def __init__(self, num_classes: int, in_channels: int, feat_channels: int, stacked_convs: int, norm_cfg: NormCfg,
-                 conv_bias: bool | None = None, pos_weight: float = -1, allowed_border: float = -1,
-                 restrict_to_pad: bool = True):
+    def __init__(self, num_classes: Count, in_channels: Count, feat_channels: Count, stacked_convs: Number,
+                 norm_cfg: NormCfg, conv_bias: bool | None = None, pos_weight: OrMinusOne = -1,
+                 allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__()
-        if stacked_convs < 0:
-            raise ConfigError("stacked_convs", f"must be 0 or more, not {stacked_convs}")
-        if num_classes < 1:
-            raise ConfigError("num_classes", f"must be at least 1, not {num_classes}")
         self.num_classes, self.stacked_convs = num_classes, stacked_convs
         self.pos_weight, self.allowed_border, self.restrict_to_pad = pos_weight, allowed_border, restrict_to_pad
 
@@ -88,8 +94,7 @@ class DenseHead(nn.Module):
         """Build parts of the head as attributes of the same names; the anchor generator becomes `prior_generator`."""
         for key, cfg in configs.items():
             name = "prior_generator" if key == "anchor_generator" else key
-            part = build(cfg, PARTS[key], key) if key in PARTS else build_loss(cfg, key, self.loss_inputs.get(key, ()))
-            setattr(self, name, part)
+            setattr(self, name, build(cfg, PARTS.get(key, LOSSES), key))
 
     def init_weights(self, prior: float) -> None:
         """Normal weights with standard deviation 0.01, zero biases; the classifier's bias starts at `prior`."""

@@ -1,18 +1,17 @@
 """FCOS head (arXiv:1904.01355) with the later improvements of its authors' code."""
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from losses import LOSSES, at_least_float32, mean_over_processes
+from data.ranges import Count, Number, OrMinusOne, Positive, Some
+from losses import at_least_float32, mean_over_processes
 
 from ..anchors import AnchorGenerator, Priors
 from ..assigners import FCOSAssigner
-from ..build import ConfigError, OneOf
+from ..build import ConfigError
 from ..coders import DistancePointBBoxCoder
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
-from .dense import DenseHead, HeadOutputs, centerness_target
+from .dense import BoxLoss, CenternessLoss, ClassLoss, DenseHead, HeadOutputs, centerness_target
 
 
 class FCOSHead(DenseHead):
@@ -31,28 +30,29 @@ class FCOSHead(DenseHead):
     box_channels = 4
     classifier = "conv_cls"
     has_centerness = True
-    loss_inputs = {"loss_cls": ("logits and labels",), "loss_bbox": ("boxes", "numbers"),
-                   "loss_centerness": ("logits and probabilities",)}
     test_defaults = {"nms_iou_threshold": 0.6}
     kd_defaults = {"loss_cls_kd": {"type": "KDQualityFocalLoss", "beta": 1.0, "loss_weight": 0.4},
                    "loss_reg_kd": {"type": "IoULoss", "loss_weight": 0.75}}
 
     def __init__(
-            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
             norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, conv_bias: bool | None = True,
-            strides: list[int] = (8, 16, 32, 64, 128),
-            regress_ranges: list[tuple[float, float]] = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)),
-            center_sampling: bool = True, center_sample_radius: float = 1.5, norm_on_bbox: bool = True,
+            strides: Some[Count] = (8, 16, 32, 64, 128),
+            regress_ranges: Some[tuple[OrMinusOne, OrMinusOne]] = (
+                (-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)),
+            center_sampling: bool = True, center_sample_radius: Positive = 1.5, norm_on_bbox: bool = True,
             centerness_on_reg: bool = True, dcn_on_last_conv: bool = False,
-            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "FocalLoss"},
-            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss"},
-            loss_centerness: Annotated[dict, OneOf(LOSSES)] = {"type": "CrossEntropyLoss"}):
+            loss_cls: ClassLoss = {"type": "FocalLoss"},
+            loss_bbox: BoxLoss = {"type": "GIoULoss"},
+            loss_centerness: CenternessLoss = {"type": "CrossEntropyLoss"}):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, conv_bias,
                          restrict_to_pad=False)
         if dcn_on_last_conv:
             raise ConfigError("dcn_on_last_conv", "must be false: this project has no deformable convolutions")
         if len(regress_ranges) != len(strides):
             raise ConfigError("regress_ranges", f"must have one entry per stride, {len(strides)} in total")
+        if any(low >= high for low, high in regress_ranges):
+            raise ConfigError("regress_ranges", f"must each go from a lower to a higher number, not {regress_ranges}")
         self.norm_on_bbox, self.centerness_on_reg = norm_on_bbox, centerness_on_reg
         # Points are the centres of anchors. The size of the anchors is not used.
         self.prior_generator = AnchorGenerator(list(strides), [1.0], scales=[1.0], center_offset=0.5)

@@ -1,18 +1,16 @@
 """Generalized focal loss head (arXiv:2006.04388)."""
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from losses import LOSSES, aligned_iou, at_least_float32, mean_over_processes
+from data.ranges import Count, Number, OrMinusOne
+from losses import aligned_iou, at_least_float32, mean_over_processes
 
-from ..anchors import PRIORS, Priors
-from ..assigners import ASSIGNERS
-from ..build import ConfigError, OneOf
+from ..anchors import Priors
+from ..build import ConfigError
 from ..coders import DistancePointBBoxCoder
 from ..layers import NormCfg, Scale, prior_bias
 from ..targets import Assignment
-from .dense import DenseHead, HeadOutputs
+from .dense import AnchorCfg, AssignerCfg, BoxLoss, DenseHead, HeadOutputs, QualityLoss, SidesLoss
 
 
 class GFLHead(DenseHead):
@@ -24,8 +22,6 @@ class GFLHead(DenseHead):
     """
 
     classifier = "gfl_cls"
-    loss_inputs = {"loss_cls": ("logits, labels and qualities",), "loss_dfl": ("distributions and numbers",),
-                   "loss_bbox": ("boxes", "numbers")}
     kd_boxes = ("distributions of both sides",)
     score_meaning = "the class times the IoU"
     test_defaults = {"nms_iou_threshold": 0.6}
@@ -34,16 +30,16 @@ class GFLHead(DenseHead):
         "loss_reg_kd": {"type": "KnowledgeDistillationKLDivLoss", "class_reduction": "sum", "T": 1, "loss_weight": 4.0}}
 
     def __init__(
-            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
-            norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, reg_max: int = 16,
-            anchor_generator: Annotated[dict, OneOf(PRIORS)] = {
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
+            norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, reg_max: Count = 16,
+            anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,
                 "strides": [8, 16, 32, 64, 128]},
-            assigner: Annotated[dict, OneOf(ASSIGNERS)] = {"type": "ATSSAssigner", "topk": 9},
-            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "QualityFocalLoss", "beta": 2.0},
-            loss_dfl: Annotated[dict, OneOf(LOSSES)] = {"type": "DistributionFocalLoss", "loss_weight": 0.25},
-            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "GIoULoss", "loss_weight": 2.0},
-            pos_weight: float = -1, allowed_border: float = -1, restrict_to_pad: bool = True):
+            assigner: AssignerCfg = {"type": "ATSSAssigner", "topk": 9},
+            loss_cls: QualityLoss = {"type": "QualityFocalLoss", "beta": 2.0},
+            loss_dfl: SidesLoss = {"type": "DistributionFocalLoss", "loss_weight": 0.25},
+            loss_bbox: BoxLoss = {"type": "GIoULoss", "loss_weight": 2.0},
+            pos_weight: OrMinusOne = -1, allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
         self.reg_max, self.box_channels = reg_max, 4 * (reg_max + 1)

@@ -1,18 +1,15 @@
 """RetinaNet's head (arXiv:1708.02002)."""
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from losses import LOSSES, at_least_float32, mean_over_processes
+from data.ranges import Count, Number, OrMinusOne, Share
+from losses import at_least_float32, mean_over_processes
 
-from ..anchors import PRIORS, Priors
-from ..assigners import ASSIGNERS
-from ..build import OneOf
-from ..coders import CODERS
+from ..anchors import Priors
+from ..build import build_loss
 from ..layers import NormCfg, prior_bias
 from ..targets import Assignment
-from .dense import DenseHead, HeadOutputs
+from .dense import AnchorCfg, AssignerCfg, BoxLoss, ClassLoss, CoderCfg, DenseHead, HeadOutputs
 
 
 class RetinaHead(DenseHead):
@@ -32,25 +29,23 @@ class RetinaHead(DenseHead):
                    "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0}}
 
     def __init__(
-            self, num_classes: int, in_channels: int, feat_channels: int = 256, stacked_convs: int = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
             norm_cfg: NormCfg = None,
-            anchor_generator: Annotated[dict, OneOf(PRIORS)] = {
+            anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "octave_base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0],
                 "strides": [8, 16, 32, 64, 128]},
-            bbox_coder: Annotated[dict, OneOf(CODERS)] = {"type": "DeltaXYWHBBoxCoder"},
-            assigner: Annotated[dict, OneOf(ASSIGNERS)] = {
+            bbox_coder: CoderCfg = {"type": "DeltaXYWHBBoxCoder"},
+            assigner: AssignerCfg = {
                 "type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.4, "min_pos_iou": 0.0,
                 "ignore_iof_thr": -1},
-            loss_cls: Annotated[dict, OneOf(LOSSES)] = {"type": "FocalLoss"},
-            loss_bbox: Annotated[dict, OneOf(LOSSES)] = {"type": "L1Loss"},
-            reg_decoded_bbox: bool = False, ema_normalizer: float | None = None, pos_weight: float = -1,
-            allowed_border: float = -1, restrict_to_pad: bool = True):
+            loss_cls: ClassLoss = {"type": "FocalLoss"},
+            loss_bbox: BoxLoss = {"type": "L1Loss"},
+            reg_decoded_bbox: bool = False, ema_normalizer: Share | None = None, pos_weight: OrMinusOne = -1,
+            allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__(num_classes, in_channels, feat_channels, stacked_convs, norm_cfg, pos_weight=pos_weight,
                          allowed_border=allowed_border, restrict_to_pad=restrict_to_pad)
-        self.loss_inputs = {"loss_cls": ("logits and labels",),
-                            "loss_bbox": ("boxes", "numbers") if reg_decoded_bbox else ("numbers",)}
-        self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls,
-                         loss_bbox=loss_bbox)
+        self.build_parts(anchor_generator=anchor_generator, bbox_coder=bbox_coder, assigner=assigner, loss_cls=loss_cls)
+        self.loss_bbox = build_loss(loss_bbox, "loss_bbox", ("boxes", "numbers") if reg_decoded_bbox else ("numbers",))
         self.reg_decoded_bbox, self.ema_normalizer = reg_decoded_bbox, ema_normalizer
         anchors = self.prior_generator.num_anchors
         self.retina_cls = nn.Conv2d(self.tower_channels, anchors * num_classes, 3, padding=1)

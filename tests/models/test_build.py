@@ -1,13 +1,16 @@
 """From configuration to detector: errors name the wrong key and the nearest valid name."""
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import pytest
 import torch
 from small_models import make_batch, small_config, small_detector
 
+from data.ranges import Some
 from losses import LOSSES
 from models import HEADS, ConfigError, build_detector
-from models.build import check_value, nearest, parameters
+from models.build import check_arguments, check_value, nearest, parameters
+from models.coders import DistancePointBBoxCoder
 
 
 def change(path, value):
@@ -46,8 +49,9 @@ def test_unknown_keys_and_types_name_the_nearest(path, value, valid):
 
 
 WRONG = [
-    ("backbone.depth", "18", "an integer"), ("backbone.depth", 18.0, "an integer"),
-    ("backbone.depth", True, "an integer"), ("backbone.norm_eval", 1, "true or false"),
+    ("backbone.depth", "18", "one of 18, 34"), ("backbone.depth", 18.0, "one of 18, 34"),
+    ("backbone.depth", True, "one of 18, 34"), ("backbone.groups", True, "an integer"),
+    ("backbone.norm_eval", 1, "true or false"),
     ("backbone.style", "tensorflow", "pytorch, caffe"),
     ("backbone.out_indices", 3, "a list"), ("backbone.out_indices", [0, "1"], "an integer"),
     ("neck.add_extra_convs", "on_outputs", "on_output"), ("neck.num_outs", None, "an integer"),
@@ -108,6 +112,29 @@ def test_a_neck_that_does_not_fit_its_backbone_is_refused_at_once(path, value):
         build_detector(change(path, value))
 
 
+POINTS = [[-1, 64], [64, 128], [128, 256], [256, 512], [512, 9999]]
+CROSSED = [
+    ("FCOSHead", "head", {"strides": [8, 16, 32]}, "head.regress_ranges: must have one entry per stride, 3"),
+    ("FCOSHead", "head", {"strides": [4, 8, 16, 32, 64]}, "head.strides: are [4, 8, 16, 32, 64], and the feat"),
+    ("FCOSHead", "head", {"regress_ranges": [*POINTS[:4], [512, 512]]}, "head.regress_ranges: must each go from a "),
+    ("RetinaHead", "head", {"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": 0.6}},
+     "head.assigner.neg_iou_thr: 0.6 must not be above pos_iou_thr 0.5"),
+    ("RetinaHead", "head", {"assigner": {"type": "MaxIoUAssigner", "neg_iou_thr": [0.4, 0.1]}},
+     "head.assigner.neg_iou_thr: [0.4, 0.1] must be a lower bound and an upper bound"),
+    ("GFLHead", "neck", {"num_outs": 4}, "head.anchor_generator.strides: are [8, 16, 32, 64, 128], and the features"),
+    ("GFLHead", "neck", {"start_level": 4}, "neck.start_level: levels 4..3 are not among the backbone's 0..3"),
+    ("GFLHead", "neck", {"end_level": 7}, "neck.end_level: levels 1..7 are not among the backbone's 0..3"),
+    ("GFLHead", "neck", {"upsample": {"scale_factor": 3}}, "neck.upsample_cfg.scale_factor: is 3, and the backbone's"),
+]
+
+
+@pytest.mark.parametrize("head, part, section, message", CROSSED)
+def test_values_that_do_not_fit_each_other(head, part, section, message):
+    with pytest.raises(ConfigError) as error:
+        build_detector(small_config(head, **{"head": {}, part: section}))
+    assert str(error.value).startswith(f"model.{message}")
+
+
 def test_a_head_with_fewer_levels_than_there_are_features():
     anchors = {"type": "AnchorGenerator", "strides": [8, 16, 32], "ratios": [1.0], "scales": [8]}
     with pytest.raises(ConfigError, match="strides"):
@@ -118,7 +145,7 @@ def test_short_spellings():
     cfg = small_config(neck={"norm": "BN", "act": "ReLU", "upsample": {"mode": "bilinear"}}, head={"norm": "BN"})
     del cfg["head"]["norm_cfg"]
     model = build_detector(cfg)
-    assert model.neck.upsample_cfg["mode"] == "bilinear" and "bbox_head.cls_convs.0.bn.weight" in model.state_dict()
+    assert model.neck.upsample.mode == "bilinear" and "bbox_head.cls_convs.0.bn.weight" in model.state_dict()
     assert isinstance(model.neck.fpn_convs[0].activate, torch.nn.ReLU)
 
 
@@ -136,13 +163,21 @@ def test_nearest():
     (1, float, True), (True, float, False), ("1e-3", float, False), (None, int | None, True), (None, int, False),
     ([1, 2], list[int], True), ((1, 2), list[int], True), ([1, 2], tuple[int, int], True),
     ([1], tuple[int, int], False), (1, Sequence[int], False), (["1"], Sequence[int], False),
-    ([1, 2, 3], tuple[int, ...], True), ("a", str | dict, True), ({}, str | dict, True), (1, str | dict, False)])
+    (1, Literal[1, 3], True), (True, Literal[1, 3], False), (1.0, Literal[1, 3], False), (2, Literal[1, 3], False),
+    ([1], Some[int], True), ([], Some[int], False), ([1, 2, 3], tuple[int, ...], True),
+    ("a", str | dict, True), ({}, str | dict, True), (1, str | dict, False)])
 def test_check_value(value, hint, fits):
     if fits:
         check_value(value, hint, "key")
     else:
         with pytest.raises(ConfigError, match="^key"):
             check_value(value, hint, "key")
+
+
+def test_a_type_without_arguments_takes_none():
+    assert check_arguments(DistancePointBBoxCoder, {}, "coder") == {}
+    with pytest.raises(ConfigError, match="coder.args: unknown key"):
+        check_arguments(DistancePointBBoxCoder, {"args": 1}, "coder")
 
 
 MISFITS = [
@@ -169,7 +204,7 @@ def test_every_loss_of_every_head_takes_what_it_is_given(head):
     """Each loss that is not refused trains: its value and its gradients are finite, and the value is not negative."""
     images, targets = make_batch()
     keys = [name for name in parameters(HEADS[head]) if name.startswith("loss_")]
-    assert set(small_detector(head).bbox_head.loss_inputs) == set(keys) and len(keys) >= 2
+    assert all(get_args(parameters(HEADS[head])[key][0])[1].takes for key in keys) and len(keys) >= 2
     built = 0
     for key in keys:
         for name in LOSSES:

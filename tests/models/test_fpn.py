@@ -6,7 +6,8 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from models import ConfigError
+from models import NECKS, ConfigError
+from models.build import build
 from models.fpn import FPN
 
 CHANNELS = [4, 6, 8, 10]
@@ -113,11 +114,15 @@ def test_initialisation_is_xavier_uniform():
 
 @pytest.mark.parametrize("args, key", [
     ({"num_outs": 3}, "num_outs"), ({"num_outs": 3, "end_level": 1}, "num_outs"),
-    ({"num_outs": 1, "start_level": 2, "end_level": 1}, "end_level"), ({"num_outs": 4, "start_level": 4}, "end_level"),
-    ({"num_outs": 4, "act_cfg": "Relu"}, 'unknown activation "Relu".*ReLU')])
+    ({"num_outs": 1, "start_level": 2, "end_level": 1}, "end_level"),
+    ({"num_outs": 4, "start_level": 4}, "start_level"),
+    ({"num_outs": 4, "act_cfg": "Relu"}, "neck.act_cfg: must be one of ReLU, .*Relu"),
+    ({"num_outs": 4, "act_cfg": {"type": "LeakyReLU", "negative_slope": -1}}, "act_cfg.negative_slope: must be at lea"),
+    ({"num_outs": 4, "upsample_cfg": {"mode": "linear"}}, "upsample_cfg.mode: must be one of nearest, "),
+    ({"num_outs": 4, "upsample_cfg": {"align_corners": True}}, "upsample_cfg.align_corners: needs the mode bilinear")])
 def test_refuses(args, key):
     with pytest.raises(ConfigError, match=key):
-        FPN(CHANNELS, 5, **args)
+        build({"type": "FPN", "out_channels": 5, **args}, NECKS, "neck", in_channels=CHANNELS)
 
 
 def test_number_of_inputs_is_checked():

@@ -106,7 +106,8 @@ def test_thresholds_of_classes(lively, tmp_path, monkeypatch, capsys):
     assert some == [r for r in everything if r["category_id"] == 10 or (r["category_id"] == 20
                                                                         and r["score"] >= middle)]
     for text, part in (("dics=0.5", 'there is no class "dics"; did you mean "disc"?'),
-                       ("disc", "is not of the form NAME=SCORE"), ("disc=2", "a score from 0 to 1")):
+                       ("disc", '--class-thr: "disc" is not of the form NAME=NUMBER'),
+                       ("disc=2", "--class-thr: must be from 0 to 1, not 2.0")):
         code, error, *_ = predict(monkeypatch, capsys, lively, tmp_path / "c", "--class-thr", text)
         assert code == 2 and len(error) == 1 and part in error[0]
 

@@ -127,8 +127,10 @@ def test_splits_are_drawn_by_the_seed_alone(scenes, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("split, part", [
-    (["train=0.8", "val=0.1"], "must be above 0 and sum up to 1"), (["train=2", "val=-1"], "must be above 0"),
-    (["train:0.8"], "is not of the form NAME=SHARE"), (["train=0.9", "dev=0.1"], "must be called train, val or test"),
+    (["train=0.8", "val=0.1"], "must be above 0 and sum up to 1"),
+    (["train=1", "val=-1"], "--split: must be above 0 and up to 1, not -1.0"),
+    (["train:0.8"], '--split: "train:0.8" is not of the form NAME=NUMBER'),
+    (["train=0.9", "dev=0.1"], "must be called train, val or test"),
     (["train=0.99", "val=0.01"], "split val has no images")])
 def test_wrong_shares(scenes, tmp_path, monkeypatch, capsys, split, part):
     write_csv(tmp_path / "in", scenes)

@@ -89,8 +89,9 @@ def check_levels(levels: Sequence[int], student: Detector, teacher: Detector) ->
     """Raise ConfigError for levels that do not exist, or whose strides differ."""
     own, other = student.bbox_head.prior_generator.strides, teacher.bbox_head.prior_generator.strides
     for level in levels:
-        if not 0 <= level < min(len(own), len(other)):
-            raise ConfigError("levels", f"must be among 0..{min(len(own), len(other)) - 1}, not {list(levels)}")
+        if not 0 <= level < min(len(own), len(other)) or levels.count(level) > 1:
+            raise ConfigError("levels", f"must be among 0..{min(len(own), len(other)) - 1}, each once, not "
+                                        f"{list(levels)}")
         if own[level] != other[level]:
             raise ConfigError("levels", f"level {level} has stride {own[level]} in the student and {other[level]} in "
                                         "the teacher")

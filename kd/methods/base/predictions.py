@@ -9,7 +9,12 @@ from losses import LOSSES, at_least_float32
 from models import DenseHead, DetectorPass, HeadOutputs
 from models.build import ConfigError, OneOf, build_loss
 
-MimicLoss = Annotated[dict, OneOf(LOSSES)] | None  # a loss of `mimic` as a mapping with a type; None: the published one
+# The losses of `mimic`, as mappings with a type; None: the published one.
+SCORES, CENTERNESS = ("logits of both sides",), ("logits and probabilities",)
+ScoreLoss = Annotated[dict, OneOf(LOSSES, takes=SCORES)] | None
+BoxLoss = Annotated[dict, OneOf(LOSSES, takes=("boxes", "numbers", "distributions of both sides"))] | None
+CenternessLoss = Annotated[dict, OneOf(LOSSES, takes=CENTERNESS)] | None
+
 
 def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, boxes: bool = True) -> None:
     """Raise ConfigError if the class scores (with `boxes`, also the boxes) of two heads do not mean the same."""
@@ -40,9 +45,8 @@ def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | No
         if loss_center_kd is not None:
             raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors: remove this loss")
         chosen.pop("loss_center_kd", None)
-    given = {"loss_cls_kd": ("logits of both sides",), "loss_reg_kd": head.kd_boxes,
-             "loss_center_kd": ("logits and probabilities",)}
-    return torch.nn.ModuleDict({name: build_loss(cfg, name, given[name]) for name, cfg in chosen.items()})
+    takes = {"loss_cls_kd": SCORES, "loss_reg_kd": head.kd_boxes, "loss_center_kd": CENTERNESS}
+    return torch.nn.ModuleDict({name: build_loss(cfg, name, takes[name]) for name, cfg in chosen.items()})
 
 
 def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher: DetectorPass,

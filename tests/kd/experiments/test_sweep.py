@@ -196,9 +196,11 @@ def test_sweep_script(tmp_path, monkeypatch, capsys):
     assert "2 of 2 runs are finished already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, expected", [(["--seeds", "1", "1"], "whole numbers, each once"),
-                                                 (["--seeds", "train.epochs=1"], "whole numbers"),
-                                                 (["--jobs", "0"], "at least one run")])
+@pytest.mark.parametrize("arguments, expected", [
+    (["--seeds", "1", "1"], "whole numbers, each once"), (["--seeds", "train.epochs=1"], "whole numbers"),
+    (["--seeds", "1", "-2"], "--seeds: must be from 0 to 4294967295, not -2"),
+    (["--seeds", "one"], "--seeds: must be an integer, not text ('one')"),
+    (["--jobs", "0"], "--jobs: must be at least 1, not 0")])
 def test_bad_arguments(monkeypatch, capsys, arguments, expected):
     assert run_script(monkeypatch, "sweep.py", "--cfg", "configs/bccd/student_gfl_r18w16.yaml", *arguments) == 2
     assert expected in capsys.readouterr().err

@@ -213,7 +213,8 @@ def test_levels_add_up(levels):
 
 
 @pytest.mark.parametrize("teacher, levels, message", [
-    ({}, [5], "0..4"), ({}, [-1], "0..4"), ({"neck": {"num_outs": 4}}, None, "5 feature levels and the teacher 4")])
+    ({}, [5], "0..4"), ({}, [-1], "0..4"), ({}, [0, 0], "each once, not .0, 0."),
+    ({"neck": {"num_outs": 4}}, None, "5 feature levels and the teacher 4")])
 def test_refuses(teacher, levels, message):
     head = {"anchor_generator": {"type": "AnchorGenerator", "ratios": [1.0], "scales": [8], "strides": [8, 16, 32, 64]}}
     teacher = small_detector(**teacher, **({"head": head} if teacher else {}))

@@ -4,8 +4,9 @@ import torch
 import torchvision
 from torch import nn
 
-from models import ConfigError
+from models import BACKBONES, ConfigError
 from models.backbones.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet
+from models.build import build
 
 
 def randomised(model):
@@ -169,14 +170,20 @@ def test_initialisation(depth, block, last):
 
 
 @pytest.mark.parametrize("args, key", [
-    ({"depth": 20}, "depth"), ({"depth": 18, "frozen_stages": 5}, "frozen_stages"),
-    ({"depth": 18, "out_indices": (0, 4)}, "out_indices"), ({"depth": 18, "out_indices": ()}, "out_indices"),
+    ({"depth": 20}, "depth: must be one of 18, 34, 50, 101, 152, not an integer"),
+    ({"depth": 18, "frozen_stages": 5}, "frozen_stages"),
+    ({"depth": 18, "out_indices": (0, 4)}, "out_indices"), ({"depth": 18, "out_indices": []}, "out_indices"),
+    ({"depth": 18, "out_indices": [2, 1]}, r"out_indices.*each once and in this order, not \[2, 1\]"),
+    ({"depth": 18, "out_indices": [0, 0]}, "out_indices"), ({"depth": 18, "num_stages": 2}, "out_indices.*0..1"),
+    ({"depth": 18, "num_stages": 2, "frozen_stages": 3}, "frozen_stages: must be from -1 to num_stages, 2, not 3"),
     ({"depth": 18, "groups": 32, "base_width": 4}, "groups.*bottlenecks of depth 50 and more, not depth 18"),
-    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups.*at least 1, not 0"),
-    ({"depth": 50, "base_width": 0}, "base_width must be at least 1, not 1 and 0"),
-    ({"depth": 18, "norm_cfg": "BM"}, 'unknown norm "BM".*BN'),
+    ({"depth": 34, "base_width": 4}, "bottlenecks"), ({"depth": 50, "groups": 0}, "groups: must be at least 1, not 0"),
+    ({"depth": 50, "base_width": 0}, "base_width: must be at least 1, not 0"),
+    ({"depth": 18, "norm_cfg": "BM"}, 'norm_cfg: must be one of BN, SyncBN, FrozenBN, GN, not text .*BM'),
+    ({"depth": 18, "norm_cfg": None}, "norm_cfg"), ({"depth": 18, "norm_cfg": {"type": "FrozenBN", "eps": -1}}, "eps"),
+    ({"depth": 18, "norm_cfg": {"type": "FrozenBN", "requires_grad": True}}, "requires_grad: must be one of false"),
     ({"depth": 18, "norm_cfg": {"type": "BN", "epsilon": 1}}, 'did you mean "eps"'),
     ({"depth": 18, "base_channels": 4, "norm_cfg": {"type": "GN", "num_groups": 3}}, "3 groups")])
 def test_refuses(args, key):
     with pytest.raises(ConfigError, match=key):
-        ResNet(**args)
+        build({"type": "ResNet", **args}, BACKBONES, "backbone")

@@ -7,8 +7,9 @@ import torchvision
 from small_models import make_batch, small_config
 from torch import nn
 
-from models import ConfigError, build_detector
+from models import BACKBONES, ConfigError, build_detector
 from models.backbones.torchvision import TorchvisionBackbone
+from models.build import build
 from models.checkpoints import sources as checkpoint_sources
 from models.checkpoints.formats import parse_checkpoint
 from models.weights import CheckpointError, load_weights
@@ -132,7 +133,7 @@ def test_a_copy_is_its_own_model_in_any_precision(name, nodes):
 
 @pytest.mark.parametrize("args, message", [
     ({"name": "mobilenet_v3_smal"}, 'name: .*no classification model.*did you mean "mobilenet_v3_small"'),
-    ({"nodes": []}, "nodes: must name at least one node"),
+    ({"nodes": []}, "nodes: must be a list with at least one entry"),
     ({"nodes": ["features.99"]}, 'nodes: .*no node "features.99"; did you mean "features.9"'),
     ({"nodes": ["layer1"]}, 'no node "layer1"; valid: .*features.0, features.1, '),
     ({"nodes": ["features.3", "features.1"]}, r"nodes: must go from fine to coarse, but have strides \[8, 4\]"),
@@ -145,7 +146,8 @@ def test_a_copy_is_its_own_model_in_any_precision(name, nodes):
     ({"name": "squeezenet1_1", "nodes": ["features.5"]}, "not a map with stride 1, 2, 4, 8, 16 or 32")])
 def test_refuses(args, message):
     with pytest.raises(ConfigError, match=message):
-        TorchvisionBackbone(**({"name": "mobilenet_v3_small", "nodes": MOBILENET} | args))
+        build({"type": "TorchvisionBackbone", "name": "mobilenet_v3_small", "nodes": MOBILENET} | args, BACKBONES,
+              "backbone")
 
 
 def detector_config(**backbone):
