@@ -38,9 +38,9 @@ def number(hint: Any) -> Callable[[str], float]:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f'must be {NUMBERS[kind]}, not "{text}"') from None
+            raise argparse.ArgumentTypeError(f"must be {NUMBERS[kind]}, not text ({text!r})") from None
         if not isfinite(value) or value not in allowed:
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {value}")
         return value
 
     read.hint = hint

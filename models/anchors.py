@@ -54,15 +54,14 @@ class AnchorGenerator:
         if scales is None:
             scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
         self.strides, self.center_offset, self.style = list(strides), center_offset, style
+        self.ratios, self.scales, self.base_sizes = list(ratios), list(scales), list(base_sizes or strides)
         self.num_anchors = len(ratios) * len(scales)
-        self.base_anchors = [self._base_anchors(size, torch.tensor(ratios, dtype=torch.float64),
-                                                torch.tensor(scales, dtype=torch.float64))
-                             for size in base_sizes or strides]
         self._cache: dict[tuple, Priors] = {}
 
-    def _base_anchors(self, size: float, ratios: Tensor, scales: Tensor) -> Tensor:
+    def base_anchors(self, level: int) -> Tensor:
         """The anchors of one cell (A, 4), xyxy relative to their centre."""
-        whole = self.style == "torchvision"
+        size, whole = self.base_sizes[level], self.style == "torchvision"
+        ratios, scales = (torch.tensor(values, dtype=torch.float64) for values in (self.ratios, self.scales))
         sides = (size * scales).floor() if whole else size * scales
         sides, heights = torch.broadcast_tensors(sides[None, :], ratios.sqrt()[:, None])  # (ratios, scales)
         if self.style == "detectron2":
@@ -93,7 +92,7 @@ class AnchorGenerator:
         Args:
             image: height and width of the padded image in pixels.
         """
-        (height, width), stride, base = size, self.strides[level], self.base_anchors[level]
+        (height, width), stride, base = size, self.strides[level], self.base_anchors(level)
         step_y, step_x = stride, stride
         if self.style == "torchvision":
             step_y, step_x = image[0] // height, image[1] // width

@@ -178,13 +178,13 @@ def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
     """Stride, map and anchors of every level."""
     head, found = detector.bbox_head, []
     ranges = getattr(head.assigner, "regress_ranges", None)
-    for i, (stride, size, base) in enumerate(zip(head.prior_generator.strides, sizes, head.prior_generator.base_anchors,
-                                                 strict=True)):
+    for i, (stride, size) in enumerate(zip(head.prior_generator.strides, sizes, strict=True)):
         if ranges is not None:
             low, high = ranges[i]
             near, far = "" if low <= 0 else f" from {low:g}", "" if high >= 1e5 else f" to {high:g}"
             anchors = f"a point, learns distances{near}{far} px"
         else:
+            base = head.prior_generator.base_anchors(i)
             extent = base[:, 2:] - base[:, :2]
             sides = sorted({round(float(side)) for side in extent.prod(1).sqrt()})
             ratios = sorted({round(float(ratio), 2) for ratio in extent[:, 1] / extent[:, 0]})

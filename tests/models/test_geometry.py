@@ -90,7 +90,7 @@ def test_anchors_by_hand():
 def test_anchors_ordered_by_size_then_ratio():
     ratio_first = AnchorGenerator([8], [0.5, 2.0], scales=[1, 4])
     scale_first = AnchorGenerator([8], [0.5, 2.0], scales=[1, 4], style="detectron2")
-    assert torch.equal(scale_first.base_anchors[0], ratio_first.base_anchors[0][[0, 2, 1, 3]])
+    assert torch.equal(scale_first.base_anchors(0), ratio_first.base_anchors(0)[[0, 2, 1, 3]])
 
 
 @pytest.mark.parametrize("image", [(64, 96), (96, 32)])
