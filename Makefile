@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 bench: .venv/installed
 	$(BIN)/python scripts/benchmark.py --rounds 3 --eval-images 200

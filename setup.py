@@ -15,8 +15,8 @@ setup(
     package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")},
     install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib", "tensorboard",
-                 "onnx", "onnxruntime"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib",
+                 "tensorboard", "onnx", "onnxruntime"],
         "eval": ["faster-coco-eval>=1.8"],  # COCO figures ten times as fast
         "viz": ["matplotlib", "tensorboard"],
         "export": ["onnx", "onnxruntime"],

@@ -1,5 +1,6 @@
 """Makes the helpers next to this file importable: pytest's importlib mode does not change sys.path."""
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # last, because folders here have the names of packages
-torch.set_num_threads(1)  # the models are tiny, and on a busy machine threads mostly wait
+# One thread, also in processes that tests start: the models are tiny, and on a busy machine threads mostly wait.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
 """Small runs on generated scenes, for tests of the engine and of the scripts."""
 import os
 import runpy
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import context
 from small_models import CLASSES as NUM_CLASSES
 from small_models import enliven, without_weights
 
@@ -66,6 +68,7 @@ def write_checkpoint(path: Path, cfg: dict, classes: list[str] = CLASSES) -> Pat
 
 def script(log: Path, name: str, *arguments: object) -> None:
     """Run a script in its own process, as the target of `processes.context.Process`. Its output goes to `log`."""
+    os.setsid()  # so that a test may signal its process group
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -94,3 +97,30 @@ def built(cfg: dict) -> Distiller | Detector:
             assert len(teacher["class_map"]) == 80
             cfg["distill"]["teacher"]["class_map"] = list(range(NUM_CLASSES))
     return (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).train()
+
+
+def as_torchrun_does(environment: dict, *arguments) -> None:
+    os.environ.update(environment)
+    script(*arguments)
+
+
+def start_processes(world: int, log: Path, *arguments: object) -> list:
+    """Run a script in `world` processes with the environment that torchrun sets."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [context.Process(target=as_torchrun_does, args=(
+        common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, *arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def assert_they_end(processes: list, code: int, log: Path) -> None:
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [code] * len(processes), log.read_text()

@@ -1,6 +1,6 @@
 """Bad data in train.py: one clear line and exit code 2, or a counted skip, but never a silent error."""
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -210,16 +210,15 @@ def test_odd_data_trains(sound, tmp_path, monkeypatch, capsys, head):
     assert "13 training images, 3 classes" in log and "marked as ignored): 3" in log and "細胞" in log
 
 
-def test_class_names_that_the_terminal_cannot_show(tmp_path, sound):
+def test_class_names_that_the_terminal_cannot_show(tmp_path, sound, monkeypatch):
     split, _ = odd_data(tmp_path)
     cfg = config(sound, epochs=1)
     cfg["data"] |= {"train": split, "val": split}
-    done = subprocess.run([sys.executable, ROOT / "scripts/check_data.py", "--cfg",
-                           write_config(tmp_path / "cfg.yaml", cfg)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert r"\u7d30\u80de" in done.stdout and "Zelle" in done.stdout
-    assert "10012 boxes" in done.stdout and "1 image is turned by its EXIF orientation" in done.stdout
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert run_script(monkeypatch, "check_data.py", "--cfg", write_config(tmp_path / "cfg.yaml", cfg)) == 0
+    printed = sys.stdout.buffer.getvalue().decode("ascii")
+    assert r"\u7d30\u80de" in printed and "Zelle" in printed
+    assert "10012 boxes" in printed and "1 image is turned by its EXIF orientation" in printed
 
 
 def check_data(monkeypatch, capsys, scenes):
@@ -260,8 +259,7 @@ def test_a_work_dir_that_cannot_be_written(scenes, monkeypatch, capsys, place):
 def test_two_runs_in_one_work_dir(scenes, monkeypatch, capsys):
     path = write_config(scenes / "cfg.yaml", config(scenes, epochs=1000) | {"eval": {"every": 0}})
     command = [sys.executable, ROOT / "scripts/train.py", "--cfg", path, "--work-dir", scenes / "run"]
-    process = subprocess.Popen([*command, "--device", "cpu", "data.workers=1"], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([*command, "--device", "cpu", "data.workers=1"], stdout=subprocess.PIPE, text=True)
     try:
         while "epoch 2 " not in process.stdout.readline():
             assert process.poll() is None

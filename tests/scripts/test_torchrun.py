@@ -3,7 +3,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import context
-from runs import ROOT, config, config_with, model, script, write_checkpoint, write_config
+from runs import ROOT, assert_they_end, config, config_with, model, start_processes, write_checkpoint, write_config
 
 from data import generate_scenes
 from kd.processes.distributed import fresh_store
@@ -22,33 +20,6 @@ from kd.processes.distributed import fresh_store
 def scenes(tmp_path_factory):
     """A data set whose number of images no number of processes divides."""
     return generate_scenes(tmp_path_factory.mktemp("scenes"), train=13, val=7, size=(64, 64))
-
-
-def as_torchrun_does(environment: dict, *arguments) -> None:
-    os.environ.update(environment)
-    script(*arguments)
-
-
-def start_processes(world: int, log: Path, *arguments: object) -> list:
-    """Run a script in `world` processes with the environment that torchrun sets."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [context.Process(target=as_torchrun_does, args=(
-        common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log, *arguments)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def assert_they_end(processes: list, code: int, log: Path) -> None:
-    for process in processes:
-        process.join(60)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [code] * len(processes), log.read_text()
 
 
 def test_the_figures_are_the_same_to_the_byte_on_any_number_of_processes(scenes, tmp_path):
@@ -86,8 +57,7 @@ def test_torchrun_goes_on_after_a_process_is_killed(scenes, tmp_path):
                 "--max-restarts", "1", "--monitor-interval", "0.1"]
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen([*torchrun, ROOT / "scripts/train.py", "--cfg", path, "--device", "cpu",
-                                     "--work-dir", parts], stdout=log, stderr=log,
-                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                     "--work-dir", parts], stdout=log, stderr=log)
     try:
         while not (parts / "metrics.jsonl").exists() or '"step": 5,' not in (parts / "metrics.jsonl").read_text():
             assert launcher.poll() is None, (tmp_path / "log").read_text()

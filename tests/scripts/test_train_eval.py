@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 import yaml
-from runs import ROOT, config, model, run_script, write_config
+from processes import context
+from runs import ROOT, config, model, run_script, script, write_config
 
 from data import generate_scenes
 from kd.optim import build_optimizer, load_optimizer
@@ -90,17 +91,17 @@ def test_a_stopped_run_resumes_to_the_same_weights(scenes, tmp_path, monkeypatch
     path = write_config(tmp_path / "cfg.yaml", config(scenes, 8, teacher) | {"eval": {"every": 0}})
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", whole, "--device", "cpu") == 0
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts/train.py", "--cfg", path, "--work-dir", halves, "--device", "cpu",
-         "data.workers=2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = tmp_path / "log"
+    process = context.Process(target=script, args=(log, "train.py", "--cfg", path, "--work-dir", halves, "--device",
+                                                   "cpu", "data.workers=2"))
+    process.start()
     metrics = halves / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
-        assert process.poll() is None
+        assert process.is_alive(), log.read_text()
         time.sleep(0.01)
     os.killpg(process.pid, number)  # as Ctrl-C does, the loader's workers get it too
-    assert process.wait() == code
-    assert "--resume goes on from there" in process.stderr.read()
+    process.join()
+    assert process.exitcode == code and "--resume goes on from there" in log.read_text()
     assert torch.load(halves / "last.pth", weights_only=True)["step"] < 24
     (halves / "newer.pth").write_bytes(b"damaged")
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--work-dir", halves, "--device", "cpu", "--resume") == 0

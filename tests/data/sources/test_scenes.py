@@ -1,16 +1,11 @@
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
+from runs import run_script
 
 from data import CocoDataset, generate_scenes
 from data.sources.scenes import CLASSES, _tight_box, render_scene
 from data.sources.shapes import SHAPES
-
-ROOT = Path(__file__).parents[3]
 
 
 def digests(root):
@@ -93,10 +88,9 @@ def test_shapes_fill_the_unit_square_and_differ():
             assert name == other or overlap < 0.9, (name, other)
 
 
-def test_the_script(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "generate_data.py"), "--out", str(tmp_path / "out")]
-    command += ["--train", "2", "--val", "1", "--size", "64", "96"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.count("\n") == 1 and "2 training and 1 validation" in done.stdout
+def test_the_script(tmp_path, monkeypatch, capsys):
+    assert run_script(monkeypatch, "generate_data.py", "--out", tmp_path / "out", "--train", 2, "--val", 1, "--size",
+                      64, 96) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "2 training and 1 validation" in printed
     assert len(list((tmp_path / "out" / "train").iterdir())) == 2

@@ -1,11 +1,8 @@
 """The output before a run starts: the teacher's AP, and `--check`."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from runs import ROOT, config, config_with, model, run_script, write_config
+from runs import assert_they_end, config, config_with, model, run_script, start_processes, write_config
 
 from data import generate_scenes
 
@@ -115,9 +112,6 @@ def test_of_two_processes_one_prints(tmp_path):
     """Also if the other process has no image to evaluate."""
     scenes = generate_scenes(tmp_path / "scenes", train=4, val=1, size=(64, 64))
     path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "scripts/train.py", "--cfg", path, "--check", "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a step of 2 images took") == 1 and "on 1 image\n" in done.stdout
+    log = tmp_path / "log"
+    assert_they_end(start_processes(2, log, "train.py", "--cfg", path, "--check", "--device", "cpu"), 0, log)
+    assert log.read_text().count("a step of 2 images took") == 1 and "on 1 image\n" in log.read_text()

@@ -1,20 +1,13 @@
 """Weights are converted for other projects and back."""
-
 import os
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from runs import run_script
 
 from models import build_detector
 from models.checkpoints.convert import convert_checkpoint, to_mmdet, to_torchvision
 from models.weights import CheckpointError, load_weights
-
-ROOT = Path(__file__).parents[3]
-SCRIPT = str(ROOT / "scripts" / "convert.py")
 
 
 def detector(head="GFLHead", channels=32, depth=18, base_channels=8, **head_options):
@@ -131,14 +124,12 @@ def test_to_torchvision_is_for_retinanet_only():
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def test_script(tmp_path):
+def test_script(tmp_path, monkeypatch, capsys):
     student, _ = fgd_file(tmp_path / "fgd.pth")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = ["--checkpoint", tmp_path / "fgd.pth", "--to", "student", "--out", tmp_path / "student.pth"]
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("converted fgd checkpoint") and run.stdout.count("\n") == 1
+    assert run_script(monkeypatch, "convert.py", "--checkpoint", tmp_path / "fgd.pth", "--to", "student", "--out",
+                      tmp_path / "student.pth") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("converted fgd checkpoint") and printed.out.count("\n") == 1 and not printed.err
     model = detector()
     load_weights(model, tmp_path / "student.pth")
     assert_same(model.state_dict(), student)
@@ -158,11 +149,8 @@ def test_script_with_bad_input(tmp_path, monkeypatch, capsys):
         (tmp_path / "gfl.pth", "mmdet", tmp_path / "file" / "out.pth", "file"),
     ]
     for source, to, target, message in cases:
-        arguments = ["--checkpoint", source, "--to", to, "--out", target]
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(SCRIPT, run_name="__main__")
+        code = run_script(monkeypatch, "convert.py", "--checkpoint", source, "--to", to, "--out", target)
         error = capsys.readouterr().err
-        assert stop.value.code == 2, message
+        assert code == 2, message
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
         assert not out.exists()
