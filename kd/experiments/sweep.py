@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from models import ConfigError
+from models.checkpoints.sources import is_address
 
 from ..config import Config, load_config
 from ..exceptions import Stopped, TrainingError, WorkDirError
@@ -114,7 +115,7 @@ def is_teacher(config: Config, teacher: Path) -> bool:
 def check_teachers(config: Config, cfg: Path) -> None:
     for entry in config.teachers:
         checkpoint = entry.checkpoint
-        if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
+        if checkpoint is not None and not is_address(checkpoint) and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
                                                             "give its configuration with --teacher")
 

@@ -1,18 +1,24 @@
 """Detectors with their weights and the names of their classes."""
-from collections.abc import Mapping, Sequence
+import copy
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import CocoDataset, build_dataset, find_data
+from data import CocoDataset, DataError, build_dataset, find_data
 from data.annotations import load_coco_json
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
-from models.weights import load_weights, open_checkpoint
+from models.checkpoints.classes import checkpoint_classes
+from models.checkpoints.zoo import published_config
+from models.weights import CheckpointError, load_weights, open_checkpoint
 
-from ..config import Config
+from ..config import Config, load_config, override_config, parse_config
 from .precision import memory_format
+
+log = logging.getLogger("densekd")
 
 
 @dataclass
@@ -26,6 +32,29 @@ class Classes:
     def categories(self) -> list[dict]:
         """The `categories` of a COCO-format file."""
         return [{"id": number, "name": name} for number, name in zip(self.ids, self.names)]
+
+
+def find_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a published checkpoint (`zoo:NAME`), or the one that a run put into its checkpoint, with
+    `key=value` overrides. What only training needs is left out of the latter: files may have moved since.
+
+    Raises:
+        ConfigError, CheckpointError: a wrong override, or a checkpoint without a configuration that this version reads.
+    """
+    path = published_config(str(checkpoint))
+    if path is not None:
+        return load_config(path, overrides)
+    advice = "give cfg, a configuration file (--cfg)"
+    stored = open_checkpoint(checkpoint, preferred="student")[1].meta.get("config")
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"checkpoint {checkpoint} holds no configuration: {advice}")
+    kept = copy.deepcopy({key: stored[key] for key in ("model", "data", "eval") if key in stored})
+    try:
+        parse_config(kept)
+    except (ConfigError, DataError) as error:
+        text = f"the configuration in checkpoint {checkpoint} cannot be used, {error}: {advice}"
+        raise CheckpointError(text) from None
+    return override_config(kept, {}, overrides, f"the configuration in {checkpoint}")
 
 
 def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: str | None = None,
@@ -61,17 +90,24 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
 
 def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
                    part: str | None = None) -> tuple[Detector, CocoDataset]:
-    """Load a checkpoint into the configuration's detector, in evaluation mode, and data.val; raises as `load_named`."""
+    """Load a checkpoint into the configuration's detector, in evaluation mode, and data.val; raises as `load_named`.
+
+    Where the checkpoint names its classes, and all of the data's are among them, they are found by their names.
+    """
     if cfg.data is None:
         raise ConfigError("data", "missing: give data.val, which is evaluated on")
     dataset, class_map = build_dataset(cfg.data, "val", training=False), cfg.eval.class_map
     if class_map is None:
-        cfg = with_classes(cfg, dataset)
+        names, class_map = by_name(checkpoint, part, dataset.classes)
+        if class_map is None:
+            cfg = with_classes(cfg, dataset)
+        else:
+            log.info(f"{checkpoint} has {said(names)}: those of the data are found by their names")
+            by_names = {"eval": cfg.get("eval", {}) | {"class_map": class_map}}
+            cfg = parse_config(cfg.with_num_classes(len(names)) | by_names)
     elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
         raise ConfigError("eval.class_map", f"has {len(class_map)} entries: it needs one for each of the data's "
                                             f"{dataset.num_classes} classes, and model.head.num_classes must be set")
-    if class_map is None:
-        check_classes(checkpoint, part, dataset.classes, "eval.class_map")
     detector = load(cfg, checkpoint, part)
     return detector.to(device, memory_format=memory_format(cfg.train)), dataset
 
@@ -94,32 +130,23 @@ def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
     return cfg.with_num_classes(dataset.num_classes)
 
 
-def checkpoint_classes(meta: Mapping) -> list[str] | None:
-    """The names of the classes in the metadata of our checkpoints and mmdet's, or None if there are none."""
-    inner = meta.get("dataset_meta")
-    inner = inner if isinstance(inner, Mapping) else {}
-    for found in (meta.get("classes"), inner.get("classes"), inner.get("CLASSES"), meta.get("CLASSES")):
-        if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
-            return list(found)
-    return None
-
-
-def check_classes(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
-    """Compare the class names in a checkpoint with the data's: other names, or another order, would mislabel all boxes.
+def by_name(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str = "eval.class_map"
+            ) -> tuple[list[str], list[int] | None]:
+    """The class names in a checkpoint, and for each class of the data its number there: None if they are the same, or
+    if the checkpoint has no names. Other names, or another order, would mislabel all boxes.
 
     Args:
         key: the setting that maps the classes.
     Raises:
-        ConfigError: they differ, and the checkpoint contains names.
+        ConfigError: the checkpoint has names, and one of the data's is not among them.
     """
-    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) or []
     if not names or names == list(classes):
-        return
-    advice = f"train it on the data's classes, or say with {key} which of its classes stands for each of the data's"
+        return names, None
     if set(classes) <= set(names) and len(set(names)) == len(names):
-        count = f" model.head.num_classes={len(names)}" if key == "eval.class_map" else ""
-        advice = f"say {key}=[{','.join(str(names.index(name)) for name in classes)}]{count}"
-    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: {advice}")
+        return names, [names.index(name) for name in classes]
+    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: train it on the "
+                           f"data's classes, or say with {key} which of its classes stands for each of the data's")
 
 
 def said(classes: Sequence[str]) -> str:

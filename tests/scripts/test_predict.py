@@ -15,7 +15,8 @@ from data.inputs.files import batches_of_one_size, find_files, make_sample
 from data.sources.scenes import CLASSES
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect_views
-from kd.inference.detectors import checkpoint_classes, load_with_data
+from kd.inference.detectors import load_with_data
+from models.checkpoints.classes import checkpoint_classes
 
 CPU = torch.device("cpu")
 
