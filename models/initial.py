@@ -1,7 +1,7 @@
 """Starts a detector from another one: the weights that fit, and the rows of the classes that both have."""
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,28 @@ PARTS = ("backbone", "neck", "bbox_head")
 class InitialReport:
     """What a detector took from a checkpoint. Its text is a few lines for people."""
 
-    label: str
+    label: str                         # the checkpoint
     taken: dict[str, tuple[int, int]]  # by part: tensors that were taken whole, of how many; without the classifier
-    matched: dict[str, str] = field(default_factory=dict)  # classes of the data: name there -> name in the checkpoint
-    new: list[str] = field(default_factory=list)           # its other classes, whose rows keep the head's prior
-    classes: str = ""                                       # where the checkpoint's names are from, or why none matches
-    kept: list[str] = field(default_factory=list)          # tensors that were not taken
-    unexpected: list[str] = field(default_factory=list)    # names in the file only
+    matched: dict[str, str]            # classes that both have: name in the data -> name in the checkpoint
+    new: list[str]                     # the data's other classes, whose rows keep the head's prior
+    names: str | None                  # where the checkpoint's class names are from
+    problem: str                       # why no class can be matched, if `names` is None
+    kept: list[str]                    # tensors of the model that were not taken
+    unexpected: list[str]              # names in the checkpoint only
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {taken} of {total}" for part, (taken, total) in self.taken.items())
-        known = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in self.matched.items()]
-        lines = [f"starts from {self.label}, tensors: {parts}",
-                 f"classes that it has ({self.classes}): {listed(known)}; new classes: {listed(self.new)}"]
-        left = {"not in it, or of another shape, so not taken": self.kept, "in it only": self.unexpected}
-        return "\n  ".join(lines + [f"{what}: {summary(names)}" for what, names in left.items() if names])
+        pairs = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in self.matched.items()]
+        classes = f"classes found among {self.names}: {counted(pairs)}" if self.names else f"no class: {self.problem}"
+        left = {"not in the checkpoint, or of another shape": self.kept, "in the checkpoint only": self.unexpected}
+        return "\n  ".join([f"starts from {self.label}", f"tensors taken: {parts}",
+                            f"{classes}; new classes: {counted(self.new)}",
+                            *(f"{what}: {summary(names)}" for what, names in left.items() if names)])
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
+def counted(names: Sequence[str], most: int = 10) -> str:
     """`3 (a, b, c)`, cut after ten; `none` without any."""
-    shown = ", ".join(" ".join(name.split()) for name in names[:most])
+    shown = ", ".join(one_line(name, 60) for name in names[:most])
     return f"{len(names)} ({shown}{', ...' if len(names) > most else ''})" if names else "none"
 
 
@@ -70,7 +72,7 @@ def load_initial(model: Detector, source: str | os.PathLike | Mapping, classes: 
     whole = [name for name, value in wanted.items()
              if name not in classifier and name in weights and weights[name].shape == value.shape]
     check_finite(label, weights, [*whole, *(name for name in classifier if name in weights)])
-    given, reason = classes_of(checkpoint, [weights.get(name) for name in classifier], model, source_classes)
+    given, about = classes_of(checkpoint, [weights.get(name) for name in classifier], model, source_classes)
     matches = match_classes(classes, given)
 
     for name in whole:
@@ -83,10 +85,11 @@ def load_initial(model: Detector, source: str | os.PathLike | Mapping, classes: 
     parts = {part: [name in taken for name in required if name.startswith(f"{part}.")] for part in PARTS}
     return InitialReport(
         label, {part: (sum(found), len(found)) for part, found in parts.items() if found},
-        {ours: given[number] for ours, number in zip(classes, matches) if number is not None},
-        [ours for ours, number in zip(classes, matches) if number is None], reason,
-        [name for name in required if name not in taken],
-        [name for name in weights if name not in wanted and not is_optional(name)])
+        matched={ours: given[number] for ours, number in zip(classes, matches) if number is not None},
+        new=[ours for ours, number in zip(classes, matches) if number is None],
+        names=about if given else None, problem="" if given else about,
+        kept=[name for name in required if name not in taken],
+        unexpected=[name for name in weights if name not in wanted and not is_optional(name)])
 
 
 def check_backbone(label: str, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -113,15 +116,15 @@ def classes_of(checkpoint: Checkpoint, classifier: Sequence[Tensor | None], mode
     anchors, name = conv.out_channels // model.bbox_head.num_classes, f"bbox_head.{model.bbox_head.classifier}"
     weight, bias = classifier
     if weight is None or bias is None:
-        problem = f"it has no {name}"
+        problem = f"the checkpoint has no {name}"
     elif weight.shape[1:] != conv.weight.shape[1:] or bias.shape != weight.shape[:1]:
-        problem = f"its {name} is {tuple(weight.shape)}, this model's {tuple(conv.weight.shape)}"
+        problem = f"{name} is {tuple(weight.shape)} in the checkpoint and {tuple(conv.weight.shape)} in the model"
     elif len(weight) % anchors:
-        problem = f"its {name} has {len(weight)} rows, no multiple of this head's {anchors} anchors per cell"
+        problem = f"the checkpoint's {name} has {len(weight)} rows, no multiple of this head's {anchors} anchors"
     else:
         return names_of(checkpoint, len(weight) // anchors, said)
     if said is not None:
-        raise ConfigError("train.init_classes", f"names classes that cannot be taken from the checkpoint: {problem}")
+        raise ConfigError("train.init_classes", f"cannot be used, {problem}: remove it")
     return [], problem
 
 
@@ -129,11 +132,11 @@ def names_of(checkpoint: Checkpoint, count: int, said: Sequence[str] | None) -> 
     """The names of `count` classes, and where they are from."""
     if said is not None:
         if len(said) != count:
-            raise ConfigError("train.init_classes", f"has {len(said)} names and the checkpoint {count} classes: give "
-                                                    "one for each, in the checkpoint's order")
-        return list(said), "named by train.init_classes"
+            raise ConfigError("train.init_classes", f"has {len(said)} names, and the checkpoint {count} classes: give "
+                                                    "one name for each, in the checkpoint's order")
+        return list(said), "the names in train.init_classes"
     return known_classes(checkpoint, count) or (
-        [], f"it does not say what its {count} classes are; train.init_classes can name them")
+        [], f"the checkpoint does not name its {count} classes, give their names with train.init_classes")
 
 
 def copy_rows(ours: nn.Parameter, theirs: Tensor, matches: Sequence[int | None], count: int) -> None:

@@ -49,6 +49,7 @@ def find_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     if not isinstance(stored, dict):
         raise CheckpointError(f"checkpoint {checkpoint} holds no configuration: {advice}")
     kept = copy.deepcopy({key: stored[key] for key in ("model", "data", "eval") if key in stored})
+    kept.get("eval", {}).pop("class_map", None)  # the run trained on the classes of its data
     try:
         parse_config(kept)
     except (ConfigError, DataError) as error:

@@ -34,7 +34,7 @@ def known_classes(checkpoint: Checkpoint, count: int) -> tuple[list[str | None],
     not known."""
     own = checkpoint_classes(checkpoint.meta)
     if own is not None:
-        return (own, "its own names") if len(own) == count else None
+        return (own, "the checkpoint's names") if len(own) == count else None
     names = coco_classes(count) if checkpoint.format in _OF_COCO else None
     return None if names is None else (names, "COCO's names")
 

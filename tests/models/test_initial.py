@@ -57,8 +57,8 @@ def test_weights_and_classes_of_our_own_checkpoint(kind):
     assert torch.allclose(rows(model)[1][:, 1], prior) and rows(model)[0][:, 1].std() < 0.02  # as the head was built
     assert report.matched == {"cat": "cat", "dog": "dog"} and report.new == ["newt"] and not report.kept
     lines = str(report).splitlines()
-    assert len(lines) == 2 and "backbone 100 of 100" in lines[0]
-    assert "its own names): 2 (cat, dog); new classes: 1 (newt)" in lines[1]
+    assert len(lines) == 3 and "tensors taken: backbone 100 of 100, neck 16 of 16, bbox_head" in lines[1]
+    assert lines[2] == "  classes found among the checkpoint's names: 2 (cat, dog); new classes: 1 (newt)"
 
 
 def test_as_many_classes_are_still_matched_by_name():
@@ -103,7 +103,7 @@ def test_classes_that_nothing_names_are_new(count, content):
     before = copy.deepcopy(model)
     report = load_initial(model, content(source), OURS)
     check_rows(model, before, source, [None] * 3)
-    assert report.new == OURS and f"what its {count} classes are; train.init_classes can name them" in str(report)
+    assert report.new == OURS and f"the checkpoint does not name its {count} classes, give their names" in str(report)
     assert torch.equal(model.bbox_head.gfl_reg.weight, source.bbox_head.gfl_reg.weight)
 
 
@@ -112,10 +112,10 @@ def test_names_that_are_said_win():
     before = copy.deepcopy(model)
     report = load_initial(model, own(source, THEIRS), OURS, ["newt", "a", "b", "cat"])
     check_rows(model, before, source, [3, 0, None])
-    assert "named by train.init_classes" in str(report)
-    with pytest.raises(ConfigError, match="train.init_classes: has 3 names and the checkpoint 4 classes: give one"):
+    assert "classes found among the names in train.init_classes: 2 (cat, newt)" in str(report)
+    with pytest.raises(ConfigError, match="train.init_classes: has 3 names, and the checkpoint 4 classes: give one"):
         load_initial(model, own(source, THEIRS), OURS, OURS)
-    with pytest.raises(ConfigError, match="cannot be taken from the checkpoint: it has no bbox_head.gfl_cls"):
+    with pytest.raises(ConfigError, match="cannot be used, the checkpoint has no bbox_head.gfl_cls"):
         load_initial(model, own(detector("RetinaHead"), OURS), OURS, OURS)
 
 
@@ -144,8 +144,9 @@ def test_the_average_of_the_weights_is_taken():
 
 
 @pytest.mark.parametrize("kind, changes, counts, problem", [
-    ("RetinaHead", {}, {"neck": (16, 16), "bbox_head": (4, 19)}, "it has no bbox_head.gfl_cls"),
-    ("GFLHead", {"width": 32}, {"neck": (0, 16)}, "its bbox_head.gfl_cls is (4, 32, 3, 3), this model's (3, 16, 3, 3)"),
+    ("RetinaHead", {}, {"neck": (16, 16), "bbox_head": (4, 19)}, "no class: the checkpoint has no bbox_head.gfl_cls"),
+    ("GFLHead", {"width": 32}, {"neck": (0, 16)},
+     "no class: bbox_head.gfl_cls is (4, 32, 3, 3) in the checkpoint and (3, 16, 3, 3) in the model"),
     ("GFLHead", {"reg_max": 4}, {"neck": (16, 16), "bbox_head": (17, 19)}, None)])
 def test_what_fits_is_taken_from_another_head(kind, changes, counts, problem):
     source, model = detector(kind, 4, seed=1, **changes), detector()
@@ -154,8 +155,8 @@ def test_what_fits_is_taken_from_another_head(kind, changes, counts, problem):
     assert {part: report.taken[part] for part in counts} == counts
     assert report.new == (["newt"] if problem is None else OURS)
     text = str(report)
-    assert (problem or "its own names") in text and "or of another shape, so not taken: " in text
-    assert len(text.splitlines()) <= 4
+    assert (problem or "the checkpoint's names") in text and "not in the checkpoint, or of another shape: " in text
+    assert len(text.splitlines()) <= 5
 
 
 def test_another_number_of_anchors():

@@ -53,8 +53,8 @@ def test_a_run_from_a_detector_and_its_resumption(place, tmp_path, monkeypatch, 
     assert train(monkeypatch, place, out, *extra) == 0
     check_start(out, start)
     log, record = (out / "train.log").read_text(), {str(start): file_hash(start)}
-    assert f"starts from densekd checkpoint {start}, tensors: backbone 100 of 100, neck 16 of 16, bbox_head 13" in log
-    assert "classes that it has (its own names): 3 (disc from Disc, ring, star); new classes: 3 (square, " in log
+    assert f"starts from densekd checkpoint {start}\n  tensors taken: backbone 100 of 100, neck 16 of 16, bbox_" in log
+    assert "the checkpoint's names: 3 (disc from Disc, ring, star); new classes: 3 (square, triangle, cross)" in log
     assert json.loads((out / "run.json").read_text())["init"] == record
 
     before = state(out / "last.pth")["model"]
@@ -73,7 +73,7 @@ def test_the_check_shows_the_start(place, monkeypatch, tmp_path, capsys):
     assert train(monkeypatch, place, tmp_path / "run", "--check", f"train.init={place[0] / 'start.pth'}",
                  "train.init_classes=[a, b, c, cross]") == 0
     printed = capsys.readouterr().out
-    assert "(named by train.init_classes): 1 (cross); new classes: 5 (disc, ring, square, triangle, star)" in printed
+    assert "found among the names in train.init_classes: 1 (cross); new classes: 5 (disc, ring, square, " in printed
 
 
 def test_a_distilled_student_starts_from_a_student(place, tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_distilled_student_starts_from_a_student(place, tmp_path, monkeypatch)
         if name.endswith("weight"):
             torch.testing.assert_close(value, taught[name], rtol=0, atol=1e-6)
     log = (second / "train.log").read_text()
-    assert "(its own names): 6 (disc, ring, square, triangle, cross, star); new classes: none" in log
+    assert "the checkpoint's names: 6 (disc, ring, square, triangle, cross, star); new classes: none" in log
 
 
 WIDE = "model.backbone.base_channels=16"
@@ -105,7 +105,7 @@ WIDE = "model.backbone.base_channels=16"
     (["train.init=START", WIDE], "has a backbone of another architecture or width, 100 of 100 tensors have another "
                                  "shape: backbone.conv1.weight is (16, 3, 7, 7) in the model and (8, 3, 7, 7) in the"),
     (["train.init=START", "model.backbone.depth=50"], "another architecture or width"),
-    (["train.init=START", "train.init_classes=[a, b]"], "train.init_classes: has 2 names and the checkpoint 4 classes"),
+    (["train.init=START", "train.init_classes=[a, b]"], "init_classes: has 2 names, and the checkpoint 4 classes: "),
     (["train.init=CFG"], "cannot read checkpoint"),
     (["train.init_classes=[a, b]"], "train.init_classes: names the classes of train.init, which is missing"),
     (["train.init=START", "train.init_classes=[1, 2]"], "train.init_classes.0: must be text, not an integer (1)"),

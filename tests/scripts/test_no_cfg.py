@@ -20,7 +20,8 @@ def place(tmp_path_factory):
     cfg = config_with(cfg, train={"init": "gone.pth"}, model={"test": {"score_thr": 0.2}})
     write_config(folder / "cfg.yaml", cfg)
     distill = {"teacher": {"cfg": "gone.yaml", "checkpoint": "gone.pth"}, "methods": [{"type": "FGD"}]}
-    held = cfg | {"distill": distill, "model": cfg["model"] | {"head": cfg["model"]["head"] | {"num_classes": 6}}}
+    held = config_with(cfg, model={"head": cfg["model"]["head"] | {"num_classes": 6}}, eval={"class_map": [0, 1]})
+    held["distill"] = distill
     path = write_checkpoint(folder / "last.pth", cfg)
     torch.save(torch.load(path, weights_only=True) | {"config": held, "step": 1}, path)
     return folder
