@@ -92,7 +92,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
     check_teachers_classes(cfg, train_set.classes)
     init = None if resumed else settings.init
     model = build_model(cfg, pretrained=not resumed and init is None)
-    start = init and start_student(getattr(model, "student", model), cfg, train_set.classes)
+    start = None if init is None else start_student(getattr(model, "student", model), cfg, train_set.classes)
     for i, entry in enumerate(cfg.teachers):
         if entry.shard:
             shard(model.teachers[i], device)

@@ -11,7 +11,8 @@ from data import CocoDataset, DataError, build_dataset, find_data
 from data.annotations import load_coco_json
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
-from models.checkpoints.classes import checkpoint_classes
+from models.checkpoints.classes import checkpoint_classes, known_classes
+from models.checkpoints.formats import Checkpoint
 from models.checkpoints.zoo import published_config
 from models.weights import CheckpointError, load_weights, open_checkpoint
 
@@ -62,31 +63,42 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
                names: Sequence[str] | None = None) -> tuple[Detector, Classes]:
     """Load the configuration's detector with a checkpoint's weights, in evaluation mode, and its classes.
 
-    No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category
-    ids are data.val's if it has the same names, otherwise they count from 1. With `eval.class_map`, only the classes
-    that it selects are left, which are those of data.val.
+    No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations, or COCO's
+    for a published checkpoint. Category ids are data.val's if it has all of these names, otherwise they count from 1.
+    With `eval.class_map`, only the classes that it selects are left, which are those of data.val.
     Raises:
         ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
     """
-    class_map, annotated = cfg.eval.class_map, annotated_classes(cfg)
-    own = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) if class_map is None else None
+    class_map, annotated, count = cfg.eval.class_map, annotated_classes(cfg), cfg.model.head.get("num_classes")
+    content = open_checkpoint(checkpoint, part)[1]
+    own = checkpoint_classes(content.meta) if class_map is None else None
     if names is not None and own is not None and len(own) != len(names):
         raise ConfigError("", f"--classes gives {said(names)}, and {checkpoint} has {said(own)}: give as many names")
     names = own if names is None else names
     if names is None:
-        if annotated is None:
-            raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
-                                  "data.val contain them; give --classes")
-        names = annotated.names
+        names = annotated.names if annotated else selected_classes(content, count, class_map)
+    if names is None:
+        raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
+                              "data.val contain them; give --classes")
     names = [str(name) for name in names]
-    classes = annotated if annotated and annotated.names == names else Classes(names, list(range(1, len(names) + 1)))
-    count = cfg.model.head.get("num_classes")
+    ids = dict(zip(annotated.names, annotated.ids)) if annotated else {}
+    classes = Classes(names, [ids[name] for name in names] if ids.keys() >= set(names) else
+                      list(range(1, len(names) + 1)))
     expected, where = (count, "model.head.num_classes") if class_map is None else (len(class_map), "eval.class_map")
     if expected not in (None, len(names)):
         raise ConfigError(where, f"says {expected} classes, and there are {len(names)} names: {', '.join(names)}")
     if class_map is not None and count is None:
         raise ConfigError("model.head.num_classes", "missing: the number of classes that eval.class_map selects from")
     return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
+
+
+def selected_classes(checkpoint: Checkpoint, count: int | None, class_map: Sequence[int] | None) -> list[str] | None:
+    """The names of those of a checkpoint's `count` classes that a class map selects; None if one is not known."""
+    known = None if count is None else known_classes(checkpoint, count)
+    if known is None:
+        return None
+    names = [known[0][k] if k < count else None for k in (range(count) if class_map is None else class_map)]
+    return None if None in names else names
 
 
 def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from small_models import small_config, small_detector
+from small_models import make_batch, small_config, small_detector
 
 from models import ConfigError, build_detector
 from models.checkpoints.classes import coco_classes, match_classes
@@ -21,7 +21,7 @@ def detector(kind="GFLHead", classes=3, seed=0, width=16, **head):
     torch.manual_seed(seed)
     model = build_detector(small_config(kind, width=width, head={"num_classes": classes, **head}))
     conv = getattr(model.bbox_head, model.bbox_head.classifier)
-    torch.nn.init.normal_(conv.weight)
+    torch.nn.init.normal_(conv.weight, std=0.1)
     torch.nn.init.normal_(conv.bias)
     return model
 
@@ -59,6 +59,17 @@ def test_weights_and_classes_of_our_own_checkpoint(kind):
     lines = str(report).splitlines()
     assert len(lines) == 3 and "tensors taken: backbone 100 of 100, neck 16 of 16, bbox_head" in lines[1]
     assert lines[2] == "  classes found among the checkpoint's names: 2 (cat, dog); new classes: 1 (newt)"
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_predictions_are_the_same_under_other_numbers(kind):
+    """The classes in another order: at every anchor the same boxes, and the logits in the new places."""
+    source, model = detector(kind, seed=1).eval(), detector(kind).eval()
+    load_initial(model, own(source, ["dog", "newt", "cat"]), OURS)
+    with torch.no_grad():
+        theirs, ours = (each.run(*make_batch(dtype=torch.float32)).outputs for each in (source, model))
+    assert torch.equal(ours.cls, theirs.cls[..., [2, 1, 0]]) and not torch.equal(ours.cls, theirs.cls)
+    assert torch.equal(ours.box, theirs.box)
 
 
 def test_as_many_classes_are_still_matched_by_name():
