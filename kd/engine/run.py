@@ -108,9 +108,8 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
                                 rank, world)
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start)
-    if init is not None:
-        run.init = {init: file_hash(local_path(init))}
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
+              init={} if init is None else {init: file_hash(local_path(init))})
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
     return run
