@@ -9,6 +9,7 @@ from data.errors import counted
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.build import build, split_options
 from models.checkpoints.sources import check_file
+from models.initial import InitialReport, load_initial
 from models.weights import CheckpointError, load_weights, log, summary
 
 from .config import Config, TeacherConfig, load_config, parse_config
@@ -100,15 +101,25 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
     return teacher
 
 
-def check_files(cfg: Config, splits: Sequence[str] = (), checkpoint: str | Path | None = None) -> None:
-    """Raise DataError or CheckpointError for a file that does not exist, before anything is built: a teacher's, that of
-    a part of the data ("train", "val"), or another checkpoint. Nothing is read or downloaded."""
+def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path | None = None) -> None:
+    """Raise DataError or CheckpointError for a file that does not exist, before anything is built: a teacher's, those
+    that are `needed`, or another checkpoint. Nothing is read or downloaded.
+
+    Args:
+        needed: "train" and "val" for these parts of the data, "init" for `train.init`.
+    """
     for entry in cfg.teachers:
         teacher_model(entry)
         if entry.checkpoint is not None:
             check_teacher_file(entry)
-    for split in filter(None, (getattr(cfg.data, split, None) for split in splits)):
-        split.check_paths()
+    for split in ("train", "val"):
+        if split in needed and (part := getattr(cfg.data, split, None)) is not None:
+            part.check_paths()
+    if "init" in needed and cfg.train.init is not None:
+        try:
+            check_file(cfg.train.init)
+        except CheckpointError as error:
+            raise CheckpointError(f"train.init: {error}") from None
     if checkpoint is not None:
         check_file(checkpoint)
 
@@ -147,6 +158,20 @@ def teacher_model(entry: TeacherConfig) -> ModelConfig:
         return load_config(entry.cfg if Path(entry.cfg).exists() else project / entry.cfg).model
     except ConfigError as error:
         raise ConfigError("distill.teacher.cfg", str(error)) from None
+
+
+def start_student(student: Detector, cfg: Config, classes: Sequence[str]) -> InitialReport:
+    """Give a student, or a detector that is trained alone, the weights of `train.init`.
+
+    Args:
+        classes: the names of its classes.
+    Raises:
+        ConfigError, CheckpointError: see `load_initial`.
+    """
+    try:
+        return load_initial(student, cfg.train.init, classes, cfg.train.init_classes)
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init: {error}") from None
 
 
 def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> list[Method]:

@@ -59,10 +59,13 @@ def named(hint: Any) -> Callable[[str], tuple[str, float]]:
     return read
 
 
+# A --cfg that need not be given.
+OPTIONAL = {"required": False, "help": "configuration; default: the one in the checkpoint"}
 # Arguments that several scripts have.
 SHARED = {
     "--cfg": {"required": True, "metavar": "FILE", "help": "configuration, see configs/"},
-    "--checkpoint": {"required": True, "metavar": "PATH", "help": "file or URL of the weights, in any format"},
+    "--checkpoint": {"required": True, "metavar": "PATH",
+                     "help": "the weights, in any format: a file, a URL or zoo:NAME (summary.py --zoo)"},
     "--part": {"choices": ("student", "teacher"), "help": "which model of an FGD checkpoint"},
     "--classes": {"nargs": "+", "metavar": "NAME",
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
@@ -97,15 +100,23 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
     return result
 
 
-def load_config(path: str | Path, overrides: Sequence[str], *splits: str,
+def load_config(path: str | Path | None, overrides: Sequence[str], *needed: str,
                 checkpoint: str | Path | None = None) -> "Config":
     """The configuration, see `kd.load_config`; errors are found before PyTorch is imported.
 
     Args:
-        splits: parts of the data that are needed, "train" or "val"; their files must exist.
+        path: a file; None for the configuration of the checkpoint, see `find_config`.
+        needed: what must exist, see `kd.build.check_files`.
         checkpoint: a file that must exist, too, unless it is an address.
     """
-    check_early(path, overrides, splits, checkpoint)
+    check_early(path, overrides, needed, checkpoint)
+    if path is None:
+        from .build import check_files
+        from .inference.detectors import find_config
+
+        cfg = find_config(checkpoint, overrides)
+        check_files(cfg, needed)
+        return cfg
     from .config import load_config
 
     return load_config(path, overrides)

@@ -68,13 +68,14 @@ def stand_ins() -> Iterator[None]:
                         delattr(sys.modules[package], module)
 
 
-def check_early(path: str | Path, overrides: Sequence[str], splits: Sequence[str] = (),
+def check_early(path: str | Path | None, overrides: Sequence[str], needed: Sequence[str] = (),
                 checkpoint: str | Path | None = None) -> None:
     """Check a configuration, and that the files exist which it names, if PyTorch is not imported yet.
 
     Args:
-        path, overrides: as in `load_config`.
-        splits: parts of the data that are needed, "train" or "val".
+        path, overrides: as in `load_config`; without a path, the configuration of a published checkpoint (`zoo:NAME`),
+            or none: the one in a file is not read here.
+        needed: as in `check_files`.
         checkpoint: another file that is needed.
     Raises what the full check raises. An error that is not ours says nothing: the full check then decides.
     """
@@ -82,8 +83,12 @@ def check_early(path: str | Path, overrides: Sequence[str], splits: Sequence[str
         return
     with stand_ins():
         try:
-            import_module("kd.build").check_files(import_module("kd.config").load_config(path, overrides), splits,
-                                                  checkpoint)
+            if path is None:
+                import_module("models.checkpoints.sources").check_file(checkpoint)
+                path = import_module("models.checkpoints.zoo").published_config(checkpoint)
+            if path is not None:
+                import_module("kd.build").check_files(import_module("kd.config").load_config(path, overrides), needed,
+                                                      checkpoint)
         except Exception as error:
             if getattr(error, "exit_code", 0):
                 raise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoints.formats import Checkpoint, Weights, parse_checkpoint
 from .checkpoints.reader import read_checkpoint
-from .checkpoints.sources import local_path
+from .checkpoints.sources import is_address, local_path
 from .checkpoints.unpickler import CheckpointError, one_line
 
 __all__ = ["CheckpointError", "LoadReport", "load_backbone_weights", "load_weights", "open_checkpoint",
@@ -76,14 +76,11 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: st
     """
     label, checkpoint = open_checkpoint(source, part)
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    weights = _align(checkpoint.weights, wanted)
+    weights = align(checkpoint.weights, wanted)
     report = _compare(checkpoint.format, label, weights, wanted)
     _check(report, [allow_missing] if isinstance(allow_missing, str) else list(allow_missing))
     refused = {name for name, _, _ in report.mismatched}
-    broken = [name for name in wanted.keys() & weights.keys() - refused if not torch.isfinite(weights[name]).all()]
-    if broken:
-        raise CheckpointError(f"{checkpoint.format} checkpoint {label} has NaN or infinite values in "
-                              f"{summary(sorted(broken))}: its training diverged, take an earlier checkpoint")
+    check_finite(f"{checkpoint.format} checkpoint {label}", weights, wanted.keys() & weights.keys() - refused)
     with torch.no_grad():
         for name, value in wanted.items():
             if name in weights and name not in refused:
@@ -104,9 +101,18 @@ def load_backbone_weights(backbone: nn.Module, source: str | os.PathLike | Mappi
     return load_weights(backbone, source, allow_missing=allow_missing)
 
 
-def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None) -> tuple[str, Checkpoint]:
+def check_finite(label: str, weights: Weights, names: Iterable[str]) -> None:
+    """Raise CheckpointError if one of the named weights has a value that is not finite."""
+    broken = sorted(name for name in names if not torch.isfinite(weights[name]).all())
+    if broken:
+        raise CheckpointError(f"{label} has NaN or infinite values in {summary(broken)}: its training diverged, take "
+                              "an earlier checkpoint")
+
+
+def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None,
+                    preferred: str | None = None) -> tuple[str, Checkpoint]:
     """A label for messages, and the checkpoint behind `source` with its weights under our names. Errors as in
-    `load_weights`."""
+    `load_weights`; `preferred` is the part of a file that has two if `part` chooses none."""
     if isinstance(source, Mapping):
         label, content = "(given as a dict)", dict(source)
     else:
@@ -115,17 +121,17 @@ def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None
         try:
             content = read_checkpoint(path)
         except CheckpointError as error:
-            if "://" not in label:
+            if not is_address(label):
                 raise
             text = f"{error}; it was downloaded from {label}: delete the file to download it again"
             raise CheckpointError(text) from None
     try:
-        return label, parse_checkpoint(content, part)
+        return label, parse_checkpoint(content, part, preferred)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {label}: {error}") from None
 
 
-def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
+def align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
     """Renames a part's weights as in a whole model, or a whole model's as in a part, so that most names match."""
 
     def matches(candidate: Weights) -> int:
@@ -139,15 +145,20 @@ def _align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
     return max(candidates, key=matches)  # the first of equals: the names as they are
 
 
+def is_optional(name: str) -> bool:
+    """Whether a checkpoint may lack this tensor of a model."""
+    return _OPTIONAL.fullmatch(name) is not None
+
+
 def _compare(format_name: str, label: str, weights: Weights, wanted: Mapping[str, Tensor]) -> LoadReport:
-    required = [name for name in wanted if not _OPTIONAL.fullmatch(name)]
+    required = [name for name in wanted if not is_optional(name)]
     mismatched = [(name, tuple(value.shape), tuple(weights[name].shape)) for name, value in wanted.items()
                   if name in weights and weights[name].shape != value.shape]
     wrong = {name for name, _, _ in mismatched}
     return LoadReport(format=format_name, source=label,
                       matched=sum(name in weights and name not in wrong for name in required), total=len(required),
                       missing=[name for name in required if name not in weights],
-                      unexpected=[name for name in weights if name not in wanted and not _OPTIONAL.fullmatch(name)],
+                      unexpected=[name for name in weights if name not in wanted and not is_optional(name)],
                       mismatched=mismatched)
 
 

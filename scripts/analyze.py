@@ -11,18 +11,20 @@ def main() -> None:
         __doc__, "python scripts/analyze.py --cfg configs/bccd/student_gfl_r18w16.yaml "
         "--checkpoint runs/student_gfl_r18w16/last.pth --checkpoint runs/crosskd_gfl_r18w16_r18w32/last.pth",
         "--cfg", "--checkpoint", "--score-thr", "--device", "overrides",
-        cfg={"action": "append", "help": "configuration; give a second one if the second checkpoint needs its own"},
+        cfg={"action": "append", "required": False, "help": "configuration; give a second one if the second "
+             "checkpoint needs its own; default: the one in each checkpoint"},
         checkpoint={"action": "append",
                     "help": "file or URL of the weights, in any format; give two to compare them side by side"},
         score_thr={"help": "lowest score in the confusion matrix, and of detections that find objects; default: 0.3"})
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="also write analysis.md and analysis.json into this folder")
     args = parser.parse_intermixed_args()
-    if len(args.checkpoint) > 2 or len(args.cfg) not in (1, len(args.checkpoint)):
-        raise UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg)} --cfg: give one or two "
-                             "checkpoints, and one configuration for both or one each")
-    cfgs = [cli.load_config(cfg, args.overrides, "val", checkpoint=checkpoint)
-            for cfg, checkpoint in zip(args.cfg * len(args.checkpoint), args.checkpoint)]
+    paths = args.cfg or [None]
+    if len(args.checkpoint) > 2 or len(paths) not in (1, len(args.checkpoint)):
+        raise UsageError(f"{len(args.checkpoint)} --checkpoint and {len(args.cfg or [])} --cfg: give one or two "
+                         "checkpoints, and one configuration for both, one each or none")
+    cfgs = [cli.load_config(path, args.overrides, "val", checkpoint=checkpoint)
+            for path, checkpoint in zip(paths * len(args.checkpoint), args.checkpoint)]
     from kd.evaluation.analyze import analyze, format_tables, save_analysis
 
     found = analyze(cfgs, args.checkpoint, cli.choose_device(args.device),

@@ -9,7 +9,7 @@ from kd import cli
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/eval.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json",
-                        "--cfg", "--checkpoint", "--part", "--device", "overrides")
+                        "--cfg", "--checkpoint", "--part", "--device", "overrides", cfg=cli.OPTIONAL)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--curves", type=Path, metavar="FILE",
                         help="also write precision over recall of every class, as in train.py's precision_recall.json")

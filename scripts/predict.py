@@ -12,6 +12,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/predict.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found",
                         "--cfg", "--checkpoint", "--part", "--classes", "--score-thr", "--device", "overrides",
+                        cfg=cli.OPTIONAL,
                         score_thr={"help": "detections with a lower score are left out, in addition to "
                                            "model.test.score_thr; default: 0.3"})
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",

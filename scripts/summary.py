@@ -1,16 +1,27 @@
 """Show what a configuration's models cost: parameters, operations and memory by module, and their heads' levels."""
 from data.ranges import Count
+from data.tables import text_table
 from kd import cli
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/summary.py --cfg configs/crosskd/crosskd_r18_gfl_r50_1x.yaml "
-                                 "model.head.num_classes=80", "--cfg", "overrides")
+                                 "model.head.num_classes=80", "--cfg", "--checkpoint", "overrides",
+                        cfg=cli.OPTIONAL, checkpoint={"required": False, "help": "a checkpoint that holds its "
+                                                      "configuration, or zoo:NAME, in place of --cfg"})
+    parser.add_argument("--zoo", action="store_true", help="list the published checkpoints, which zoo:NAME stands for")
     parser.add_argument("--size", type=cli.number(Count), nargs=2, metavar=("H", "W"),
                         help="image size, rounded up to multiples of 32; default: a landscape image that fills "
                              "data.scale")
     args = parser.parse_intermixed_args()
-    cfg = cli.load_config(args.cfg, args.overrides)
+    if args.zoo:
+        from models.checkpoints.zoo import zoo_table
+
+        print(text_table(*zoo_table()))
+        return
+    if args.cfg is None and args.checkpoint is None:
+        parser.error("give --cfg, --checkpoint or --zoo")
+    cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
     from data.transforms import padded_size
     from kd.evaluation.cost import format_summaries, models_of, summarize, typical_size
 

@@ -33,7 +33,8 @@ def main() -> None:
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {' '.join(map(str, seeds))}: give whole numbers, each once")
     for path in args.cfg:  # overrides of distill are only for those that distil
-        check_early(path, [text for text in overrides if not text.startswith("distill.")], ("train", "val"))
+        check_early(path, [text for text in overrides if not text.startswith("distill.")],
+                    ("train", "val", "init"))
     import torch
 
     from kd.experiments.compare import compare, explain, format_rows, save_rows

@@ -24,7 +24,9 @@ def main() -> None:
         return
     if args.cfg is None:
         parser.error("--cfg is required, except with --replay")
-    cfg = cli.load_config(args.cfg, args.overrides, "train", "val", checkpoint=args.resume_from)
+    goes_on = args.resume or args.resume_from
+    cfg = cli.load_config(args.cfg, args.overrides, "train", "val", *(() if goes_on else ("init",)),
+                          checkpoint=args.resume_from)
     if args.check:
         from kd.engine.check import check
 

@@ -27,7 +27,7 @@ EXTRA = {f"{name}.py": TINY for name in CONFIGURED} | {
 SHELL = ("echo", "ln", "mkdir", "cp")
 # What a configuration's full size is made of, and what there is in its place.
 NARROW = ((r"weights: torchvision://\w+", "base_channels: 8"), (r"(out|feat)_channels: 256", r"\1_channels: 64"),
-          (r"checkpoint: https://\S+\.pth", "checkpoint: null"), (r"epochs: \d+", "epochs: 1"))
+          (r"checkpoint: zoo:\w+", "checkpoint: null"), (r"epochs: \d+", "epochs: 1"))
 
 
 def commands(text: str) -> list[str]:

@@ -17,6 +17,8 @@ from data.annotations import read_annotations
 from kd.config.load import load_config, parse_yaml
 from models import ModelConfig, build_detector
 from models.build import read_section
+from models.checkpoints import sources
+from models.checkpoints.zoo import ZOO
 from models.detector import BACKBONES, HEADS
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -228,6 +230,25 @@ def test_own_data_outside_of_the_checkout(tmp_path, tmp_path_factory, monkeypatc
     assert "no problems" in capsys.readouterr().out
     assert load_config(moved / "student.yaml").data.val.annotations == str(moved / "coco" / "val.json")
     assert (workspace / "runs" / "teacher" / "last.pth").is_file()
+
+
+def test_the_commands_of_fine_tuning(tmp_path, monkeypatch, capsys):
+    """Published checkpoints are narrow here, too, and trained on nothing."""
+    workspace = make_workspace(tmp_path, monkeypatch)
+    for entry in ZOO.values():
+        if "/gfl" in entry.cfg:
+            weights = build_detector(load_config(workspace / entry.cfg).model).state_dict()
+            torch.save({"state_dict": weights, "meta": {}}, workspace / entry.url.rpartition("/")[2])
+    monkeypatch.setattr(sources, "_download", lambda url: str(workspace / url.rpartition("/")[2]))
+    own_data = [line for line in commands(PAGES["own_data.md"]) if "prepare_data" in line or "> photos/teacher" in line]
+    for line in own_data + commands(PAGES["fine_tuning.md"]):
+        run_command(line, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "starts from mmdet2 checkpoint zoo:gfl_r50_1x" in printed
+    assert "classes found among COCO's names: none; new classes: 3 (disc, ring, star)" in printed
+    assert "starts from densekd checkpoint runs/first/last.pth" in printed
+    assert "the checkpoint's names: 80 (class 1, " in printed and "new classes: none" in printed
+    assert len(list((workspace / "found").rglob("*.jpg"))) == 12
 
 
 @pytest.mark.parametrize("page", ["teachers.md", "new_method.md"])

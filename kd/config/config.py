@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from data import DataConfig
-from models import ModelConfig
+from models import ConfigError, ModelConfig
 from models.build import OneOf, read_section
 
 from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
@@ -27,6 +27,13 @@ class Config(dict):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        if self.train.init is None and self.train.init_classes is not None:
+            raise ConfigError("train.init_classes", "names the classes of train.init, which is missing")
+        if self.train.init is not None and self.distill is not None and self.distill.init_student:
+            raise ConfigError("train.init", "and distill.init_student both give the student its first weights: remove "
+                                            "one of them")
 
     @property
     def teachers(self) -> list[TeacherConfig]:

@@ -56,14 +56,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file that is missing or not YAML, an unknown key, a wrong type, a missing value. The message is
             one line with the key, the file that sets it and the nearest valid name.
     """
-    cfg, sources = read_with_bases(Path(path))
+    return override_config(*read_with_bases(Path(path)), overrides, str(path))
+
+
+def override_config(cfg: dict, sources: dict[str, str], overrides: Sequence[str], origin: str) -> Config:
+    """Apply `key=value` overrides to a tree, which they change, and check all of it; errors as in `load_config`.
+
+    Args:
+        sources: the file that sets each dotted key.
+        origin: where keys are from that `sources` does not have.
+    """
     for override in overrides:
         apply_override(cfg, sources, override)
     place_data(cfg, Path())  # those of overrides; the files' paths have their place
     try:
         return parse_config(cfg)
     except ConfigError as error:
-        raise ConfigError(error.key, f"{error.problem} ({source_of(error.key, sources, str(path))})") from None
+        raise ConfigError(error.key, f"{error.problem} ({source_of(error.key, sources, origin)})") from None
 
 
 def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:

@@ -90,6 +90,8 @@ RULES: dict[str, Rule] = {
 
     "train.epochs": WARN,                   # decay of a method's weight ends with the last epoch
     "train.seed": REFUSE,                   # the order of the images
+    "train.init": TAKE,                     # a resumed run does not load it again
+    "train.init_classes": TAKE,
     "train.amp": WARN,
     "train.channels_last": TAKE,
     "train.compile": TAKE,

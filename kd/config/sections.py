@@ -16,6 +16,8 @@ class TrainConfig:
 
     epochs: Count = 12
     seed: Seed = 0                                  # for initial weights, order of images and augmentation
+    init: str | None = None                         # a detector's checkpoint to start from: path, URL or zoo:NAME
+    init_classes: Some[str] | None = None           # names of its classes, in its order; null: its own, or COCO's
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     channels_last: bool = True                      # memory format of convolutions; affects only rounding and speed
     compile: bool = False                           # torch.compile backbones, necks and heads, also of teachers

@@ -1,6 +1,6 @@
 """A training run: its parts, and how it is built, saved and restored."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,17 @@ from torch import Tensor
 from data import DataError, build_dataset, build_loader
 from data.errors import counted, listed
 from models import ConfigError, Detector
+from models.checkpoints.sources import file_hash, is_address, local_path
+from models.initial import InitialReport
 from models.weights import CheckpointError
 
-from ..build import build_model, teacher_model
+from ..build import build_model, start_student, teacher_model
 from ..config import Config
 from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
-from ..inference.detectors import check_classes, with_classes
+from ..inference.detectors import by_name, said, with_classes
 from ..inference.precision import memory_format
 from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
@@ -47,6 +49,8 @@ class Run:
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
     overflows: Tensor | int = 0  # steps that fp16 has skipped
+    start: InitialReport | None = None  # what was taken from train.init
+    init: dict[str, str] = field(default_factory=dict)  # SHA-256 of train.init by path, at the run's start
 
     @property
     def distiller(self) -> Distiller | None:
@@ -66,8 +70,12 @@ class Run:
         return math.ceil(len(self.train_loader) / self.cfg.train.accumulate)
 
 
-def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
-    """Build the data, models and optimiser of a run, before its first step."""
+def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool = False) -> Run:
+    """Build the data, models and optimiser of a run, before its first step.
+
+    Args:
+        resumed: whether all weights of the student are restored next, so that none are loaded here.
+    """
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
@@ -81,7 +89,9 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
         raise ConfigError("data.val", f"needs the classes of data.train, {train_set.classes}, not {val_set.classes}")
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
-    model = build_model(cfg)
+    init = None if resumed else settings.init
+    model = build_model(cfg, pretrained=not resumed and init is None)
+    start = None if init is None else start_student(getattr(model, "student", model), cfg, train_set.classes)
     for i, entry in enumerate(cfg.teachers):
         if entry.shard:
             shard(model.teachers[i], device)
@@ -97,7 +107,8 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
                                 rank, world)
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
+              init={} if init is None else {init: file_hash(local_path(init))})
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
     return run
@@ -110,9 +121,13 @@ def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
     """
     for entry in cfg.teachers:
         path = entry.checkpoint
-        if (entry.class_map is None and path is not None and ("://" in path or Path(path).is_file())
+        if (entry.class_map is None and path is not None and (is_address(path) or Path(path).is_file())
                 and teacher_model(entry).head.get("num_classes") in (None, len(classes))):
-            check_classes(path, entry.part, classes, "distill.teacher.class_map")
+            key = "distill.teacher.class_map"
+            names, class_map = by_name(path, entry.part, classes, key)
+            if class_map is not None:
+                raise ConfigError(key, f"missing: {path} has {said(names)}, and the data {said(classes)}: say "
+                                       f"{key}=[{','.join(map(str, class_map))}]")
 
 
 def save_run(run: Run, name: str) -> None:
@@ -123,8 +138,8 @@ def save_run(run: Run, name: str) -> None:
     state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
-             "processes": distributed.world_size(),
-             "config": dict(run.cfg), "classes": run.train_loader.dataset.classes}
+             "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
+             "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
@@ -169,6 +184,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
     if state["scaler"]:  # of a run in fp16
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
+    run.init = state.get("init", {})
     return [change for change in found if change.rule == WARN]
 
 
@@ -190,6 +206,8 @@ def describe_run(run: Run) -> str:
         lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")
     if data.num_dropped_boxes:
         lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
+    if run.start is not None:
+        lines.append(str(run.start))
     if run.step:
-        lines.append(f"resumed at step {run.step}")
+        lines.append(f"resumed at step {run.step}{'; train.init is not loaded again' if run.cfg.train.init else ''}")
     return "\n".join(lines)

@@ -58,14 +58,14 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     """
     device = distributed.start_processes(device)
     resume_from = distributed.from_first(resume_from)
-    run = build_run(parse_config(cfg), work_dir, device)
+    run = build_run(parse_config(cfg), work_dir, device, resumed=resume_from is not None)
     changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
     first, board = distributed.rank() == 0, open_board(run.cfg, work_dir, run.step, device)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
     if first:
-        write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device), indent=1))
+        write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device, run.init), indent=1))
     log.info(describe_run(run))
     for change in changes:
         log.warning(f"since the checkpoint, {change}")

@@ -15,7 +15,7 @@ from data.errors import listed
 from data.output import write_text
 from data.tables import csv_table, markdown_table, percent, points, text_table
 from models import build_detector
-from models.checkpoints.sources import file_hash
+from models.checkpoints.sources import file_hash, is_address
 
 from ..evaluation.coco import AP_FIGURES
 from ..evaluation.cost import count_flops, count_parameters, typical_size
@@ -117,6 +117,8 @@ def teacher_ap(run: RunRecord, runs: Sequence[RunRecord]) -> float | None:
     """
     found = []
     for path, digest in run.teachers.items():
+        if is_address(path):  # published by others, not measured in a run
+            continue
         checkpoint = Path(path)
         places = [checkpoint, *(other.path / checkpoint.name for other in runs if other.config is not None)]
         for place in places:

@@ -189,7 +189,7 @@ def plot_lengths(groups: dict[str, list[RunRecord]]) -> Any | None:
         for run in runs:
             if run.config is not None and run.finished and run.evaluations[-1]["AP"] is not None:
                 timeless = run.config | {"schedule": None, "train": run.config.get("train", {}) | {"epochs": None}}
-                lengths = settings.setdefault(setting(timeless, run.teachers), {})
+                lengths = settings.setdefault(setting(timeless, run.teachers | run.init), {})
                 lengths.setdefault(run.epochs, {}).setdefault(run.seed, run)
     known = [lengths for lengths in settings.values()
              if len(lengths) > 1 and set.intersection(*map(set, lengths.values()))]

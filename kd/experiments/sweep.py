@@ -13,6 +13,7 @@ import torch
 from data.errors import counted
 from data.output import naming
 from models import ConfigError
+from models.checkpoints.sources import is_address
 
 from ..config import Config, load_config
 from ..exceptions import Stopped, TrainingError, WorkDirError
@@ -116,7 +117,7 @@ def is_teacher(config: Config, teacher: Path) -> bool:
 def check_teachers(config: Config, cfg: Path) -> None:
     for entry in config.teachers:
         checkpoint = entry.checkpoint
-        if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).is_file():
+        if checkpoint is not None and not is_address(checkpoint) and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
                                                             "give its configuration with --teacher")
 

@@ -1,18 +1,25 @@
 """Detectors with their weights and the names of their classes."""
-from collections.abc import Mapping, Sequence
+import copy
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import CocoDataset, build_dataset, find_data
+from data import CocoDataset, DataError, build_dataset, find_data
 from data.annotations import load_coco_json
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
-from models.weights import load_weights, open_checkpoint
+from models.checkpoints.classes import checkpoint_classes, known_classes
+from models.checkpoints.formats import Checkpoint
+from models.checkpoints.zoo import published_config
+from models.weights import CheckpointError, load_weights, open_checkpoint
 
-from ..config import Config
+from ..config import Config, load_config, override_config, parse_config
 from .precision import memory_format
+
+log = logging.getLogger("densekd")
 
 
 @dataclass
@@ -28,29 +35,55 @@ class Classes:
         return [{"id": number, "name": name} for number, name in zip(self.ids, self.names)]
 
 
+def find_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a published checkpoint (`zoo:NAME`), or the one that a run put into its checkpoint, with
+    `key=value` overrides. What only training needs is left out of the latter: files may have moved since.
+
+    Raises:
+        ConfigError, CheckpointError: a wrong override, or a checkpoint without a configuration that this version reads.
+    """
+    path = published_config(str(checkpoint))
+    if path is not None:
+        return load_config(path, overrides)
+    advice = "give cfg, a configuration file (--cfg)"
+    stored = open_checkpoint(checkpoint, preferred="student")[1].meta.get("config")
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"checkpoint {checkpoint} holds no configuration: {advice}")
+    kept = copy.deepcopy({key: stored[key] for key in ("model", "data", "eval") if key in stored})
+    kept.get("eval", {}).pop("class_map", None)  # the run trained on the classes of its data
+    try:
+        parse_config(kept)
+    except (ConfigError, DataError) as error:
+        text = f"the configuration in checkpoint {checkpoint} cannot be used, {error}: {advice}"
+        raise CheckpointError(text) from None
+    return override_config(kept, {}, overrides, f"the configuration in {checkpoint}")
+
+
 def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: str | None = None,
                names: Sequence[str] | None = None) -> tuple[Detector, Classes]:
     """Load the configuration's detector with a checkpoint's weights, in evaluation mode, and its classes.
 
-    No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations. Category
-    ids are data.val's if it has the same names, otherwise they count from 1. With `eval.class_map`, only the classes
-    that it selects are left, which are those of data.val.
+    No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations, or COCO's
+    for a published checkpoint. Category ids are data.val's if it has all of these names, otherwise they count from 1.
+    With `eval.class_map`, only the classes that it selects are left, which are those of data.val.
     Raises:
         ConfigError, DataError, CheckpointError: bad input, for example names that are not known.
     """
-    class_map, annotated = cfg.eval.class_map, annotated_classes(cfg)
-    own = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) if class_map is None else None
+    class_map, annotated, count = cfg.eval.class_map, annotated_classes(cfg), cfg.model.head.get("num_classes")
+    content = open_checkpoint(checkpoint, part)[1]
+    own = checkpoint_classes(content.meta) if class_map is None else None
     if names is not None and own is not None and len(own) != len(names):
         raise ConfigError("", f"--classes gives {said(names)}, and {checkpoint} has {said(own)}: give as many names")
     names = own if names is None else names
     if names is None:
-        if annotated is None:
-            raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
-                                  "data.val contain them; give --classes")
-        names = annotated.names
+        names = annotated.names if annotated else selected_classes(content, count, class_map)
+    if names is None:
+        raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
+                              "data.val contain them; give --classes")
     names = [str(name) for name in names]
-    classes = annotated if annotated and annotated.names == names else Classes(names, list(range(1, len(names) + 1)))
-    count = cfg.model.head.get("num_classes")
+    ids = dict(zip(annotated.names, annotated.ids)) if annotated else {}
+    classes = Classes(names, [ids[name] for name in names] if ids.keys() >= set(names) else
+                      list(range(1, len(names) + 1)))
     expected, where = (count, "model.head.num_classes") if class_map is None else (len(class_map), "eval.class_map")
     if expected not in (None, len(names)):
         there = f"there {'is' if len(names) == 1 else 'are'} {counted(len(names), 'name')}"
@@ -60,20 +93,36 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
 
 
+def selected_classes(checkpoint: Checkpoint, count: int | None, class_map: Sequence[int] | None) -> list[str] | None:
+    """The names of those of a checkpoint's `count` classes that a class map selects; None if one is not known."""
+    known = None if count is None else known_classes(checkpoint, count)
+    if known is None:
+        return None
+    names = [known[0][k] if k < count else None for k in (range(count) if class_map is None else class_map)]
+    return None if None in names else names
+
+
 def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
                    part: str | None = None) -> tuple[Detector, CocoDataset]:
-    """Load a checkpoint into the configuration's detector, in evaluation mode, and data.val; raises as `load_named`."""
+    """Load a checkpoint into the configuration's detector, in evaluation mode, and data.val; raises as `load_named`.
+
+    Where the checkpoint names its classes, and all of the data's are among them, they are found by their names.
+    """
     if cfg.data is None:
         raise ConfigError("data", "missing: give data.val, which is evaluated on")
     dataset, class_map = build_dataset(cfg.data, "val", training=False), cfg.eval.class_map
     if class_map is None:
-        cfg = with_classes(cfg, dataset)
+        names, class_map = by_name(checkpoint, part, dataset.classes)
+        if class_map is None:
+            cfg = with_classes(cfg, dataset)
+        else:
+            log.info(f"{checkpoint} has {said(names)}: those of the data are found by their names")
+            by_names = {"eval": cfg.get("eval", {}) | {"class_map": class_map}}
+            cfg = parse_config(cfg.with_num_classes(len(names)) | by_names)
     elif len(class_map) != dataset.num_classes or cfg.model.head.get("num_classes") is None:
         raise ConfigError("eval.class_map", f"has {counted(len(class_map), 'entry', 'entries')}: it needs one for "
                                             f"each of the data's {counted(dataset.num_classes, 'class')}, and "
                                             "model.head.num_classes must be set")
-    if class_map is None:
-        check_classes(checkpoint, part, dataset.classes, "eval.class_map")
     detector = load(cfg, checkpoint, part)
     return detector.to(device, memory_format=memory_format(cfg.train)), dataset
 
@@ -96,32 +145,23 @@ def with_classes(cfg: Config, dataset: CocoDataset) -> Config:
     return cfg.with_num_classes(dataset.num_classes)
 
 
-def checkpoint_classes(meta: Mapping) -> list[str] | None:
-    """The names of the classes in the metadata of our checkpoints and mmdet's, or None if there are none."""
-    inner = meta.get("dataset_meta")
-    inner = inner if isinstance(inner, Mapping) else {}
-    for found in (meta.get("classes"), inner.get("classes"), inner.get("CLASSES"), meta.get("CLASSES")):
-        if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
-            return list(found)
-    return None
-
-
-def check_classes(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str) -> None:
-    """Compare the class names in a checkpoint with the data's: other names, or another order, would mislabel all boxes.
+def by_name(checkpoint: str | Path, part: str | None, classes: Sequence[str], key: str = "eval.class_map"
+            ) -> tuple[list[str], list[int] | None]:
+    """The class names in a checkpoint, and for each class of the data its number there: None if they are the same, or
+    if the checkpoint has no names. Other names, or another order, would mislabel all boxes.
 
     Args:
         key: the setting that maps the classes.
     Raises:
-        ConfigError: they differ, and the checkpoint contains names.
+        ConfigError: the checkpoint has names, and one of the data's is not among them.
     """
-    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta)
+    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) or []
     if not names or names == list(classes):
-        return
-    advice = f"train it on the data's classes, or say with {key} which of its classes stands for each of the data's"
+        return names, None
     if set(classes) <= set(names) and len(set(names)) == len(names):
-        count = f" model.head.num_classes={len(names)}" if key == "eval.class_map" else ""
-        advice = f"say {key}=[{','.join(str(names.index(name)) for name in classes)}]{count}"
-    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: {advice}")
+        return names, [names.index(name) for name in classes]
+    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: train it on the "
+                           f"data's classes, or say with {key} which of its classes stands for each of the data's")
 
 
 def said(classes: Sequence[str]) -> str:

@@ -10,10 +10,9 @@ from torch import Tensor
 from data.inputs.files import make_sample
 from data.transforms import read_image
 from models import Detector
-from models.weights import CheckpointError, open_checkpoint
 
-from ..config import Config, load_config, parse_config
-from .detectors import Classes, load_named
+from ..config import Config, load_config
+from .detectors import Classes, find_config, load_named
 from .predict import Predictor
 
 Photo = str | Path | Image.Image | np.ndarray | Tensor
@@ -54,7 +53,7 @@ def load_detector(checkpoint: str | Path, cfg: str | Path | Config | None = None
     """A detector from a checkpoint, ready for photographs.
 
     Args:
-        checkpoint: path or URL; one of our runs holds its configuration and the names of its classes.
+        checkpoint: path, URL or `zoo:NAME`; one of our runs holds its configuration and the names of its classes.
         cfg: the configuration, or its file, for a checkpoint that holds none.
         device: "cpu" or "cuda"; by default cuda if there is one.
         score_thr: detections with a lower score are left out.
@@ -62,10 +61,7 @@ def load_detector(checkpoint: str | Path, cfg: str | Path | Config | None = None
         ConfigError, CheckpointError: bad input.
     """
     if cfg is None:
-        cfg = open_checkpoint(checkpoint)[1].meta.get("config")
-        if not isinstance(cfg, dict):
-            raise CheckpointError(f"checkpoint {checkpoint} holds no configuration: give cfg, a configuration file")
-        cfg = parse_config(cfg)
+        cfg = find_config(checkpoint)
     elif not isinstance(cfg, Config):
         cfg = load_config(cfg)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

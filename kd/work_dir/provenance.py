@@ -13,8 +13,12 @@ from models.checkpoints.sources import file_hash, local_path
 from ..config import Config
 
 
-def provenance(cfg: Config, device: torch.device) -> dict:
-    """The origin of a run's figures: configuration, code, versions, machine, and the teachers' files."""
+def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
+    """The origin of a run's figures: configuration, code, versions, machine, and the files of weights.
+
+    Args:
+        init: SHA-256 of `train.init` by path, or nothing.
+    """
     paths = [teacher.checkpoint for teacher in cfg.teachers]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
@@ -23,7 +27,8 @@ def provenance(cfg: Config, device: torch.device) -> dict:
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"},
-        "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None}}
+        "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None},
+        "init": init}
 
 
 def commit() -> str | None:

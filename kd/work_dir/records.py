@@ -26,6 +26,7 @@ class RunRecord:
     name: str = ""
     config: dict | None = None  # None for a metrics.jsonl alone, for which teachers is empty
     teachers: dict[str, str] = field(default_factory=dict)  # SHA-256 of the teachers' checkpoints by path
+    init: dict[str, str] = field(default_factory=dict)      # likewise of train.init
     steps: list[dict] = field(default_factory=list)         # training lines of metrics.jsonl
     evaluations: list[dict] = field(default_factory=list)   # its evaluation lines
 
@@ -101,14 +102,15 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
         except ValueError as error:
             raise DataError(f"{provenance} cannot be read ({error}): is the run still being started?") from None
         run.config, run.teachers = content["config"], content.get("teachers", {})
+        run.init = content.get("init", {})
     return run
 
 
-def setting(config: dict, teachers: dict[str, str] | None = None, distilled: bool = True) -> str:
+def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True) -> str:
     """What a configuration trains, apart from the seed, as a text that can be compared.
 
     Args:
-        teachers: SHA-256 of checkpoints by path, which replaces the path where it is known.
+        files: SHA-256 of checkpoints by path, which replaces the path where it is known.
         distilled: False leaves out teachers and methods, which gives the setting of the student alone.
     """
     config = copy.deepcopy(config)
@@ -117,8 +119,10 @@ def setting(config: dict, teachers: dict[str, str] | None = None, distilled: boo
             (config.get(section) or {}).pop(name, None)
     if not distilled:
         config.pop("distill", None)
-    for entry in teacher_entries(config):
-        entry["checkpoint"] = (teachers or {}).get(entry["checkpoint"], entry["checkpoint"])
+    named = [(entry, "checkpoint") for entry in teacher_entries(config)]
+    named += [(config["train"], "init")] if (config.get("train") or {}).get("init") else []
+    for entry, key in named:
+        entry[key] = (files or {}).get(entry[key], entry[key])
     return json.dumps({key: value for key, value in config.items() if value not in ({}, None)}, sort_keys=True)
 
 
@@ -129,7 +133,7 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         if run.config is None:
             key = (re.sub(r"[_-]?seed[_-]?\d+$", "", run.name),)
         elif run.finished:
-            key = (setting(run.config, run.teachers),)
+            key = (setting(run.config, run.teachers | run.init),)
         else:
             key = (str(run.path),)
         if any(other.seed == run.seed for other in groups.get(key, ())):

@@ -34,16 +34,17 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_checkpoint(content: Any, part: str | None = None) -> Checkpoint:
+def parse_checkpoint(content: Any, part: str | None = None, preferred: str | None = None) -> Checkpoint:
     """Finds the weights in the result of `read_checkpoint` and gives them our names.
 
-    `part` chooses `student` or `teacher` of an FGD checkpoint. Raises `CheckpointError` if there are no weights, if the
-    file has two parts and none is chosen, or if the chosen part is missing.
+    `part` chooses `student` or `teacher` of an FGD checkpoint, `preferred` does so only where the file has both. Raises
+    `CheckpointError` if there are no weights, if the file has two parts and none is chosen, or if the chosen part is
+    missing.
     """
     if not isinstance(content, dict):
         raise CheckpointError(f"holds a {type(content).__name__} instead of weights")
     weights = _find_weights(content)
-    weights, has_parts = _choose_part(weights, part)
+    weights, has_parts = _choose_part(weights, part, preferred)
     format_name, translate = _recognise(weights, content)
     if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
         format_name = "fgd"
@@ -84,9 +85,11 @@ def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(value))
 
 
-def _choose_part(weights: Weights, part: str | None) -> tuple[Weights, bool]:
+def _choose_part(weights: Weights, part: str | None, preferred: str | None) -> tuple[Weights, bool]:
     """The weights of one part, without its prefix, and whether the file has parts."""
     present = [name for name in _PARTS if any(key.startswith(f"{name}.") for key in weights)]
+    if len(present) > 1:
+        part = part or preferred
     if part is None and len(present) > 1:
         raise CheckpointError(
             f"holds {' and '.join(present)}: choose the part to load, part='{present[0]}' or part='{present[1]}'"

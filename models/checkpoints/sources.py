@@ -2,7 +2,6 @@
 import hashlib
 import http.client
 import os
-import re
 from contextlib import suppress
 from difflib import get_close_matches
 from urllib.parse import quote, unquote, urlparse
@@ -15,9 +14,7 @@ from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
 from data.output import OutputError, no_room, reason_of
 
 from .unpickler import CheckpointError, one_line
-
-# The end of a name from torch hub or OpenMMLab: the start of the file's SHA-256, unless it is a date.
-_CHECKSUM = re.compile(r"-(?!20[0-3]\d{5}\.)([0-9a-f]{8,64})\.\w+$")
+from .zoo import PREFIX, checksum, published
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _OPEN_MMLAB_FOLDER = "https://download.openmmlab.com/pretrain/third_party/"
@@ -37,6 +34,7 @@ def local_path(source: str | os.PathLike) -> str:
     """The file behind `source`: a path as it is, or a URL's file in torch hub's cache, downloaded if need be.
 
     Downloads come over https; http is for servers on this machine only. Besides URLs it knows these names:
+    - `zoo:gfl_r101_2x` and the other published detectors of `zoo.ZOO`;
     - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
       configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
       `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
@@ -46,6 +44,8 @@ def local_path(source: str | os.PathLike) -> str:
     checksum in its name; `OutputError` if the disk is full.
     """
     source = os.fspath(source)
+    if entry := published(source):
+        return _download(entry.url)
     scheme, separator, name = source.partition("://")
     if not separator:
         return os.path.expanduser(source)
@@ -63,10 +63,16 @@ def local_path(source: str | os.PathLike) -> str:
     raise CheckpointError(f"unknown kind of checkpoint address: {one_line(source)}")
 
 
+def is_address(source: str | os.PathLike) -> bool:
+    """Whether `source` is a URL or a name for one, not a path."""
+    return "://" in os.fspath(source) or os.fspath(source).startswith(PREFIX)
+
+
 def check_file(source: str | os.PathLike) -> None:
-    """Raise CheckpointError for a path where there is no file; it does not look up addresses."""
+    """Raise CheckpointError for a path where there is no file, or an unknown name `zoo:...`; it downloads nothing."""
     source = os.fspath(source)
-    if "://" not in source and not os.path.exists(os.path.expanduser(source)):
+    published(source)
+    if not is_address(source) and not os.path.exists(os.path.expanduser(source)):
         raise CheckpointError(f"no such checkpoint file: {source}")
 
 
@@ -88,13 +94,13 @@ def _torchvision_url(name: str) -> str:
 
 
 def _download(url: str) -> str:
-    path, checksum = _cache_entry(url)
+    path, expected = _cache_entry(url)
     try:
         check_encrypted(url)
-        if os.path.isfile(path) and _is_right(path, checksum):
+        if os.path.isfile(path) and _is_right(path, expected):
             return path
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _fetch(url, path, checksum)
+        _fetch(url, path, expected)
     except CheckpointError:
         raise
     except UnencryptedAddress as error:
@@ -107,9 +113,9 @@ def _download(url: str) -> str:
     return path
 
 
-def _is_right(path: str, checksum: str | None) -> bool:
+def _is_right(path: str, expected: str | None) -> bool:
     """Whether a cached file still has the checksum in its name: another program may have cut it off."""
-    return checksum is None or file_hash(path).startswith(checksum)
+    return expected is None or file_hash(path).startswith(expected)
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -121,7 +127,7 @@ def file_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _fetch(url: str, path: str, checksum: str | None) -> None:
+def _fetch(url: str, path: str, expected: str | None) -> None:
     """Write a URL's file to a temporary one, and move that to `path` when it is complete and its checksum is right."""
     partial, digest, done = f"{path}.{uuid4().hex}.partial", hashlib.sha256(), 0
     try:
@@ -136,9 +142,9 @@ def _fetch(url: str, path: str, checksum: str | None) -> None:
                 bar.update(len(block))
         if size and done != size:
             raise OSError(f"the connection ended after {done} of {size} bytes")
-        if checksum and not digest.hexdigest().startswith(checksum):
-            raise CheckpointError(f"the download of {url} does not have the checksum in its name: {checksum} is "
-                                  f"expected, and it has {digest.hexdigest()[:len(checksum)]}")
+        if expected and not digest.hexdigest().startswith(expected):
+            raise CheckpointError(f"the download of {url} does not have the checksum in its name: {expected} is "
+                                  f"expected, and it has {digest.hexdigest()[:len(expected)]}")
         os.replace(partial, path)
     finally:
         with suppress(FileNotFoundError):
@@ -155,8 +161,8 @@ def _cache_entry(url: str) -> tuple[str, str | None]:
     parts = [quote(part, safe=" +=@") for part in unquote(address.path).split("/") if part not in ("", ".", "..")]
     if not parts:
         raise CheckpointError(f"no file name in {one_line(url)}")
-    checksum = _CHECKSUM.search(parts[-1])
-    folders = [] if checksum else [quote(address.netloc.rpartition("@")[2].replace(":", "_")), *parts[:-1]]
-    if address.query and not checksum:
+    expected = checksum(parts[-1])
+    folders = [] if expected else [quote(address.netloc.rpartition("@")[2].replace(":", "_")), *parts[:-1]]
+    if address.query and not expected:
         folders.append(f"query {hashlib.sha256(address.query.encode()).hexdigest()[:16]}")
-    return os.path.join(torch.hub.get_dir(), "checkpoints", *folders, parts[-1]), checksum[1] if checksum else None
+    return os.path.join(torch.hub.get_dir(), "checkpoints", *folders, parts[-1]), expected

@@ -19,7 +19,10 @@ BAD = [  # configuration, overrides, and what is needed
     (STUDENT, ["optimizer.momentum=2"], (), None), (STUDENT, ["schedule.gamma=[]"], (), None),
     (STUDENT, [], ("val",), None), (STUDENT, [], (), "none.pth"), (CROSSKD, ["distill.methods.0.idx=3"], (), None),
     (CROSSKD, [], (), None), (CROSSKD, ["distill.teacher.cfg=none.yaml"], (), None),
-    (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None)]
+    (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None),
+    (CROSSKD, ["distill.teacher.checkpoint=zoo:none"], (), None), (STUDENT, ["train.init=none.pth"], ("init",), None),
+    (STUDENT, ["train.init=zoo:none"], ("init",), None), (STUDENT, ["train.init_classes=[a]"], (), None),
+    (CROSSKD, ["train.init=a.pth", "distill.init_student=true"], (), None)]
 # Runs in a new process: reads cases as JSON, and writes the message of each, and what was imported.
 ALL_EARLY = """
 import json, sys

@@ -8,15 +8,17 @@ import torch
 from odd_images import pixels, write_rotated
 from PIL import Image
 from pycocotools.coco import COCO
-from runs import config, run_script, write_checkpoint, write_config
+from runs import ROOT, config, run_script, write_checkpoint, write_config
 
 from data import DataError, generate_scenes
 from data.inputs.files import batches_of_one_size, make_sample
 from data.inputs.find import find_files
 from data.sources.scenes import CLASSES
-from kd.config import parse_config
+from kd.config import load_config, parse_config
 from kd.evaluation.evaluate import detect_views
-from kd.inference.detectors import checkpoint_classes, load_with_data
+from kd.inference.detectors import load_with_data, selected_classes
+from models.checkpoints.classes import checkpoint_classes
+from models.checkpoints.formats import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -164,6 +166,25 @@ def test_names_of_classes_come_from_the_one_who_knows(lively, tmp_path, monkeypa
     listed = predict(monkeypatch, capsys, lively, tmp_path, "eval.class_map=[5, 4, 3, 2, 1, 0]",
                      "model.head.num_classes=6")[3]
     assert [c["name"] for c in listed["categories"]] == CLASSES
+
+
+def test_category_ids_are_those_of_the_same_names(lively, tmp_path, monkeypatch, capsys):
+    """Where the checkpoint has the classes of data.val in another order, or not all of them."""
+    assert predict(monkeypatch, capsys, lively, tmp_path, "--classes", *CLASSES[::-1])[3]["categories"] == [
+        {"id": 60 - 10 * k, "name": name} for k, name in enumerate(CLASSES[::-1])]
+
+
+def test_coco_names_of_published_checkpoints():
+    """torchvision's 91 outputs with the map of its configuration, and detectron2's 80."""
+    cfg = load_config(ROOT / "configs/torchvision/retinanet_r50.yaml")
+    names = selected_classes(Checkpoint("torchvision", {}), 91, cfg.eval.class_map)
+    assert names == selected_classes(Checkpoint("detectron2", {}), 80, None) and len(names) == 80
+    assert (names[0], names[11], names[79]) == ("person", "stop sign", "toothbrush")
+    assert selected_classes(Checkpoint("torchvision", {}), 91, None) is None  # some outputs have no class
+    assert selected_classes(Checkpoint("detectron2", {}), 80, [80]) is None
+    assert selected_classes(Checkpoint("state-dict", {}), 80, None) is None
+    own = Checkpoint("densekd", {}, {"classes": ["a", "b", "c"]})
+    assert selected_classes(own, 3, [2, 0]) == ["c", "a"] and selected_classes(own, None, [0]) is None
 
 
 def test_names_in_checkpoints_of_others():

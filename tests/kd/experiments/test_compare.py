@@ -111,6 +111,16 @@ def test_what_makes_runs_one_setting(tmp_path):
         "stopped (2 of 9 epochs)": ["stopped"]}
 
 
+def test_runs_from_one_file_are_one_setting(tmp_path):
+    """Also if it lay in other places; two files under one name are two settings."""
+    for seed, (name, digest) in enumerate([("a.pth", "1"), ("b.pth", "1"), ("a.pth", "2")]):
+        folder = write_run(tmp_path / f"run{seed}", [0.1, 0.2], run_config(seed, init=name))
+        content = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(content | {"init": {name: digest}}))
+    groups = group_runs(read_runs(sorted(tmp_path.iterdir()))[0])
+    assert [[run.name for run in runs] for runs in groups.values()] == [["run0", "run1"], ["run2"]]
+
+
 def test_names_of_runs_in_folders_of_a_seed_each(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "crosskd" / f"seed{seed}", [0.1, 0.2], run_config(seed))
