@@ -7,32 +7,17 @@ walk over the signatures checks a whole configuration and creates its sections b
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from sys import float_info
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from data.ranges import OneOf, Table
 from losses import LOSSES
-
-Table = Mapping[str, Callable]
 
 # Short spellings of the references' argument names.
 ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
-
-
-class OneOf:
-    """Marks a parameter that takes a `{type: ...}` mapping, whose type is in a table.
-
-    Args:
-        table: the classes by name.
-        derived: arguments that the program gives, so that the configuration need not.
-        common: a dataclass of options that every type has besides its own arguments.
-        default: the type if none is given.
-    """
-
-    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None):
-        self.table, self.derived, self.common, self.default = table, derived, common, default
 
 
 class ConfigError(ValueError):
