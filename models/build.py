@@ -103,7 +103,13 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         except ConfigError as error:  # it may name the option alone
             name = error.key.removeprefix(f"{key}.")
             raise ConfigError(f"{key}.{name}", error.problem) from None
-    check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
+    beside = parameters(choice.common) if choice.common else ()
+    checked = check_arguments(table[kind], args, key, choice.derived, beside)
+    if is_dataclass(table[kind]):  # of settings, which is cheap to build
+        try:
+            table[kind](**checked)
+        except ValueError as error:  # what two of its arguments say may not fit together
+            raise ConfigError(key, str(error)) from None
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
