@@ -1,6 +1,7 @@
 """Augmentations that change pixels and move no box.
 
-They come after the resize: images of cameras are several times larger than what a detector gets.
+They come after the resize, because images of cameras are several times larger than what a detector gets, and these
+functions take time for every pixel.
 """
 import math
 from dataclasses import dataclass

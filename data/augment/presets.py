@@ -1,6 +1,7 @@
 """The presets of `data.train_augment`: lists of augmentations, as a configuration would write them.
 
-They change no hue and blur nothing, because these two take longer than everything else together (docs/augmentation.md).
+They change no hue and blur nothing, because either takes longer than the rest of `strong` together.
+docs/augmentation.md shows these lists.
 """
 
 PRESETS: dict[str, list[dict]] = {

@@ -1,10 +1,12 @@
 """What is drawn depends only on the seed, the epoch and the image; and what the settings do."""
 import json
+import re
 from dataclasses import asdict, replace
 from typing import get_args
 
 import pytest
 import torch
+from runs import ROOT
 
 from data import CocoDataset, DataConfig, DataError, Split, build_dataset, build_loader
 from data.augment import AUGMENTATIONS, PRESETS, at_epoch, build_augmentations
@@ -13,6 +15,7 @@ from data.augment.sample import random_draws
 from data.check import check_augmentation
 from data.config import Augmentation
 from data.transforms import flip_image, read_image, resize_image
+from kd.config.load import parse_yaml
 from models.build import ConfigError, read_section
 
 EVERYTHING = [{"type": kind, "p": 0.7} for kind in AUGMENTATIONS]
@@ -97,6 +100,14 @@ def test_draws_leave_the_global_generator_alone_and_repeat():
         with random_draws(*other):
             assert not torch.equal(torch.rand(4), first)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_page_shows_the_presets():
+    page = (ROOT / "docs" / "augmentation.md").read_text("utf-8")
+    shown = [parse_yaml(text, "page")["data"]["train_augment"] for text in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    assert json.dumps(shown[:2]) == json.dumps([PRESETS["light"], PRESETS["strong"]])
+    assert all(f"| `{kind}` |" in page for kind in AUGMENTATIONS)
+    assert all(build_augmentations(entries) for entries in shown)
 
 
 def test_presets_are_lists_that_a_configuration_takes(source):
