@@ -122,6 +122,35 @@ def test_a_box_cut_twice_counts_both_cuts():
     assert twice.labels.tolist() == [IGNORED] and twice.boxes.tolist() == [[0, 30, 30, 50]]
 
 
+@pytest.mark.parametrize("entry", [{"type": "RandomZoomOut", "side_range": (3.0, 3.0)},
+                                   {"type": "RandomAffine", "scale": (0.3, 0.3), "translate": (0.0, 0.0)},
+                                   {"type": "RandomAffine", "scale": (2.0, 2.0), "translate": (0.2, 0.2)}])
+def test_a_smaller_object_is_no_hidden_one(entry):
+    """`visible` is the share of the object that is in the image, whatever its size."""
+    counted = 0
+    for draw in range(10):
+        sample = augmented(entry, draw)
+        zoom = 1 / 3 if entry["type"] == "RandomZoomOut" else entry["scale"][0]
+        for label, visible in zip(sample.labels.tolist(), sample.visible.tolist()):
+            x1, y1, x2, y2 = BOXES[label]
+            seen = pixels_of(sample.image, label).sum().item() / ((x2 - x1) * (y2 - y1) * zoom ** 2)
+            assert visible == pytest.approx(seen, abs=0.12)
+            counted += 1
+        assert zoom > 1 or (len(sample.boxes) == 4 and sample.visible.min() > 0.9)
+    assert counted > 10
+
+
+def test_the_four_images_of_a_mosaic_meet_in_its_point():
+    """Dark images that are much smaller than a quarter: there is no gap between them, and they are near the middle."""
+    entry = {"type": "Mosaic", "scale": (0.1, 0.2), "center": (0.4, 0.6)}
+    for draw in range(10):
+        image = augmented(entry, draw, make_sample({}), make_sample({}, (20, 30))).image
+        dark = image.sum(dim=0) == 0
+        x1, y1, x2, y2 = extent(dark)
+        assert dark[:, x1:x2].any(dim=0).all() and dark[y1:y2].any(dim=1).all()
+        assert 20 <= y2 - y1 < 60 and 30 <= x2 - x1 < 80 and 0.2 * 120 < y1 < y2 < 0.8 * 120
+
+
 def test_an_annotated_box_may_reach_beyond_the_image():
     sample = make_sample({0: [0, 0, 20, 40]})._replace(boxes=torch.tensor([[-180.0, 0, 20, 40]]))
     flipped = augmented({"type": "RandomVerticalFlip"}, 0, sample)

@@ -1,6 +1,7 @@
 """What is drawn depends only on the seed, the epoch and the image; and what the settings do."""
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -88,6 +89,22 @@ def test_evaluation_is_not_augmented(source):
     plain, strong = (build_dataset(each, "train", training=False)
                      for each in (replace(config, train_augment="none"), config))
     assert all(torch.equal(plain[i][0], strong[i][0]) for i in range(len(plain)))
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"epoch": 1}, {"index": 3}])
+def test_seed_epoch_and_image_each_change_the_draws(write_coco, change):
+    """All images are the same, and neither their scale nor a flip is drawn."""
+    source = write_coco([(40, 60)] * 4, [(10 + i, 1, [5, 5, 30, 30], {}) for i in range(4)])
+    for i in range(4):
+        shutil.copy(source[0] / "0.png", source[0] / f"{i}.png") if i else None
+
+    def drawn(seed=3, epoch=0, index=0):
+        augment = build_augmentations([{"type": "RandomCrop", "p": 1.0}, {"type": "ColorJitter", "p": 1.0}])
+        dataset = CocoDataset(*source, training=True, scale=(60, 40), flip=0.0, seed=seed, augment=augment)
+        return dataset[epoch, index][0]
+
+    image, other = drawn(), drawn(**change)
+    assert torch.equal(image, drawn()) and (image.shape != other.shape or not torch.equal(image, other))
 
 
 def test_draws_leave_the_global_generator_alone_and_repeat():
