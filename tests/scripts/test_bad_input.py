@@ -251,6 +251,19 @@ def test_check_data_draws_training_images(scenes, monkeypatch, capsys):
     assert torch.equal(*views)  # without augmentation, images are fed as they are
 
 
+def test_pictures_mark_crowds_as_ignored(scenes, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("kd.inference.draw.draw_boxes", lambda image, boxes, labels, classes, zoom: drawn.append(
+        [classes[label] for label in labels]) or image)
+    change(scenes, lambda c: [a.update(iscrowd=1) for a in c["annotations"][::2]])
+    file = json.loads((scenes / "annotations" / "train.json").read_text())
+    first = [a for a in file["annotations"] if a["image_id"] == file["images"][0]["id"]]
+    assert check_data(monkeypatch, capsys, scenes, "--pictures", scenes / "seen", "--count", 1)[0] == 0
+    names = {category["id"]: category["name"] for category in file["categories"]}
+    assert [sorted(each) for each in drawn] == 3 * [sorted(
+        "ignored" if a["iscrowd"] else names[a["category_id"]] for a in first)] and "ignored" in drawn[0]
+
+
 HIDING = "data.train_augment=[{type: RandomAffine, p: 1.0, scale: [0.001, 0.002]}]"
 
 
