@@ -197,6 +197,12 @@ class CocoDataset(Dataset):
         other.scale = tuple(scale)
         return other
 
+    def as_annotated(self) -> "CocoDataset":
+        """The same images as evaluation would read them: not augmented, and at `scale`."""
+        other = copy.copy(self)
+        other.training, other.augment = False, []
+        return other
+
     def eval_sizes(self) -> list[tuple[int, int]]:
         """The (h, w) of each image after the resize of evaluation, without reading the images."""
         return [resized_size(size, self.scale) for size in self.sizes]

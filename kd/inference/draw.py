@@ -123,18 +123,16 @@ def write_training_pictures(data: DataConfig, folder: Path, count: int, seed: in
         DataError: data that cannot be used.
     """
     fed = build_dataset(data, "train", training=True, seed=seed, epochs=epochs)
-    plain = build_dataset(data, "train", training=False)
-    places = {image_id: index for index, image_id in enumerate(plain.image_ids)}
-    classes, files = [*fed.classes, "ignored"], []
+    plain, classes, files = fed.as_annotated(), [*fed.classes, "ignored"], []
     zoom = max(1, 2 * WIDTH // max(data.scale))  # so that names do not cover small images
     for index in range(min(count, len(fed))):
-        row = []
-        samples = [fed[epoch, index] for epoch in range(min(VIEWS, epochs))]
-        for image, target in [plain[places[samples[0][1]["image_id"]]], *samples]:
+        row, samples = [], [fed[epoch, index] for epoch in range(min(VIEWS, epochs))]
+        shown = fed.image_ids.index(samples[0][1]["image_id"])  # another one if the image cannot be read
+        for image, target in [plain[shown], *samples]:
             ignored = torch.full((len(target["ignored_boxes"]),), len(fed.classes))
             row.append(draw_boxes(image, torch.cat([target["boxes"], target["ignored_boxes"]]),
                                   torch.cat([target["labels"], ignored]), classes, zoom=zoom))
-        files.append(folder / f"{index + 1}_{Path(fed.file_names[index]).stem}.png")
+        files.append(folder / f"{index + 1}_{Path(fed.file_names[shown]).stem}.png")
         write_picture(grid([row], ["as annotated", *(f"as fed in epoch {n}" for n in range(1, len(row)))]), files[-1])
     return files
 

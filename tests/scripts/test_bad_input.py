@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,16 @@ def test_check_data_draws_training_images(scenes, monkeypatch, capsys):
     plain = read_image(next(again.iterdir()))[:, 24:]
     views = [plain[:, :, 4 + i * 964:960 + i * 964] for i in range(2)]
     assert torch.equal(*views)  # without augmentation, images are fed as they are
+
+
+def test_pictures_of_images_with_boxes_only(scenes, monkeypatch, capsys):
+    change(scenes, lambda c: c.update(annotations=[
+        a for a in c["annotations"] if a["image_id"] == c["images"][3]["id"]]))
+    assert check_data(monkeypatch, capsys, scenes, "--pictures", scenes / "seen", "data.skip_empty=true",
+                      "data.train.first=1")[0] == 0
+    (file,) = (scenes / "seen").iterdir()
+    last = json.loads((scenes / "annotations" / "train.json").read_text())["images"][3]["file_name"]
+    assert file.stem == f"1_{Path(last).stem}"
 
 
 def test_pictures_mark_crowds_as_ignored(scenes, monkeypatch, capsys):
