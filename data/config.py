@@ -2,9 +2,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from data.augment import AUGMENTATIONS
 from data.errors import DataError
-from data.ranges import Count, Number, Share, Some
+from data.ranges import Count, Number, OneOf, Share, Some
+
+Augmentation = Literal["none", "light", "strong"] | Some[Annotated[dict, OneOf(AUGMENTATIONS, light=True)]]
 
 
 @dataclass
@@ -34,6 +38,7 @@ class DataConfig:
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
     multi_scale: Some[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training
+    train_augment: Augmentation = "none"  # more augmentation of training images: a preset, or a list
     skip_empty: bool = False  # leave images without boxes out of training
     skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.augment import build_augmentations
 from data.coco import CocoDataset
 from data.config import DataConfig
 from data.errors import DataError
@@ -16,7 +17,8 @@ from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
 
 
-def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0) -> CocoDataset:
+def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
+                  epochs: int | None = None) -> CocoDataset:
     """Build one split of the `data` section of a configuration.
 
     Args:
@@ -24,6 +26,7 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0)
         split: "train" or "val", the key whose images and annotations are read.
         training: whether to augment them.
         seed: of the augmentation.
+        epochs: of the whole training, for augmentations that stop before its end.
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
     source = {"train": config.train, "val": config.val}[split]
@@ -31,7 +34,8 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0)
         raise DataError(f"data.{split} is not set: give it images and annotations")
     return CocoDataset(source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
                        flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first,
-                       seed=seed, skip_unreadable=config.skip_unreadable)
+                       seed=seed, skip_unreadable=config.skip_unreadable,
+                       augment=build_augmentations(config.train_augment), epochs=epochs)
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:

@@ -1,10 +1,14 @@
-"""Ranges of numbers and lengths of lists, for type hints: `flip: Share = 0.5`, `strides: Some[Count]`.
+"""Marks for type hints: ranges of numbers, lengths of lists and tables of types.
 
-They are checked when a configuration or a command line is read.
+For example `flip: Share = 0.5`, `strides: Some[Count]`. They are checked when a configuration or a command line is
+read.
 """
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Annotated, TypeVar
+
+Table = Mapping[str, Callable]
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,21 @@ Temperature = Annotated[float, Range(1)]    # of distributions that are softened
 
 Entry = TypeVar("Entry")
 Some = Annotated[list[Entry], NotEmpty()]    # a list that must not be empty
+
+
+class OneOf:
+    """Marks a parameter that takes a `{type: ...}` mapping, whose type is in a table.
+
+    Args:
+        table: the classes by name.
+        derived: arguments that the program gives, so that the configuration need not.
+        common: a dataclass of options that every type has besides its own arguments.
+        default: the type if none is given.
+        takes: of a table of losses, what they are called with; only losses that take one of these may stand here.
+        light: the classes hold no weights, so one is made at once to see whether its arguments fit each other.
+    """
+
+    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None,
+                 takes: Sequence[str] = (), light: bool = False):
+        self.table, self.derived, self.common, self.default = table, derived, common, default
+        self.takes, self.light = takes, light or bool(takes)

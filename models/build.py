@@ -13,30 +13,11 @@ from functools import cache
 from sys import float_info
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from data.ranges import OneOf, Table
 from losses import LOSSES
-
-Table = Mapping[str, Callable]
 
 # Short spellings of the references' argument names.
 ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
-
-
-class OneOf:
-    """Marks a parameter that takes a `{type: ...}` mapping, whose type is in a table.
-
-    Args:
-        table: the classes by name.
-        derived: arguments that the program gives, so that the configuration need not.
-        common: a dataclass of options that every type has besides its own arguments.
-        default: the type if none is given.
-        takes: of a table of losses, what they are called with; only losses that take one of these may stand here.
-        light: the classes hold no weights, so one is made at once to see whether its arguments fit each other.
-    """
-
-    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None,
-                 takes: Sequence[str] = (), light: bool = False):
-        self.table, self.derived, self.common, self.default = table, derived, common, default
-        self.takes, self.light = takes, light or bool(takes)
 
 
 class ConfigError(ValueError):

@@ -14,7 +14,7 @@ def leaves(hint: Any) -> Iterator[Any]:
     """The plain types and the tables of types in a type hint."""
     if get_origin(hint) is Annotated:
         plain, mark = get_args(hint)
-        yield mark if isinstance(mark, OneOf) else plain
+        yield from [mark] if isinstance(mark, OneOf) else leaves(plain)
     elif get_origin(hint) is None or get_origin(hint) is Literal:
         yield hint
     else:

@@ -42,6 +42,8 @@ RULES: dict[str, Rule] = {
     "data.scale": WARN,
     "data.multi_scale": WARN,
     "data.flip": WARN,
+    "data.train_augment": WARN,
+    "data.train_augment.*": WARN,
     "data.skip_empty": REFUSE,              # the order of the images
     "data.skip_unreadable": TAKE,           # the log names every image that is skipped
     "data.antialias": WARN,

@@ -79,7 +79,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
-    train_set = build_dataset(data, "train", training=True, seed=settings.seed)
+    train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
     if not any(map(len, train_set.labels)):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
                         "scripts/check_data.py for what was left out")
