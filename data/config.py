@@ -2,6 +2,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.errors import DataError
 from data.ranges import Count, Number, Share
@@ -29,6 +30,7 @@ class DataConfig:
     val: Split | None = None  # data for evaluation
     batch_size: Count = 2  # images per process and step
     workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
+    worker_start: Literal["fork", "spawn"] | None = None  # how they start; null: fork on Linux, spawn on other systems
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
     multi_scale: list[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training

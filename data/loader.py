@@ -1,8 +1,10 @@
 """Data sets and loaders of a configuration."""
 import os
 import random
+import signal
 import sys
 from functools import partial
+from multiprocessing import get_all_start_methods
 
 import numpy as np
 import torch
@@ -50,32 +52,41 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
 
 
 def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers: int = 2, seed: int = 0,
-                 group_by_aspect: bool = True, rank: int = 0, world: int = 1) -> DataLoader:
+                 group_by_aspect: bool = True, rank: int = 0, world: int = 1, worker_start: str | None = None
+                 ) -> DataLoader:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
-    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` or the global random state,
-    which it does not change.
+    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` and `worker_start`
+    (as in `DataConfig`) or on the global random state, which it does not change.
+
+    Raises DataError if the system cannot start workers in this way.
     """
     if training:
         sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
-    # Workers are forked, whatever Python's default is: they start at once, and end when the training process is killed.
-    context = "fork" if workers and sys.platform == "linux" else None
+    # On Linux they are forked, whatever Python's default is: then they start at once.
+    worker_start = worker_start or ("fork" if sys.platform == "linux" else "spawn")
+    if worker_start not in get_all_start_methods():
+        raise DataError(f"data.worker_start={worker_start} does not exist on this system: remove it")
     generator = torch.Generator().manual_seed(seed)  # else each epoch would draw a number from the global generator
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                      persistent_workers=workers > 0, multiprocessing_context=context, generator=generator,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
+                      persistent_workers=workers > 0, multiprocessing_context=worker_start if workers else None,
+                      generator=generator, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
 
 
 def _init_worker(worker: int, seed: int, rank: int) -> None:
     """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread.
 
-    It leaves the process group, so that signals to the group (Ctrl-C) reach only the training process, which needs
-    batches until it has saved. If that process dies, the worker notices and ends by itself.
+    Ctrl-C reaches only the training process, which needs batches until it has saved: where there are process groups,
+    the worker leaves that of the terminal. If the training process dies, the worker notices and ends by itself.
     """
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
     random.seed(worker_seed)
     np.random.seed(worker_seed)

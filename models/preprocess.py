@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from losses import widest_float
+
 from .build import ConfigError
 
 
@@ -23,14 +25,14 @@ class Preprocess(nn.Module):
         if min(std) <= 0:
             raise ConfigError("model.preprocess.std", f"must be above zero, not {list(std)}")
         self.channel_order, self.statistics = channel_order, (list(mean), list(std))
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(3, 1, 1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocess":
-        # The statistics move to another device but stay float64. They are cast where they are used.
-        mean, std = self.mean, self.std
-        super()._apply(fn, recurse)
-        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        # The statistics move to another device but stay as exact as it allows. They are cast where they are used.
+        device = fn(torch.zeros(0, device=self.mean.device)).device
+        self.mean, self.std = (torch.tensor(values, dtype=widest_float(device), device=device).view(3, 1, 1)
+                               for values in self.statistics)
         return self
 
     def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:

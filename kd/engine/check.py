@@ -7,7 +7,7 @@ import torch
 from ..config import Config, parse_config
 from ..inference.precision import autocast
 from ..processes import distributed
-from ..processes.memory import peak_memory
+from ..processes.memory import in_gib, peak_memory
 from .run import Run, build_run, describe_run
 from .start import starting_points
 from .step import to_device
@@ -44,8 +44,7 @@ def check(cfg: Config, device: torch.device) -> str:
         with torch.no_grad(), autocast(device, amp):
             found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
         lines.append(f"evaluation: {sum(len(d['boxes']) for d in found)} detections on {len(found)} images")
-    memory = peak_memory(device) / 2 ** 30
-    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {memory:.2f} GiB")
+    lines.append(f"a step of {len(images)} images took {seconds:.2f} s; peak memory {in_gib(peak_memory(device))}")
     return "\n".join(lines)
 
 

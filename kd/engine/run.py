@@ -95,7 +95,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
-                                rank, world)
+                                rank, world, data.worker_start)
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None)

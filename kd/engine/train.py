@@ -193,7 +193,9 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         put_statistics_back(broken)
     else:
         watch(run, broken, losses, batches)
-    scaler.step(run.optimizer)
+    # Not all optimisers heed the flag on MPS, so there the step waits for it.
+    if run.device.type != "mps" or not broken:
+        scaler.step(run.optimizer)
     scaler.update()
     if run.average is not None:
         run.average.update(run.student)

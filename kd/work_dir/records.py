@@ -12,7 +12,7 @@ from data import DataError
 from ..config import TrainConfig
 
 # The seed, and settings that change neither the weights nor the figures.
-SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
+SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
           "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
                     "vis_period")}
 
