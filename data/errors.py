@@ -27,5 +27,5 @@ def listed(problems: Sequence[str], separator: str = "; ") -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """`1 problem`, `2 classes`."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('s') else 's'}"
+    """`1 problem`, `2 classes`, `3 batches`."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith(('s', 'ch')) else 's'}"

@@ -7,7 +7,7 @@ from data import DataConfig
 from models import ModelConfig
 from models.build import OneOf, read_section
 
-from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
+from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig, check_scaling
 from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig
 
 
@@ -27,6 +27,9 @@ class Config(dict):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        check_scaling(self.optimizer)
 
     @property
     def teachers(self) -> list[TeacherConfig]:

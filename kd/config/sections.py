@@ -15,6 +15,7 @@ class TrainConfig:
     """The `train` section."""
 
     epochs: Count = 12
+    patience: Count | None = None                   # evaluations without a better AP that end training; null: none do
     seed: Seed = 0                                  # for initial weights, order of images and augmentation
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     channels_last: bool = True                      # memory format of convolutions; affects only rounding and speed

@@ -47,6 +47,7 @@ class Run:
     saved: int = -1            # step of last.pth
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
+    waited: int = 0            # evaluations since then
     overflows: Tensor | int = 0  # steps that fp16 has skipped
 
     @property
@@ -66,12 +67,25 @@ class Run:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_loader) / self.cfg.train.accumulate)
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluation was the one that ends training, see `train.patience`."""
+        patience = self.cfg.train.patience
+        return patience is not None and self.evaluated and self.waited >= patience
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether an evaluation is due after an epoch, counted from 0."""
+        every, last = self.cfg.eval.every, self.cfg.train.epochs - 1
+        return self.val_loader is not None and (epoch == last or (every > 0 and (epoch + 1) % every == 0))
+
 
 def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
     """Build the data, models and optimiser of a run, before its first step."""
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
+    if settings.patience is not None and (data.val is None or cfg.eval.every == 0):
+        raise ConfigError("train.patience", "counts evaluations during training: give data.val, and eval.every above 0")
     train_set = build_dataset(data, "train", training=True, seed=settings.seed)
     if not any(map(len, train_set.labels)):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
@@ -124,7 +138,7 @@ def save_run(run: Run, name: str) -> None:
     state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
-             "config": dict(run.cfg), "classes": run.train_loader.dataset.classes}
+             "waited": run.waited, "config": dict(run.cfg), "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
@@ -167,6 +181,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[str]:
     if state["scaler"]:  # of a run in fp16
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
+    run.waited = state.get("waited", 0)
     return changed_settings(saved, run.cfg) if saved else []
 
 
@@ -191,6 +206,9 @@ def describe_run(run: Run) -> str:
              f"{run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
+    world, batch, times = distributed.world_size(), run.cfg.data.batch_size, run.cfg.train.accumulate
+    lines.append(f"learning rate {run.optimizer.defaults['lr']:g}, with {counted(world * batch * times, 'image')} per "
+                 f"step: {counted(world, 'process')} x {batch} per batch x {counted(times, 'batch')}")
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)

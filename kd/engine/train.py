@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.errors import listed
+from data.errors import counted, listed
 from data.output import write_text
+from data.tables import points
 
 from ..config import parse_config
 from ..evaluation.coco import format_figures
@@ -23,7 +24,7 @@ from ..processes import distributed
 from ..processes.signals import StopSignals
 from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
-from ..work_dir.log import Meter, Metrics, open_log
+from ..work_dir.log import Clock, Meter, Metrics, open_log
 from ..work_dir.provenance import provenance
 from .board import Board, open_board
 from .finite import describe_broken_step, keep_statistics
@@ -43,10 +44,11 @@ class Reports(NamedTuple):
     metrics: Metrics
     board: Board | None
     skipped: SkippedImages
+    clock: Clock
 
 
 def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
-    """Train the model of a configuration to the end of its last epoch.
+    """Train the model of a configuration to the end of its last epoch, or of `train.patience`.
 
     Returns:
         The figures of the last evaluation, empty without data.val.
@@ -76,16 +78,19 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     settings = run.cfg.train
     if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
         log.info(starting_points(run.distiller, run.cfg, device))
-    figures, last, every = {}, settings.epochs - 1, run.cfg.eval.every
+    figures = {}
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all epochs are done already: set a larger train.epochs to go on")
-    reports = Reports(log, metrics, board, SkippedImages(log))
+    reports = Reports(log, metrics, board, SkippedImages(log), Clock())
     with lock, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
             train_epoch(run, model, epoch, reports, signals)
-            due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
-            if due and run.val_loader is not None and not run.evaluated:
+            if run.evaluates(epoch) and not run.evaluated:
                 figures = evaluate_epoch(run, epoch, reports, signals)
+            if run.out_of_patience:
+                log.info("stopped after epoch %d, because %s brought no better AP than %s (train.patience)", epoch + 1,
+                         counted(run.waited, "evaluation"), points(run.best))
+                break
         # A run that was resumed from another folder may have written neither.
         written = [f"the {name} checkpoint is {path}" for name in ("last", "best")
                    if (path := work_dir / f"{name}.pth").is_file()]
@@ -98,12 +103,12 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings, (log, metrics, board, skipped) = run.cfg.train, reports
+    settings, (log, metrics, board, skipped, clock) = run.cfg.train, reports
     model.train()
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.start = epoch, done * settings.accumulate
-    meter = Meter()
+    meter, evaluations = Meter(), sum(map(run.evaluates, range(epoch, settings.epochs)))
     bar = tqdm(in_runs(run.train_loader, settings.accumulate), f"epoch {epoch + 1}/{settings.epochs}",
                run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
     for batches in bar:
@@ -111,6 +116,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
             skipped.note(targets)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
+        clock.tick("step")
         meter.add(losses, sum(len(images) for images, _ in batches) * distributed.world_size())
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
@@ -125,9 +131,11 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
                 check_scale(run)
             metrics.write(record)
             shown = {k: "-" if v is None else f"{v:.4g}" for k, v in record.items() if k not in ("epoch", "step")}
-            bar.set_postfix(loss=shown["loss"])
-            log.info("epoch %d step %d/%d %s", epoch + 1, run.step, settings.epochs * run.steps_per_epoch,
-                     " ".join(f"{k} {v}" for k, v in shown.items()))
+            steps = settings.epochs * run.steps_per_epoch
+            left = clock.left(step=steps - run.step, evaluation=evaluations)
+            bar.set_postfix(loss=shown["loss"], run_left=left)
+            log.info("epoch %d step %d/%d %s, %s left", epoch + 1, run.step, steps,
+                     " ".join(f"{k} {v}" for k, v in shown.items()), left)
         asked = signals.agreed()
         if asked or (settings.checkpoint_every and run.step % settings.checkpoint_every == 0):
             run.finite.check()
@@ -163,8 +171,9 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     """
     settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
     seed_step(settings.seed, run.step, distributed.rank())
+    factor = lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch, settings.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch)
+        group["lr"] = group["initial_lr"] * factor
     norms_due = bool(distiller and settings.grad_norm_every and run.step % settings.grad_norm_every == 0)
     if distiller:
         distiller.advance(run.step, run.steps_per_epoch, settings.epochs)
@@ -237,11 +246,14 @@ def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals)
     distributed.share_buffers(run.evaluated_model)
     figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
                        run.work_dir / "precision_recall.json", after_batch=stop_if_asked)
-    reports.metrics.write({"epoch": epoch, "step": run.step} | figures)
+    run.evaluated, better = True, (figures["AP"] or 0) > run.best
+    run.waited = 0 if better else run.waited + 1
+    reports.metrics.write({"epoch": epoch, "step": run.step} | figures |
+                          ({"out_of_patience": True} if run.out_of_patience else {}))
     reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
-    run.evaluated = True
-    if (figures["AP"] or 0) > run.best:
+    if better:
         run.best = figures["AP"] or 0
         save_run(run, "best.pth")
     save_run(run, "last.pth")
+    reports.clock.tick("evaluation")
     return figures

@@ -48,7 +48,9 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        return self.epochs is None or self.done >= self.epochs
+        """Whether training reached its end: the last epoch, or that of `train.patience`."""
+        stopped = bool(self.evaluations) and self.evaluations[-1].get("out_of_patience", False)
+        return self.epochs is None or self.done >= self.epochs or stopped
 
     @property
     def steps_per_epoch(self) -> float:
