@@ -45,8 +45,9 @@ class CocoDataset(Dataset):
         skip_unreadable: in training, replace an image that cannot be read by the next readable image. Evaluation never
             does this: results on fewer images would not be comparable.
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
-    `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
-    `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
+    `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
+    in original pixels, `labels` (n,), `ignored_boxes` (m, 4) and `repeats` (how often training shows the image in an
+    epoch), by index; `num_dropped_boxes` and `num_skipped_images`.
     Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
     or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
     another size than in the annotations.
@@ -81,6 +82,8 @@ class CocoDataset(Dataset):
         self.num_skipped_images = len(read.image_ids) - len(kept)
         self.image_ids = [read.image_ids[i] for i in kept]
         self.file_names = [read.file_names[i] for i in kept]
+        self.origins = [(self.image_folder, self.annotation_file)] * len(kept)
+        self.repeats = [1.0] * len(kept)
         self.sizes = [read.sizes[i] for i in kept]
         self.boxes = [read.boxes[i] for i in kept]
         self.labels = [read.labels[i] for i in kept]
@@ -89,18 +92,19 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor, dict]:
         """Return the image and target that belong to `key`: (epoch, index), or only an index for epoch 0.
 
-        The key contains the epoch because loader workers live longer than an epoch and are not told about a new one.
+        The key contains the epoch because loader workers live longer than an epoch and are not told about a new one. A
+        third number in it counts, from 1, how often the epoch has shown the image before; each time has its own draws.
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
             32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,
             also `skipped`, a list with one line per problem. All other entries belong to the replacement image.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *again = key if isinstance(key, tuple) else (0, key)
         image, index, skipped = self._read_image_or_next(index)
-        scale, flip = self._draw_augmentation(epoch, index)
+        scale, flip = self._draw_augmentation(epoch, index, *again)
         original_size = self.sizes[index]
         size = resized_size(original_size, scale)
         image = resize_image(image, size, self.antialias)
@@ -123,14 +127,14 @@ class CocoDataset(Dataset):
         }
         return image, target | ({"skipped": skipped} if skipped else {})
 
-    def _draw_augmentation(self, epoch: int, index: int) -> tuple[tuple[int, int], bool]:
+    def _draw_augmentation(self, epoch: int, index: int, *again: int) -> tuple[tuple[int, int], bool]:
         """Draw the scale and the flip only from (seed, epoch, image), so that worker and order have no effect."""
         if not self.training:
             return self.scale, False
         image_id = self.image_ids[index]
         # The seeds of a generator must be natural numbers.
         image_key = image_id if isinstance(image_id, int) and image_id >= 0 else index
-        rng = np.random.default_rng([self.seed, epoch, image_key])
+        rng = np.random.default_rng([self.seed, epoch, image_key, *again])
         flip = rng.random() < self.flip
         return self.multi_scale[rng.integers(len(self.multi_scale))], flip
 
@@ -153,8 +157,8 @@ class CocoDataset(Dataset):
         raise DataError(f"{len(skipped)} images in a row cannot be read; the last one: {skipped[-1]}")
 
     def _read_image(self, index: int) -> Tensor:
-        path = self.image_folder / self.file_names[index]
-        return read_annotated_image(path, self.sizes[index], self.annotation_file)
+        folder, annotation_file = self.origins[index]
+        return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
     def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
         """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""

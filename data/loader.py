@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from multiprocessing import get_all_start_methods
 
@@ -14,26 +15,40 @@ from torch.utils.data import DataLoader
 from data.coco import CocoDataset
 from data.config import DataConfig
 from data.errors import DataError
+from data.joined import join, oversample, use_classes
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
 
 
-def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0) -> CocoDataset:
-    """Build one split of the `data` section of a configuration.
+def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
+                  classes: Sequence[str] | None = None) -> CocoDataset:
+    """Build one split of the `data` section of a configuration; several data sets in it are joined.
 
     Args:
         config: the section.
         split: "train" or "val", the key whose images and annotations are read.
         training: whether to augment them.
         seed: of the augmentation.
+        classes: the names of data.train's classes, to number the labels of data.val in the same way.
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
-    source = {"train": config.train, "val": config.val}[split]
-    if source is None:
+    datasets = []
+    for source in config.parts(split):
+        datasets.append(CocoDataset(
+            source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
+            flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first, seed=seed,
+            skip_unreadable=config.skip_unreadable))
+        datasets[-1].repeats = [float(source.repeat)] * len(datasets[-1])
+    if not datasets:
         raise DataError(f"data.{split} is not set: give it images and annotations")
-    return CocoDataset(source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
-                       flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first,
-                       seed=seed, skip_unreadable=config.skip_unreadable)
+    dataset = join(datasets, f"data.{split}")
+    if training and config.repeat_factor is not None:
+        dataset.repeats = oversample(dataset.labels, dataset.repeats, config.repeat_factor)
+    if classes is not None:
+        if not set(dataset.classes) <= set(classes):
+            raise DataError(f"data.{split}: needs the classes of data.train, {list(classes)}, not {dataset.classes}")
+        use_classes(dataset, classes)
+    return dataset
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
@@ -63,7 +78,7 @@ def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers:
     Raises DataError if the system cannot start workers in this way.
     """
     if training:
-        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world)
+        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world, dataset.repeats)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
     # On Linux they are forked, whatever Python's default is: then they start at once.

@@ -106,8 +106,8 @@ def check_files(cfg: Config, splits: Sequence[str] = (), checkpoint: str | Path 
         teacher_model(entry)
         if entry.checkpoint is not None:
             check_teacher_file(entry)
-    for split in filter(None, (getattr(cfg.data, split, None) for split in splits)):
-        split.check_paths()
+    for part in (part for split in splits if cfg.data for part in cfg.data.parts(split)):
+        part.check_paths()
     if checkpoint is not None:
         check_file(checkpoint)
 

@@ -30,7 +30,7 @@ def check(cfg: Config, device: torch.device) -> str:
     images, targets = next(iter(run.train_loader))
     if run.distiller:
         if run.val_loader is not None and run.cfg.train.check_images:
-            lines.append(starting_points(run.distiller, run.cfg, device))
+            lines.append(starting_points(run.distiller, run.cfg, run.train_loader.dataset.classes, device))
         lines += describe_methods(run, images, targets)
     losses, _ = train_step(run, run.model, [(images, targets)])
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))

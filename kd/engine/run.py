@@ -1,6 +1,7 @@
 """A training run: its parts, and how it is built, saved and restored."""
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
                         "scripts/check_data.py for what was left out")
     cfg = with_classes(cfg, train_set)
-    val_set = build_dataset(data, "val", training=False) if data.val else None
-    if val_set is not None and val_set.classes != train_set.classes:
-        raise ConfigError("data.val", f"needs the classes of data.train, {train_set.classes}, not {val_set.classes}")
+    val_set = build_dataset(data, "val", training=False, classes=train_set.classes) if data.val else None
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
     model = build_model(cfg)
@@ -200,12 +199,16 @@ def changed_settings(before: Mapping, after: Mapping, prefix: str = "") -> list[
 def describe_run(run: Run) -> str:
     """A few lines about the run, for its start."""
     data = run.train_loader.dataset
-    size = typical_size(data.scale)
+    size, shown = typical_size(data.scale), run.train_loader.batch_sampler.shown
     lines = [f"{counted(len(data), 'training image')}, {counted(data.num_classes, 'class')}, "
              f"{counted(run.steps_per_epoch, 'step')} per epoch, {counted(run.cfg.train.epochs, 'epoch')} on "
              f"{run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
+    files = Counter(file for _, file in data.origins)
+    lines += [f"from {file}: {counted(number, 'image')}" for file, number in files.items() if len(files) > 1]
+    if shown != len(data):
+        lines.append(f"images shown in an epoch, with repeats: {shown}")
     world, batch, times = distributed.world_size(), run.cfg.data.batch_size, run.cfg.train.accumulate
     lines.append(f"learning rate {run.optimizer.defaults['lr']:g}, with {counted(world * batch * times, 'image')} per "
                  f"step: {counted(world, 'process')} x {batch} per batch x {counted(times, 'batch')}")

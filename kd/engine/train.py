@@ -62,7 +62,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     resume_from = distributed.from_first(resume_from)
     run = build_run(parse_config(cfg), work_dir, device)
     changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
-    first, board = distributed.rank() == 0, open_board(run.cfg, work_dir, run.step, device)
+    first, board = distributed.rank() == 0, open_board(run, work_dir)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
@@ -77,7 +77,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
 
     settings = run.cfg.train
     if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
-        log.info(starting_points(run.distiller, run.cfg, device))
+        log.info(starting_points(run.distiller, run.cfg, run.train_loader.dataset.classes, device))
     figures = {}
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all epochs are done already: set a larger train.epochs to go on")

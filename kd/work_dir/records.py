@@ -116,6 +116,9 @@ def setting(config: dict, teachers: dict[str, str] | None = None, distilled: boo
     for section, names in SILENT.items():
         for name in names:
             (config.get(section) or {}).pop(name, None)
+    data = config.get("data") or {}
+    if isinstance(data.get("train"), list) and len(data["train"]) == 1:  # the same as without a list
+        data["train"], = data["train"]
     if not distilled:
         config.pop("distill", None)
     for entry in teacher_entries(config):

@@ -17,7 +17,10 @@ BAD = [  # configuration, overrides, and what is needed
     (STUDENT, ["no override"], (), None), (STUDENT, ["model.backbone.depht=18"], (), None),
     (STUDENT, ["model.head.type=GLFHead"], (), None), (STUDENT, ["model.head.assigner.topk=a"], (), None),
     (STUDENT, ["optimizer.momentum=2"], (), None), (STUDENT, ["schedule.gamma=[]"], (), None),
-    (STUDENT, [], ("val",), None), (STUDENT, [], (), "none.pth"), (CROSSKD, ["distill.methods.0.idx=3"], (), None),
+    (STUDENT, [], ("val",), None), (STUDENT, ["data.train=[{images: a, annotations: b}]"], ("train",), None),
+    (STUDENT, ["data.train=[]"], (), None), (STUDENT, ["data.val.repeat=2"], (), None),
+    (STUDENT, ["data.train=[{images: a}]"], (), None), (STUDENT, ["optimizer.lr={per_image: -1}"], (), None),
+    (STUDENT, [], (), "none.pth"), (CROSSKD, ["distill.methods.0.idx=3"], (), None),
     (CROSSKD, [], (), None), (CROSSKD, ["distill.teacher.cfg=none.yaml"], (), None),
     (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None)]
 # Runs in a new process: reads cases as JSON, and writes the message of each, and what was imported.

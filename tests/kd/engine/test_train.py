@@ -376,6 +376,58 @@ def test_the_log_says_the_learning_rate_and_the_time_left(scenes, tmp_path, monk
     assert rates == pytest.approx([0.08, 0.08 * 0.8535534, 0.04, 0.08 * 0.1464466])
 
 
+def test_a_run_on_several_data_sets_with_repeats_goes_on_exactly(scenes, tmp_path, monkeypatch):
+    """Broken off within an epoch. The second data set has another order of classes, and data.val lacks some."""
+    cfg = config(scenes, 3)
+    files = {}
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        content["categories"].reverse()
+        for number, category in enumerate(content["categories"], start=1):
+            category["id"], old = number, category["id"]
+            for annotation in content["annotations"]:
+                if annotation["category_id"] == old and "new" not in annotation:
+                    annotation |= {"category_id": number, "new": True}
+        if split == "val":
+            used = {annotation["category_id"] for annotation in content["annotations"]}
+            content["categories"] = [category for category in content["categories"] if category["id"] in used]
+            assert 1 <= len(used) < 6
+        files[split] = cfg["data"][split] | {"annotations": str(tmp_path / f"{split}.json")}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    train = [cfg["data"]["train"] | {"repeat": 2, "first": 5}, files["train"]]
+    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "FGD"}]}
+    cfg = config_with(cfg | {"distill": distill}, data={"train": train, "val": files["val"], "repeat_factor": 0.7},
+                      train={"checkpoint_every": 1, "tensorboard": False})
+    run = build_run(parse_config(cfg), tmp_path, CPU)
+    shown = run.train_loader.batch_sampler.shown
+    assert len(run.train_loader.dataset) == 19 and shown > 24 and run.steps_per_epoch == -(-shown // 4)
+    lines = describe_run(run).splitlines()
+    assert lines[0].startswith("19 training images, 6 classes, ")
+    assert f"from {train[0]['annotations']}: 5 images" in lines
+    assert f"from {tmp_path / 'train.json'}: 14 images" in lines
+    assert f"images shown in an epoch, with repeats: {shown}" in lines
+    figures = engine.train(cfg, tmp_path / "whole", CPU)
+    log_of_whole = (tmp_path / "whole" / "train.log").read_text()
+    assert re.search(r"\n  teacher 0: \d", log_of_whole)  # not "none, it has 6 classes and the data 3"
+    plain = engine.train(config_with(cfg, data={"val": config(scenes)["data"]["val"]}), tmp_path / "plain", CPU)
+    assert figures == plain  # the same images, with all classes in the order of the first data set
+    original = engine.train_step
+
+    def stop_in_time(run, *arguments):
+        if run.step == run.steps_per_epoch + 2:
+            raise KeyboardInterrupt
+        return original(run, *arguments)
+
+    monkeypatch.setattr(engine, "train_step", stop_in_time)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(cfg, tmp_path / "parts", CPU)
+    monkeypatch.undo()
+    engine.train(cfg, tmp_path / "parts", CPU, tmp_path / "parts" / "last.pth")
+    assert_same(read_checkpoint(tmp_path / "whole" / "last.pth"), read_checkpoint(tmp_path / "parts" / "last.pth"))
+    recorded = read_run(tmp_path / "whole", tmp_path / "whole" / "metrics.jsonl")
+    assert recorded.config["data"]["train"] == train
+
+
 def limited(bytes_, *arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
     script(*arguments)

@@ -11,7 +11,7 @@ from runs import ROOT, run_script
 from data import DataError
 from kd.evaluation.cost import count_flops, count_parameters
 from kd.experiments.compare import compare, cost, explain, paired_interval, t_quantile
-from kd.work_dir.records import group_runs, read_runs
+from kd.work_dir.records import group_runs, read_runs, setting
 from models import build_detector
 
 DIGEST = hashlib.sha256(TEACHER).hexdigest()
@@ -109,6 +109,16 @@ def test_what_makes_runs_one_setting(tmp_path):
     assert {name: [run.name for run in runs] for name, runs in groups.items()} == {
         "a": ["a_seed0", "a_seed1"], "b": ["b"], "c": ["c"], "d": ["d"], "again": ["again"],
         "stopped (2 of 9 epochs)": ["stopped"]}
+
+
+def test_a_list_of_one_data_set_is_the_same_setting_as_no_list():
+    alone, listed, other = (run_config(0) for _ in range(3))
+    alone["data"]["train"] = {"images": "a"}
+    listed["data"]["train"], other["data"]["train"] = [{"images": "a"}], [{"images": "a"}, {"images": "b"}]
+    assert setting(alone) == setting(listed) != setting(other)
+    for lr in (0.01, {"per_image": 0.01}):
+        other["optimizer"] = {"lr": lr}
+        assert f'"lr": {json.dumps(lr)}' in setting(other)
 
 
 def test_names_of_runs_in_folders_of_a_seed_each(tmp_path):
