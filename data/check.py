@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.annotations import SIZES, load_coco_json
-from data.coco import read_annotated_image
+from data.augment.emptied import FIRST, EmptiedImages
+from data.coco import CocoDataset, read_annotated_image
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted
 from data.joined import unite_classes
@@ -150,6 +151,13 @@ def _count_boxes(check: SplitCheck, content: dict) -> None:
         check.notes.append(f"{beyond} boxes reach more than a pixel beyond their image: they are clipped")
     if not check.boxes:
         check.problems.append(Problem("boxes", "no image has a box to learn"))
+
+
+def check_augmentation(dataset: CocoDataset) -> str | None:
+    """A warning, in one line, if augmentation leaves no box in most of the first images of a training set."""
+    counted_images = EmptiedImages()
+    counted_images.note(dataset[index][1] for index in range(min(FIRST, len(dataset)) if dataset.augment else 0))
+    return counted_images.warning()
 
 
 def format_check(check: SplitCheck) -> str:

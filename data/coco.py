@@ -1,6 +1,8 @@
 """A COCO-format data set."""
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.annotations import read_annotations
+from data.augment import at_epoch
+from data.augment.sample import IGNORED, Sample, apply, random_draws
 from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage
 from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size
@@ -44,6 +48,9 @@ class CocoDataset(Dataset):
         seed: seed of the augmentation.
         skip_unreadable: in training, replace an image that cannot be read by the next readable image. Evaluation never
             does this: results on fewer images would not be comparable.
+        augment: in training, augmentations from `data.augment`. Those before the resize come first, then the resize
+            and the flip, then the others in their order.
+        epochs: of the whole training, for augmentations that stop before its end.
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
     in original pixels, `labels` (n,), `ignored_boxes` (m, 4) and `repeats` (how often training shows the image in an
@@ -59,7 +66,7 @@ class CocoDataset(Dataset):
     def __init__(self, images: str | Path, annotations: str | Path, training: bool,
                  scale: tuple[int, int] = (1333, 800), multi_scale: list[tuple[int, int]] | None = None,
                  flip: float = 0.5, skip_empty: bool = False, antialias: bool = False, first: int | None = None,
-                 seed: int = 0, skip_unreadable: bool = False):
+                 seed: int = 0, skip_unreadable: bool = False, augment: Sequence[Any] = (), epochs: int | None = None):
         self.image_folder = find_data(images)
         self.annotation_file = find_data(annotations)
         self.training = training
@@ -69,6 +76,7 @@ class CocoDataset(Dataset):
         self.antialias = antialias
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.augment, self.epochs = list(augment) if training else [], epochs
 
         read = read_annotations(self.annotation_file)
         check_there("image folder", self.image_folder, folder=True)
@@ -100,43 +108,70 @@ class CocoDataset(Dataset):
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
             32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,
-            also `skipped`, a list with one line per problem. All other entries belong to the replacement image.
+            also `skipped`, a list with one line per problem; if the augmentation has left none of the image's boxes,
+            also `emptied`. All other entries belong to the replacement image.
         """
         epoch, index, *again = key if isinstance(key, tuple) else (0, key)
         image, index, skipped = self._read_image_or_next(index)
         scale, flip = self._draw_augmentation(epoch, index, *again)
-        original_size = self.sizes[index]
-        size = resized_size(original_size, scale)
-        image = resize_image(image, size, self.antialias)
-        boxes = resize_boxes(torch.from_numpy(self.boxes[index]), original_size, size)
-        ignored_boxes = resize_boxes(torch.from_numpy(self.ignored_boxes[index]), original_size, size)
-        if flip:
-            image = flip_image(image)
-            boxes = flip_boxes(boxes, size[1])
-            ignored_boxes = flip_boxes(ignored_boxes, size[1])
-        left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # rounding may remove a thin box at the border
+        sample = self._sample(image, index)
+        before_resize, after_resize = at_epoch(self.augment, epoch, self.epochs)
+
+        def another(size: tuple[int, int]) -> Sample:
+            other = int(torch.randint(len(self), ()))
+            image, other, problems = self._read_image_or_next(other)
+            skipped.extend(problems)
+            factor = min(size[0] / image.shape[1], size[1] / image.shape[2])
+            fitting = tuple(max(1, int(edge * factor + 0.5)) for edge in image.shape[1:])
+            return self._resized(self._sample(image, other), fitting, bool(torch.rand(()) < self.flip))
+
+        with random_draws(self.seed, epoch, self._image_key(index), *again):
+            sample = apply(before_resize, sample, another)
+            sample = self._resized(sample, resized_size(sample.size, scale), flip)
+            sample = apply(after_resize, sample, another)
+        objects = sample.labels != IGNORED
+        left = (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(dim=1)  # rounding may remove a thin box at the border
         target = {
             # copies, so that a change of the target does not change the data set
-            "boxes": boxes[left],
-            "labels": torch.from_numpy(self.labels[index])[left],
-            "image_size": size,
-            "pad_size": padded_size(size),
-            "original_size": original_size,
+            "boxes": sample.boxes[objects & left],
+            "labels": sample.labels[objects & left],
+            "image_size": sample.size,
+            "pad_size": padded_size(sample.size),
+            "original_size": self.sizes[index],
             "image_id": self.image_ids[index],
-            "ignored_boxes": ignored_boxes,
+            "ignored_boxes": sample.boxes[~objects],
         }
-        return image, target | ({"skipped": skipped} if skipped else {})
+        if self.augment and len(self.labels[index]) and not len(target["boxes"]):
+            target["emptied"] = True
+        return sample.image, target | ({"skipped": skipped} if skipped else {})
+
+    def _sample(self, image: Tensor, index: int) -> Sample:
+        """An image with its boxes, as annotated."""
+        boxes = torch.from_numpy(np.concatenate([self.boxes[index], self.ignored_boxes[index]]))
+        ignored = torch.full((len(self.ignored_boxes[index]),), IGNORED)
+        labels = torch.cat([torch.from_numpy(self.labels[index]), ignored])
+        return Sample(image, boxes, labels, torch.ones(len(boxes)))
+
+    def _resized(self, sample: Sample, size: tuple[int, int], flip: bool) -> Sample:
+        """The sample resized to `size` (h, w), and mirrored if `flip`."""
+        image = resize_image(sample.image, size, self.antialias)
+        boxes = resize_boxes(sample.boxes, sample.size, size)
+        if flip:
+            image, boxes = flip_image(image), flip_boxes(boxes, size[1])
+        return sample._replace(image=image, boxes=boxes)
 
     def _draw_augmentation(self, epoch: int, index: int, *again: int) -> tuple[tuple[int, int], bool]:
         """Draw the scale and the flip only from (seed, epoch, image), so that worker and order have no effect."""
         if not self.training:
             return self.scale, False
-        image_id = self.image_ids[index]
-        # The seeds of a generator must be natural numbers.
-        image_key = image_id if isinstance(image_id, int) and image_id >= 0 else index
-        rng = np.random.default_rng([self.seed, epoch, image_key, *again])
+        rng = np.random.default_rng([self.seed, epoch, self._image_key(index), *again])
         flip = rng.random() < self.flip
         return self.multi_scale[rng.integers(len(self.multi_scale))], flip
+
+    def _image_key(self, index: int) -> int:
+        """A number that stands for an image in seeds, which must be natural numbers."""
+        image_id = self.image_ids[index]
+        return image_id if isinstance(image_id, int) and image_id >= 0 else index
 
     def _read_image_or_next(self, index: int) -> tuple[Tensor, int, list[str]]:
         """Return an image, its index, and the problems of the unreadable images before it.
@@ -164,6 +199,12 @@ class CocoDataset(Dataset):
         """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""
         other = copy.copy(self)
         other.scale = tuple(scale)
+        return other
+
+    def as_annotated(self) -> "CocoDataset":
+        """The same images as evaluation would read them: not augmented, and at `scale`."""
+        other = copy.copy(self)
+        other.training, other.augment = False, []
         return other
 
     def eval_sizes(self) -> list[tuple[int, int]]:

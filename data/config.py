@@ -2,10 +2,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from data.augment import AUGMENTATIONS
 from data.errors import DataError
-from data.ranges import Count, Number, Share
+from data.ranges import Count, Number, OneOf, Share
+
+Augmentation = Literal["none", "light", "strong"] | list[Annotated[dict, OneOf(AUGMENTATIONS)]]
 
 
 @dataclass
@@ -36,6 +39,7 @@ class DataConfig:
     repeat_factor: Share | None = None  # training shows classes in a smaller share of images more often, as LVIS
     multi_scale: list[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training
+    train_augment: Augmentation = "none"  # more augmentation of training images: a preset, or a list
     skip_empty: bool = False  # leave images without boxes out of training
     skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.augment import build_augmentations
 from data.coco import CocoDataset
 from data.config import DataConfig
 from data.errors import DataError
@@ -21,7 +22,7 @@ from data.transforms import padded_size
 
 
 def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
-                  classes: Sequence[str] | None = None) -> CocoDataset:
+                  classes: Sequence[str] | None = None, epochs: int | None = None) -> CocoDataset:
     """Build one split of the `data` section of a configuration; several data sets in it are joined.
 
     Args:
@@ -30,6 +31,7 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
         training: whether to augment them.
         seed: of the augmentation.
         classes: the names of data.train's classes, to number the labels of data.val in the same way.
+        epochs: of the whole training, for augmentations that stop before its end.
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
     datasets = []
@@ -37,7 +39,7 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
         datasets.append(CocoDataset(
             source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
             flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first, seed=seed,
-            skip_unreadable=config.skip_unreadable))
+            skip_unreadable=config.skip_unreadable, augment=build_augmentations(config.train_augment), epochs=epochs))
         datasets[-1].repeats = [float(source.repeat)] * len(datasets[-1])
     if not datasets:
         raise DataError(f"data.{split} is not set: give it images and annotations")

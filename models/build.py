@@ -7,32 +7,17 @@ walk over the signatures checks a whole configuration and creates its sections b
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from sys import float_info
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from data.ranges import OneOf, Table
 from losses import LOSSES
-
-Table = Mapping[str, Callable]
 
 # Short spellings of the references' argument names.
 ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
-
-
-class OneOf:
-    """Marks a parameter that takes a `{type: ...}` mapping, whose type is in a table.
-
-    Args:
-        table: the classes by name.
-        derived: arguments that the program gives, so that the configuration need not.
-        common: a dataclass of options that every type has besides its own arguments.
-        default: the type if none is given.
-    """
-
-    def __init__(self, table: Table, *derived: str, common: type | None = None, default: str | None = None):
-        self.table, self.derived, self.common, self.default = table, derived, common, default
 
 
 class ConfigError(ValueError):
@@ -118,7 +103,13 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
         except ConfigError as error:  # it may name the option alone
             name = error.key.removeprefix(f"{key}.")
             raise ConfigError(f"{key}.{name}", error.problem) from None
-    check_arguments(table[kind], args, key, choice.derived, parameters(choice.common) if choice.common else ())
+    beside = parameters(choice.common) if choice.common else ()
+    checked = check_arguments(table[kind], args, key, choice.derived, beside)
+    if is_dataclass(table[kind]):  # of settings, which is cheap to build
+        try:
+            table[kind](**checked)
+        except ValueError as error:  # what two of its arguments say may not fit together
+            raise ConfigError(key, str(error)) from None
 
 
 def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:

@@ -10,6 +10,7 @@ import torch
 from torchvision.io import write_jpeg
 
 from data import CocoDataset, build_loader, collate, generate_scenes
+from data.augment import build_augmentations
 from data.transforms import flip_image, read_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
@@ -18,11 +19,13 @@ from .timing import Call, interleave, medians_ms
 IMAGE_SIZE = (480, 640)  # of most COCO images
 
 
-def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int) -> dict:
+def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int, augment: str | list[dict] = "none"
+               ) -> dict:
     """Milliseconds per image for the work of a loader worker on generated JPEG files, resized to `scale`.
 
     `decode`, `resize`, `flip` and `collate` are each timed alone, on one thread as in a worker. `one worker` is the
-    training loader with one worker process, which flips every other image, from its start to the last batch.
+    training loader with one worker process, which flips every other image and augments as `augment` says (see
+    data.train_augment), from its start to the last batch.
     """
     threads = torch.get_num_threads()
     with TemporaryDirectory() as folder:
@@ -30,7 +33,8 @@ def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int) -> 
         files = sorted((root / "train").glob("*.jpg"))
         for file in files:
             write_jpeg(read_image(file), str(file), quality=99)  # about as large as photographs
-        dataset = CocoDataset(root / "train", root / "annotations" / "train.json", training=True, scale=scale)
+        dataset = CocoDataset(root / "train", root / "annotations" / "train.json", training=True, scale=scale,
+                              augment=build_augmentations(augment))
         loader = build_loader(dataset, batch, training=True, workers=1)
         decoded = [read_image(file) for file in files]
         resized = [resize_image(image, resized_size(IMAGE_SIZE, scale)) for image in decoded]

@@ -60,8 +60,8 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
         report["configs"][name] |= {"predict_ms": times[name], "parts_ms": medians_ms(parts)}
 
     note("timing the input pipeline")
-    scale = next(iter(configs.values())).input.scale
-    report["input"] = time_input(scale, work.batch, work.rounds, work.input_images)
+    data = next(iter(configs.values())).input
+    report["input"] = time_input(data.scale, work.batch, work.rounds, work.input_images, data.train_augment)
     note("timing the evaluation")
     report["evaluation"] = time_evaluation(work.eval_images)
     report["peak_resident_bytes"] = peak_resident()

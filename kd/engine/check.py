@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from data.check import check_augmentation
+
 from ..config import Config, parse_config
 from ..inference.precision import autocast
 from ..processes import distributed
@@ -26,7 +28,8 @@ def check(cfg: Config, device: torch.device) -> str:
     run = build_run(parse_config(cfg), Path(), device)
     amp = run.cfg.train.amp
     run.model.train()
-    lines = [describe_run(run)]
+    warning = check_augmentation(run.train_loader.dataset)
+    lines = [describe_run(run), *([warning] if warning else [])]
     images, targets = next(iter(run.train_loader))
     if run.distiller:
         if run.val_loader is not None and run.cfg.train.check_images:

@@ -87,7 +87,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device) -> Run:
         raise ConfigError("data", "missing: give data.train, which is trained on")
     if settings.patience is not None and (data.val is None or cfg.eval.every == 0):
         raise ConfigError("train.patience", "counts evaluations during training: give data.val, and eval.every above 0")
-    train_set = build_dataset(data, "train", training=True, seed=settings.seed)
+    train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
     if not any(map(len, train_set.labels)):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
                         "scripts/check_data.py for what was left out")

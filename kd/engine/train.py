@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.augment.emptied import EmptiedImages
 from data.errors import counted, listed
 from data.output import write_text
 from data.tables import points
@@ -45,6 +46,7 @@ class Reports(NamedTuple):
     board: Board | None
     skipped: SkippedImages
     clock: Clock
+    emptied: EmptiedImages
 
 
 def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
@@ -81,7 +83,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     figures = {}
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all epochs are done already: set a larger train.epochs to go on")
-    reports = Reports(log, metrics, board, SkippedImages(log), Clock())
+    reports = Reports(log, metrics, board, SkippedImages(log), Clock(), EmptiedImages())
     with lock, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
             train_epoch(run, model, epoch, reports, signals)
@@ -103,7 +105,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings, (log, metrics, board, skipped, clock) = run.cfg.train, reports
+    settings, (log, metrics, board, skipped, clock, emptied) = run.cfg.train, reports
     model.train()
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
@@ -114,6 +116,8 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     for batches in bar:
         for _, targets in batches:
             skipped.note(targets)
+            if warning := emptied.note(targets):
+                log.warning(warning)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
         clock.tick("step")

@@ -1,4 +1,4 @@
-"""Pictures of detections."""
+"""Pictures of detections, and of training images."""
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,13 @@ from torch import Tensor
 from torchvision.io import write_jpeg, write_png
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from data import CocoDataset
+from data import CocoDataset, DataConfig, build_dataset
 from data.output import writing
 from models import Detector
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
 JPEG_QUALITY = 95
+VIEWS = 3  # epochs in a picture of a training image
 WIDTH = 480  # of a picture in a grid, in pixels
 
 
@@ -106,6 +107,34 @@ def beside_truth(detectors: dict[str, Detector], dataset: CocoDataset, count: in
                                   found["scores"].cpu(), score_thr, size))
         rows.append(row)
     return grid(rows, ["ground truth", *detectors])
+
+
+def write_training_pictures(data: DataConfig, folder: Path, count: int, seed: int, epochs: int) -> list[Path]:
+    """Draw the first training images with their boxes: as annotated, and as they are fed in the first epochs.
+
+    Args:
+        data: the section of the configuration.
+        folder: gets a PNG file for each image.
+        count: how many images.
+        seed, epochs: of the training.
+    Returns:
+        The files.
+    Raises:
+        DataError: data that cannot be used.
+    """
+    fed = build_dataset(data, "train", training=True, seed=seed, epochs=epochs)
+    plain, classes, files = fed.as_annotated(), [*fed.classes, "ignored"], []
+    zoom = max(1, 2 * WIDTH // max(data.scale))  # so that names do not cover small images
+    for index in range(min(count, len(fed))):
+        row, samples = [], [fed[epoch, index] for epoch in range(min(VIEWS, epochs))]
+        shown = fed.image_ids.index(samples[0][1]["image_id"])  # another one if the image cannot be read
+        for image, target in [plain[shown], *samples]:
+            ignored = torch.full((len(target["ignored_boxes"]),), len(fed.classes))
+            row.append(draw_boxes(image, torch.cat([target["boxes"], target["ignored_boxes"]]),
+                                  torch.cat([target["labels"], ignored]), classes, zoom=zoom))
+        files.append(folder / f"{index + 1}_{Path(fed.file_names[shown]).stem}.png")
+        write_picture(grid([row], ["as annotated", *(f"as fed in epoch {n}" for n in range(1, len(row)))]), files[-1])
+    return files
 
 
 def write_picture(image: Tensor, path: Path) -> None:

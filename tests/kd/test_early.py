@@ -14,6 +14,9 @@ from kd.build import check_files
 STUDENT, CROSSKD = "configs/bccd/student_gfl_r18w16.yaml", "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml"
 BAD = [  # configuration, overrides, and what is needed
     ("none.yaml", [], (), None), (STUDENT, ["train.epohcs=3"], (), None), (STUDENT, ["data.flip=2"], (), None),
+    (STUDENT, ["data.train_augment=ligth"], (), None),
+    (STUDENT, ["data.train_augment=[{type: Mosaik}]"], (), None),
+    (STUDENT, ["data.train_augment=[{type: MixUp}, {type: RandomCrop, scale: [0.9, 0.5]}]"], (), None),
     (STUDENT, ["no override"], (), None), (STUDENT, ["model.backbone.depht=18"], (), None),
     (STUDENT, ["model.head.type=GLFHead"], (), None), (STUDENT, ["model.head.assigner.topk=a"], (), None),
     (STUDENT, ["optimizer.momentum=2"], (), None), (STUDENT, ["schedule.gamma=[]"], (), None),

@@ -4,14 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from odd_images import pixels, write_png16, write_rotated
 from PIL import Image
 from runs import ROOT, config, run_script, write_config
 
 from data import generate_scenes
+from data.transforms import read_image
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +225,9 @@ def test_class_names_that_the_terminal_cannot_show(tmp_path, sound):
     assert "10012 boxes" in done.stdout and "1 images are turned by their EXIF orientation" in done.stdout
 
 
-def check_data(monkeypatch, capsys, scenes):
+def check_data(monkeypatch, capsys, scenes, *arguments):
     path = write_config(scenes / "cfg.yaml", config(scenes))
-    code = run_script(monkeypatch, "check_data.py", "--cfg", path, "data.workers=0")
+    code = run_script(monkeypatch, "check_data.py", "--cfg", path, *arguments, "data.workers=0")
     return code, *capsys.readouterr()
 
 
@@ -232,6 +235,60 @@ def test_check_data_says_what_is_there(scenes, monkeypatch, capsys):
     code, out, error = check_data(monkeypatch, capsys, scenes)
     assert code == 0 and error == ""
     assert "4 images, 0 of them without boxes" in out and out.count("no problems") == 2 and "triangle" in out
+
+
+def test_check_data_draws_training_images(scenes, monkeypatch, capsys):
+    """As annotated, and as they are fed in two epochs: the last two differ, and all have their boxes."""
+    code, out, error = check_data(monkeypatch, capsys, scenes, "--pictures", scenes / "seen", "--count", 3,
+                                  "data.train_augment=light", "data.flip=0")
+    files = sorted((scenes / "seen").iterdir())
+    assert code == 0 and error == "" and len(files) == 3 and out.splitlines()[-3:] == list(map(str, files))
+    picture = read_image(files[0])
+    assert picture.shape[0] == 3 and picture.shape[2] > 3 * 15 * 64  # three images, enlarged for the names
+    again = scenes / "again"
+    check_data(monkeypatch, capsys, scenes, "--pictures", again, "--count", 1, "data.flip=0")
+    plain = read_image(next(again.iterdir()))[:, 24:]
+    views = [plain[:, :, 4 + i * 964:960 + i * 964] for i in range(2)]
+    assert torch.equal(*views)  # without augmentation, images are fed as they are
+
+
+def test_pictures_of_images_with_boxes_only(scenes, monkeypatch, capsys):
+    change(scenes, lambda c: c.update(annotations=[
+        a for a in c["annotations"] if a["image_id"] == c["images"][3]["id"]]))
+    assert check_data(monkeypatch, capsys, scenes, "--pictures", scenes / "seen", "data.skip_empty=true",
+                      "data.train.first=1")[0] == 0
+    (file,) = (scenes / "seen").iterdir()
+    last = json.loads((scenes / "annotations" / "train.json").read_text())["images"][3]["file_name"]
+    assert file.stem == f"1_{Path(last).stem}"
+
+
+def test_pictures_mark_crowds_as_ignored(scenes, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("kd.inference.draw.draw_boxes", lambda image, boxes, labels, classes, zoom: drawn.append(
+        [classes[label] for label in labels]) or image)
+    change(scenes, lambda c: [a.update(iscrowd=1) for a in c["annotations"][::2]])
+    file = json.loads((scenes / "annotations" / "train.json").read_text())
+    first = [a for a in file["annotations"] if a["image_id"] == file["images"][0]["id"]]
+    assert check_data(monkeypatch, capsys, scenes, "--pictures", scenes / "seen", "--count", 1)[0] == 0
+    names = {category["id"]: category["name"] for category in file["categories"]}
+    assert [sorted(each) for each in drawn] == 3 * [sorted(
+        "ignored" if a["iscrowd"] else names[a["category_id"]] for a in first)] and "ignored" in drawn[0]
+
+
+HIDING = "data.train_augment=[{type: RandomAffine, p: 1.0, scale: [0.001, 0.002]}]"
+
+
+def test_an_augmentation_that_leaves_no_boxes_is_a_warning(scenes, monkeypatch, capsys):
+    warning = "WARNING: data.train_augment leaves no box in 4 of 4 images that have boxes: make it milder; "
+    code, out, error = check_data(monkeypatch, capsys, scenes, HIDING)
+    assert code == 0 and error.startswith(warning) and error.count("\n") == 1
+    command = ["train.py", "--cfg", scenes / "cfg.yaml", "--device", "cpu", HIDING, "data.workers=0"]
+    assert run_script(monkeypatch, *command, "--check") == 0
+    assert capsys.readouterr().out.splitlines().count(warning + "scripts/check_data.py --pictures DIR shows what it "
+                                                      "does") == 1
+    assert run_script(monkeypatch, *command, "--work-dir", scenes / "run", "train.epochs=14", "eval.every=0") == 0
+    log = (scenes / "run" / "train.log").read_text()
+    assert log.count("WARNING: data.train_augment leaves no box in 50 of 50 images") == 1
 
 
 def test_check_data_lists_all_that_is_wrong(scenes, monkeypatch, capsys):

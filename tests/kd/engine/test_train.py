@@ -270,10 +270,10 @@ def wait_for_moment(process, work_dir, kind, step, delays):
 
 @pytest.mark.parametrize("kills, epochs", [(2, 3), pytest.param(10, 15, marks=pytest.mark.soak)])
 def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path, kills, epochs):
-    """SIGKILL at any point, then resume: with momentum, an average, random masks, accumulation and workers."""
+    """SIGKILL at any point, then resume: with momentum, an average, random masks, augmentation and workers."""
     distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
-    cfg = config_with(config(scenes, epochs, distill), data={"batch_size": 2, "workers": 2},
-                      optimizer={"momentum": 0.9}, eval={"every": 2},
+    cfg = config_with(config(scenes, epochs, distill), optimizer={"momentum": 0.9}, eval={"every": 2},
+                      data={"batch_size": 2, "workers": 2, "train_augment": "strong"},
                       train={"accumulate": 2, "ema": 0.9, "checkpoint_every": 1, "keep": 2, "check_images": 0})
     whole, parts, log, path = (tmp_path / name for name in ("whole", "parts", "log", "cfg.yaml"))
     arguments = ["--cfg", write_config(path, cfg), "--device", "cpu", "--work-dir"]
