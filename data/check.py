@@ -13,6 +13,7 @@ from data.augment.emptied import FIRST, EmptiedImages
 from data.coco import CocoDataset, read_annotated_image
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted, listed
+from data.joined import unite_classes
 from data.problems import Problem, drop_reason, find_problems, image_problems
 from data.tables import text_table
 from data.transforms import read_image
@@ -66,17 +67,29 @@ def check_data(config: DataConfig | None) -> list[SplitCheck]:
     """
     if config is None:
         raise DataError("the configuration has no data section: add one with the data set to check")
-    checks = [check_split("data.train", config.train, config.workers)]
+    several = isinstance(config.train, list)
+    checks = [check_split(f"data.train.{k}" if several else "data.train", part, config.workers)
+              for k, part in enumerate(config.parts("train"))]
+    classes = unite_checked(checks)
     if config.val is not None:
-        train, val = checks[0], check_split("data.val", config.val, config.workers)
-        checks.append(val)
-        if train.classes and val.classes and train.classes != val.classes:
-            text = f"data.train has classes {train.classes}, but data.val has {val.classes}"
+        val = check_split("data.val", config.val, config.workers)
+        if all(check.classes for check in checks) and not set(val.classes) <= set(classes):
+            text = f"data.train has classes {classes}, but data.val has {val.classes}"
             val.problems.append(Problem("classes", text))
-        if shared := len(train.files & val.files):
+        if shared := len(set().union(*(check.files for check in checks)) & val.files):
             val.notes.append(f"{counted(shared, 'image is', 'images are')} also in data.train: results on "
                              f"{'it' if shared == 1 else 'them'} say little")
+        checks.append(val)
     return checks
+
+
+def unite_checked(checks: list[SplitCheck]) -> list[str]:
+    """The classes of all parts of data.train; a clash of names becomes a problem of the last part."""
+    try:
+        return unite_classes({f"{check.name} ({check.annotation_file})": check.classes for check in checks})
+    except DataError as error:
+        checks[-1].problems.append(Problem("classes", str(error)))
+        return list(dict.fromkeys(name for check in checks for name in check.classes))
 
 
 def check_split(name: str, split: Split, workers: int = 0, decode: bool = True) -> SplitCheck:

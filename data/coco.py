@@ -52,8 +52,9 @@ class CocoDataset(Dataset):
             and the flip, then the others in their order.
         epochs: of the whole training, for augmentations that stop before its end.
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
-    `image_ids`, `file_names`, `sizes` (original (h, w)), `boxes` (n, 4) xyxy in original pixels, `labels` (n,) and
-    `ignored_boxes` (m, 4), by index; `num_dropped_boxes` and `num_skipped_images`.
+    `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
+    in original pixels, `labels` (n,), `ignored_boxes` (m, 4) and `repeats` (how often training shows the image in an
+    epoch), by index; `num_dropped_boxes` and `num_skipped_images`.
     Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
     or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
     another size than in the annotations.
@@ -89,6 +90,8 @@ class CocoDataset(Dataset):
         self.num_skipped_images = len(read.image_ids) - len(kept)
         self.image_ids = [read.image_ids[i] for i in kept]
         self.file_names = [read.file_names[i] for i in kept]
+        self.origins = [(self.image_folder, self.annotation_file)] * len(kept)
+        self.repeats = [1.0] * len(kept)
         self.sizes = [read.sizes[i] for i in kept]
         self.boxes = [read.boxes[i] for i in kept]
         self.labels = [read.labels[i] for i in kept]
@@ -97,19 +100,20 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor, dict]:
         """Return the image and target that belong to `key`: (epoch, index), or only an index for epoch 0.
 
-        The key contains the epoch because loader workers live longer than an epoch and are not told about a new one.
+        The key contains the epoch because loader workers live longer than an epoch and are not told about a new one. A
+        third number in it counts, from 1, how often the epoch has shown the image before; each time has its own draws.
         Returns: the image, uint8 (3, h, w), and a dict of `boxes` (n, 4) float32 xyxy and `ignored_boxes` (m, 4) in
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
             32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,
             also `skipped`, a list with one line per problem; if the augmentation has left none of the image's boxes,
             also `emptied`. All other entries belong to the replacement image.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *again = key if isinstance(key, tuple) else (0, key)
         image, index, skipped = self._read_image_or_next(index)
-        scale, flip = self._draw_augmentation(epoch, index)
+        scale, flip = self._draw_augmentation(epoch, index, *again)
         sample = self._sample(image, index)
         before_resize, after_resize = at_epoch(self.augment, epoch, self.epochs)
 
@@ -121,7 +125,7 @@ class CocoDataset(Dataset):
             fitting = tuple(max(1, int(edge * factor + 0.5)) for edge in image.shape[1:])
             return self._resized(self._sample(image, other), fitting, bool(torch.rand(()) < self.flip))
 
-        with random_draws(self.seed, epoch, self._image_key(index)):
+        with random_draws(self.seed, epoch, self._image_key(index), *again):
             sample = apply(before_resize, sample, another)
             sample = self._resized(sample, resized_size(sample.size, scale), flip)
             sample = apply(after_resize, sample, another)
@@ -156,11 +160,11 @@ class CocoDataset(Dataset):
             image, boxes = flip_image(image), flip_boxes(boxes, size[1])
         return sample._replace(image=image, boxes=boxes)
 
-    def _draw_augmentation(self, epoch: int, index: int) -> tuple[tuple[int, int], bool]:
+    def _draw_augmentation(self, epoch: int, index: int, *again: int) -> tuple[tuple[int, int], bool]:
         """Draw the scale and the flip only from (seed, epoch, image), so that worker and order have no effect."""
         if not self.training:
             return self.scale, False
-        rng = np.random.default_rng([self.seed, epoch, self._image_key(index)])
+        rng = np.random.default_rng([self.seed, epoch, self._image_key(index), *again])
         flip = rng.random() < self.flip
         return self.multi_scale[rng.integers(len(self.multi_scale))], flip
 
@@ -188,8 +192,8 @@ class CocoDataset(Dataset):
         raise DataError(f"{counted(len(skipped), 'image')} in a row cannot be read; the last one: {skipped[-1]}")
 
     def _read_image(self, index: int) -> Tensor:
-        path = self.image_folder / self.file_names[index]
-        return read_annotated_image(path, self.sizes[index], self.annotation_file)
+        folder, annotation_file = self.origins[index]
+        return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
     def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
         """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""

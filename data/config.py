@@ -20,6 +20,7 @@ class Split:
     images: str  # folder of the images
     annotations: str  # COCO-format JSON file
     first: Count | None = None  # use only this many images, the first in the file
+    repeat: Count = 1  # how often training shows each image in an epoch
 
     def check_paths(self) -> None:
         """Raise DataError if the annotations or the folder of the images are not there."""
@@ -31,11 +32,13 @@ class Split:
 class DataConfig:
     """The `data` section."""
 
-    train: Split  # training data
+    train: Split | Some[Split]  # training data; a list is united, and its classes are matched by name
     val: Split | None = None  # data for evaluation
     batch_size: Count = 2  # images per process and step
     workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
+    worker_start: Literal["fork", "spawn"] | None = None  # how they start; null: fork on Linux, spawn on other systems
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
+    repeat_factor: Share | None = None  # training shows classes in a smaller share of images more often, as LVIS
     multi_scale: Some[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training
     train_augment: Augmentation = "none"  # more augmentation of training images: a preset, or a list
@@ -43,6 +46,17 @@ class DataConfig:
     skip_unreadable: bool = False  # training goes on without images that cannot be read, and counts them in the log
     antialias: bool = False  # smooth when shrinking images; the reference implementations do not
     group_by_aspect: bool = True  # training batches hold only landscape or only portrait images, which saves padding
+
+    def __post_init__(self):
+        if self.train == []:
+            raise DataError("data.train: must not be an empty list: give images and annotations")
+        if self.val is not None and self.val.repeat != 1:
+            raise DataError("data.val.repeat: evaluation shows each image once: remove it")
+
+    def parts(self, split: str) -> list[Split]:
+        """The data sets of "train" or "val"; none if it is not set."""
+        found = {"train": self.train, "val": self.val}[split]
+        return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def find_data(path: str | Path) -> Path:

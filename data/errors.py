@@ -28,5 +28,5 @@ def listed(problems: Sequence[str], separator: str = "; ") -> str:
 
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 problem`, `2 boxes`; `many` is given where an ending does not do: "image is", "images are"."""
-    many = many or f"{one}{'es' if one.endswith(('s', 'x')) else 's'}"
+    many = many or f"{one}{'es' if one.endswith(('s', 'x', 'tch')) else 's'}"
     return f"{count} {one if count == 1 else many}"

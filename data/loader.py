@@ -1,8 +1,11 @@
 """Data sets and loaders of a configuration."""
 import os
 import random
+import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
+from multiprocessing import get_all_start_methods
 
 import numpy as np
 import torch
@@ -13,29 +16,41 @@ from data.augment import build_augmentations
 from data.coco import CocoDataset
 from data.config import DataConfig
 from data.errors import DataError
+from data.joined import join, oversample, use_classes
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
 
 
 def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
-                  epochs: int | None = None) -> CocoDataset:
-    """Build one split of the `data` section of a configuration.
+                  classes: Sequence[str] | None = None, epochs: int | None = None) -> CocoDataset:
+    """Build one split of the `data` section of a configuration; several data sets in it are joined.
 
     Args:
         config: the section.
         split: "train" or "val", the key whose images and annotations are read.
         training: whether to augment them.
         seed: of the augmentation.
+        classes: the names of data.train's classes, to number the labels of data.val in the same way.
         epochs: of the whole training, for augmentations that stop before its end.
     Raises DataError if the section has no such split, or for data that cannot be used.
     """
-    source = {"train": config.train, "val": config.val}[split]
-    if source is None:
+    datasets = []
+    for source in config.parts(split):
+        datasets.append(CocoDataset(
+            source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
+            flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first, seed=seed,
+            skip_unreadable=config.skip_unreadable, augment=build_augmentations(config.train_augment), epochs=epochs))
+        datasets[-1].repeats = [float(source.repeat)] * len(datasets[-1])
+    if not datasets:
         raise DataError(f"data.{split} is not set: give it images and annotations")
-    return CocoDataset(source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
-                       flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first,
-                       seed=seed, skip_unreadable=config.skip_unreadable,
-                       augment=build_augmentations(config.train_augment), epochs=epochs)
+    dataset = join(datasets, f"data.{split}")
+    if training and config.repeat_factor is not None:
+        dataset.repeats = oversample(dataset.labels, dataset.repeats, config.repeat_factor)
+    if classes is not None:
+        if not set(dataset.classes) <= set(classes):
+            raise DataError(f"data.{split}: needs the classes of data.train, {list(classes)}, not {dataset.classes}")
+        use_classes(dataset, classes)
+    return dataset
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
@@ -54,32 +69,41 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
 
 
 def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers: int = 2, seed: int = 0,
-                 group_by_aspect: bool = True, rank: int = 0, world: int = 1) -> DataLoader:
+                 group_by_aspect: bool = True, rank: int = 0, world: int = 1, worker_start: str | None = None
+                 ) -> DataLoader:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
-    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` or the global random state,
-    which it does not change.
+    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` and `worker_start`
+    (as in `DataConfig`) or on the global random state, which it does not change.
+
+    Raises DataError if the system cannot start workers in this way.
     """
     if training:
-        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world)
+        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world, dataset.repeats)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
-    # Workers are forked, whatever Python's default is: they start at once, and end when the training process is killed.
-    context = "fork" if workers and sys.platform == "linux" else None
+    # On Linux they are forked, whatever Python's default is: then they start at once.
+    worker_start = worker_start or ("fork" if sys.platform == "linux" else "spawn")
+    if worker_start not in get_all_start_methods():
+        raise DataError(f"data.worker_start={worker_start} does not exist on this system: remove it")
     generator = torch.Generator().manual_seed(seed)  # else each epoch would draw a number from the global generator
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                      persistent_workers=workers > 0, multiprocessing_context=context, generator=generator,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
+                      persistent_workers=workers > 0, multiprocessing_context=worker_start if workers else None,
+                      generator=generator, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
 
 
 def _init_worker(worker: int, seed: int, rank: int) -> None:
     """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread.
 
-    It leaves the process group, so that signals to the group (Ctrl-C) reach only the training process, which needs
-    batches until it has saved. If that process dies, the worker notices and ends by itself.
+    Ctrl-C reaches only the training process, which needs batches until it has saved: where there are process groups,
+    the worker leaves that of the terminal. If the training process dies, the worker notices and ends by itself.
     """
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
     random.seed(worker_seed)
     np.random.seed(worker_seed)

@@ -1,20 +1,26 @@
-"""Batch samplers. A batch is a list of (epoch, index) pairs, the keys that CocoDataset takes."""
+"""Batch samplers. A batch is a list of the keys that CocoDataset takes: (epoch, index), with a third number for an
+image that the epoch has shown before."""
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from data.transforms import padded_size
 
-Batch = list[tuple[int, int]]
+Batch = list[tuple[int, ...]]
 
 
 class TrainBatchSampler(Sampler[Batch]):
     """Shuffled batches of images, with landscape and portrait in separate batches, sharded over processes.
 
     A global batch has `world * batch_size` images and is divided between the processes: step k of N processes with
-    batch size B has the same images as step k of one process with batch size N * B. Every image occurs once per epoch.
+    batch size B has the same images as step k of one process with batch size N * B. Every image occurs once per epoch,
+    or as often as `repeats` says. Of a repeat like 2.3, each epoch draws whether the image occurs two or three times.
+    The draws are systematic: the number of images is the same in each epoch, so that an epoch has a fixed number of
+    steps for the schedule, for several processes and to resume.
+
     All processes get the same number of batches, with equal sizes in each step. For this, the last batch is filled up
     to a multiple of `world` with up to `world - 1` images from the start of the epoch.
 
@@ -25,14 +31,17 @@ class TrainBatchSampler(Sampler[Batch]):
         group_by_aspect: put landscape (w >= h) and portrait images into separate batches; at the end of an epoch, the
             remaining images are mixed.
         rank, world: the index of this process and the number of processes.
-    Attributes to set before iterating:
+        repeats: for each image, how often it occurs in an epoch, on average; at least 1.
+    Attributes: `shown`, the number of images in an epoch. To set before iterating:
         epoch: number of the epoch, for the permutation and the keys.
         start: first batch to yield, to continue in the middle of an epoch; it applies once and is 0 afterwards.
     """
 
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, seed: int, group_by_aspect: bool = True,
-                 rank: int = 0, world: int = 1):
+                 rank: int = 0, world: int = 1, repeats: Sequence[float] | None = None):
         self.sizes = sizes
+        self.repeats = np.ones(len(sizes)) if repeats is None else np.array(repeats)
+        self.shown = int(np.floor(self.repeats).sum()) + round((self.repeats % 1).sum())
         self.batch_size = batch_size
         self.seed = seed
         self.group_by_aspect = group_by_aspect
@@ -43,31 +52,45 @@ class TrainBatchSampler(Sampler[Batch]):
 
     def __len__(self) -> int:
         """Number of batches of this process in a whole epoch, for any `start`."""
-        return math.ceil(len(self.sizes) / (self.batch_size * self.world))
+        return math.ceil(self.shown / (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
         # This is a generator because DataLoader first creates an iterator that it never advances, and then the one that
         # it uses. Only the second may reset `start`.
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in self._global_batches()[start:]:
-            yield [(epoch, index) for index in batch[self.rank :: self.world]]
+            yield [(epoch, *image) for image in batch[self.rank :: self.world]]
 
-    def _global_batches(self) -> list[list[int]]:
+    def _images(self) -> list[tuple[int, ...]]:
+        """The images of the epoch in the data set's order: (index,), and (index, k) when it is shown again."""
+        times = np.floor(self.repeats).astype(int)
+        rest = self.repeats % 1
+        if extra := self.shown - times.sum():
+            # Along a line, each image in a random order has a piece as long as the rest of its repeats. It occurs once
+            # more for each of `extra` marks at equal distances that lie in its piece.
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch], spawn_key=(1,)))
+            order = rng.permutation(len(times))
+            marks = np.minimum(np.cumsum(rest[order]) * (extra / rest.sum()) + rng.random(), extra).astype(int)
+            marks[-1] = extra  # whatever rounding has made of the sum
+            times[order] += np.diff(marks, prepend=0)
+        return [(index, k) if k else (index,) for index, number in enumerate(times) for k in range(number)]
+
+    def _global_batches(self) -> list[list[tuple[int, ...]]]:
         """The global batches of the epoch."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes)).tolist()
+        images = self._images()
+        order = [images[i] for i in np.random.default_rng([self.seed, self.epoch]).permutation(len(images))]
         global_size = self.batch_size * self.world
-        batches: list[list[int]] = []
-        groups: dict[bool, list[int]] = {False: [], True: []}
-        for index in order:
-            h, w = self.sizes[index]
+        batches: list[list[tuple[int, ...]]] = []
+        groups: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
+        for image in order:
+            h, w = self.sizes[image[0]]
             group = groups[self.group_by_aspect and w < h]
-            group.append(index)
+            group.append(image)
             if len(group) == global_size:
                 batches.append(group.copy())
                 group.clear()
         leftovers = groups[True] + groups[False]
-        # np.resize repeats the order if there are fewer images than processes
-        leftovers += np.resize(order, -len(leftovers) % self.world).tolist()
+        leftovers += islice(cycle(order), -len(leftovers) % self.world)  # there may be fewer images than processes
         return batches + [leftovers[i : i + global_size] for i in range(0, len(leftovers), global_size)]
 
 

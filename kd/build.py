@@ -112,9 +112,8 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
         teacher_model(entry)
         if entry.checkpoint is not None:
             check_teacher_file(entry)
-    for split in ("train", "val"):
-        if split in needed and (part := getattr(cfg.data, split, None)) is not None:
-            part.check_paths()
+    for part in (part for split in ("train", "val") if cfg.data and split in needed for part in cfg.data.parts(split)):
+        part.check_paths()
     if "init" in needed and cfg.train.init is not None:
         try:
             check_file(cfg.train.init)

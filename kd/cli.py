@@ -74,7 +74,8 @@ SHARED = {
     "runs": {"nargs": "+", "type": Path, "metavar": "RUN", "help": "work dirs of train.py; other paths are left out"},
     "--teacher-ap": {"type": number(Annotated[float, Range(0, 100)]), "metavar": "POINTS",
                      "help": "the teacher's AP, used if no run has recorded it"},
-    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
+    "--device": {"choices": ("cpu", "cuda", "mps"),
+                 "help": "default: cuda if there is one, otherwise cpu; mps is the GPU of a Mac"},
     "overrides": {"nargs": "*", "metavar": "key=value", "help": "settings that replace those of the file"}}
 
 
@@ -123,11 +124,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str], *needed: str,
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """The named device, by default CUDA if available, otherwise the CPU; UsageError if "cuda" is not available."""
+    """The named device, by default CUDA if available, otherwise the CPU; UsageError if the device is not available."""
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available here; use --device cpu")
+    if name not in (None, "cpu") and not getattr(torch, name).is_available():
+        raise UsageError(f"--device {name}: no {name.upper()} device is available here; use --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losses import total_loss
+from losses import total_loss, widest_float
 from models import ConfigError, Detector, DetectorPass
 
 from .methods.base import Method, MethodOptions
@@ -182,7 +182,7 @@ class Distiller(nn.Module):
         norms = {}
         for name, values in ({"student": [losses[key] for key in sorted(own)]} | of_methods).items():
             gradients = torch.autograd.grad(scale * sum(values), features, retain_graph=True, allow_unused=True)
-            parts = [gradient.double().norm() for gradient in gradients if gradient is not None]
+            parts = [g.to(widest_float(g.device)).norm() for g in gradients if g is not None]
             norms[name] = float(torch.stack(parts).norm()) / scale if parts else 0.0
         return norms
 

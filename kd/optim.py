@@ -1,4 +1,5 @@
 """Optimisers, and the learning rate as a plain function of the step."""
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from data.ranges import Count, NonNegative, Number, Positive, Share
-from models.build import build, read_section, split_options
+from models.build import ConfigError, build, read_section, split_options
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def sgd(model: nn.Module, lr: NonNegative = 0.01, momentum: Share = 0.9, weight_decay: NonNegative = 1e-4,
+@dataclass
+class PerImage:
+    """A learning rate that is proportional to the images of a step (arXiv:1706.02677)."""
+
+    per_image: NonNegative  # is multiplied by processes x data.batch_size x train.accumulate
+
+
+def sgd(model: nn.Module, lr: NonNegative | PerImage = 0.01, momentum: Share = 0.9, weight_decay: NonNegative = 1e-4,
         nesterov: bool = False, decay_norm_and_bias: bool = True, bias_lr_mult: NonNegative = 1.0,
         bias_decay_mult: NonNegative = 1.0, norm_decay_mult: NonNegative | None = None) -> torch.optim.Optimizer:
     """SGD with momentum; the other arguments as in `parameter_groups`."""
@@ -27,7 +35,7 @@ def sgd(model: nn.Module, lr: NonNegative = 0.01, momentum: Share = 0.9, weight_
     return optimizer
 
 
-def adamw(model: nn.Module, lr: NonNegative = 1e-4, betas: tuple[Share, Share] = (0.9, 0.999),
+def adamw(model: nn.Module, lr: NonNegative | PerImage = 1e-4, betas: tuple[Share, Share] = (0.9, 0.999),
           weight_decay: NonNegative = 0.05, decay_norm_and_bias: bool = True) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101); the other arguments as in `parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_norm_and_bias), lr, betas=tuple(betas),
@@ -79,17 +87,29 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_nor
             for (rate, decay), members in groups.items() if members]
 
 
+def check_scaling(cfg: dict) -> None:
+    """Raise ConfigError if the learning rate of an `optimizer` section would be scaled twice."""
+    if isinstance(cfg.get("lr"), dict) and cfg.get("base_batch_size") is not None:
+        raise ConfigError("optimizer.lr", "per_image and optimizer.base_batch_size both scale the learning rate: "
+                                          "set optimizer.base_batch_size=null, or give lr as a number")
+
+
 def build_optimizer(cfg: dict, model: nn.Module, batch: int) -> torch.optim.Optimizer:
     """Build the optimiser of an `optimizer` section for the trained parameters; each group records its `initial_lr`.
+
+    Its `defaults["lr"]` is the plain learning rate, after scaling.
 
     Args:
         batch: images per step over all processes.
     """
+    check_scaling(cfg)
     options, own = split_options(cfg, OptimizerOptions)
+    if isinstance(own.get("lr"), dict):
+        own = own | {"lr": read_section(PerImage, own["lr"], "optimizer.lr").per_image * batch}
     base = read_section(OptimizerOptions, options, "optimizer").base_batch_size
     kind = {"type": cfg.get("type", "SGD")}
     optimizer = build(kind | own, OPTIMIZERS, "optimizer", model=model)
-    for group in optimizer.param_groups:
+    for group in (optimizer.defaults, *optimizer.param_groups):
         group["lr"] = group["initial_lr"] = group["lr"] if base is None else group["lr"] * batch / base
     return optimizer
 
@@ -163,13 +183,20 @@ class ScheduleConfig:
     warmup_steps: Number = 500    # optimiser steps of warm-up
     warmup_factor: Share = 0.001  # factor of the learning rate at the first step
     warmup: Literal["linear", "constant"] = "linear"  # rises from warmup_factor to 1, or stays at warmup_factor
+    type: Literal["step", "cosine"] = "step"      # falls at milestones, or instead along a cosine over train.epochs
     milestones: list[NonNegative] = field(default_factory=lambda: [8, 11])  # epochs after which gamma is applied
     gamma: Positive = 0.1         # factor of the learning rate at each milestone
+    min_factor: Share = 0.0       # cosine: factor of the learning rate at the end
 
 
-def lr_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int) -> float:
-    """The factor of the learning rate at a step, counted from 0."""
-    factor = schedule.gamma ** bisect_right([m * steps_per_epoch for m in sorted(schedule.milestones)], step)
+def lr_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, epochs: float = math.inf) -> float:
+    """The factor of the learning rate at a step, counted from 0. A cosine (arXiv:1608.03983, equation 5, without
+    restarts) falls over all `epochs`; with infinitely many it does not fall. The warm-up multiplies either."""
+    if schedule.type == "cosine":
+        done = min(1.0, step / (steps_per_epoch * epochs))
+        factor = schedule.min_factor + (1 - schedule.min_factor) * (1 + math.cos(math.pi * done)) / 2
+    else:
+        factor = schedule.gamma ** bisect_right([m * steps_per_epoch for m in sorted(schedule.milestones)], step)
     if step < schedule.warmup_steps - 1:
         done = step / (schedule.warmup_steps - 1) if schedule.warmup == "linear" else 0
         factor *= schedule.warmup_factor + (1 - schedule.warmup_factor) * done

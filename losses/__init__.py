@@ -19,7 +19,14 @@ from .distill import (
     pkd_loss,
 )
 from .iou import CIoULoss, DIoULoss, GIoULoss, IoULoss, aligned_iou, ciou_loss, diou_loss, giou_loss, iou_loss
-from .reduce import at_least_float32, channel_statistics, mean_over_processes, reduce_loss, total_loss
+from .reduce import (
+    at_least_float32,
+    channel_statistics,
+    mean_over_processes,
+    reduce_loss,
+    total_loss,
+    widest_float,
+)
 from .regression import DistributionFocalLoss, L1Loss, SmoothL1Loss, distribution_focal_loss, l1_loss, smooth_l1_loss
 
 # The losses that a configuration may name.
@@ -33,4 +40,4 @@ __all__ = ["LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFo
            "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss",
            "dkd_loss", "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss",
            "mean_over_processes", "pkd_loss", "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss",
-           "smooth_l1_loss", "total_loss"]
+           "smooth_l1_loss", "total_loss", "widest_float"]

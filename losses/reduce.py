@@ -7,11 +7,17 @@ from torch import Tensor
 
 # mmdet adds this to avg_factor for every dtype; it changes the seventh digit.
 EPS = torch.finfo(torch.float32).eps
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Promote half precision to float32; leave float32 and float64 alone."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64, as the GPU of a Mac."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def total_loss(losses: Mapping[str, Tensor]) -> Tensor:

@@ -182,6 +182,8 @@ def _check_union(value: Any, choices: tuple, key: str) -> Any:
     if value is None and type(None) in choices:
         return None
     choices = [c for c in choices if c is not type(None)]
+    if isinstance(value, (int, float)):  # for a number out of range, it is no help that a mapping could be here, too
+        choices = [c for c in choices if c in (int, float) or get_args(c)[:1] in ((int,), (float,))] or choices
     errors = []
     for choice in choices:
         try:

@@ -15,8 +15,8 @@ from .build import ConfigError, OneOf, build
 
 def from_host(values: Sequence, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The values as a tensor on the device of `like`, by default with its dtype. Unlike `like.new_tensor(values)`, it
-    does not wait for the GPU."""
-    return torch.tensor(values, dtype=dtype or like.dtype, device="cpu").to(like.device, non_blocking=True)
+    does not wait for a CUDA device."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device="cpu").to(like.device, non_blocking=like.is_cuda)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):

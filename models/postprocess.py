@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from data.ranges import AllOr, Share
-from losses import at_least_float32
+from losses import at_least_float32, widest_float
 
 from .anchors import Priors
 from .coders import clip_boxes
@@ -112,6 +112,7 @@ def class_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: floa
     """
     if not len(boxes):
         return labels.new_zeros(0)
-    boxes = boxes.double()
+    exact = widest_float(boxes.device)
+    boxes = boxes.to(exact)
     apart = labels * (boxes.max() - boxes.min() + 1)
-    return nms(boxes + apart.unsqueeze(-1), scores.double(), iou_threshold)
+    return nms(boxes + apart.unsqueeze(-1), scores.to(exact), iou_threshold)

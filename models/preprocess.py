@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.ranges import Positive, Range
+from losses import widest_float
 
 Pixel = Annotated[float, Range(0, 255)]
 
@@ -23,14 +24,14 @@ class Preprocess(nn.Module):
                  channel_order: Literal["rgb", "bgr"] = "rgb"):
         super().__init__()
         self.channel_order, self.statistics = channel_order, (list(mean), list(std))
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(3, 1, 1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocess":
-        # The statistics move to another device but stay float64. They are cast where they are used.
-        mean, std = self.mean, self.std
-        super()._apply(fn, recurse)
-        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        # The statistics move to another device but stay as exact as it allows. They are cast where they are used.
+        device = fn(torch.zeros(0, device=self.mean.device)).device
+        self.mean, self.std = (torch.tensor(values, dtype=widest_float(device), device=device).view(3, 1, 1)
+                               for values in self.statistics)
         return self
 
     def forward(self, images: Tensor, targets: list[dict], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ from data.errors import counted
 from data.tables import text_table
 
 from ..config import load_config
-from ..processes.memory import peak_resident
+from ..processes.memory import in_gib, peak_resident
 from . import steps
 from .data import time_evaluation, time_input
 from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
@@ -131,7 +131,7 @@ def format_report(report: dict) -> str:
     lines += [text_table(["input, of an image", "ms"], rows), ""]
     rows = [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
     lines += [text_table([f"evaluation of {counted(evaluation['images'], 'image')}", "ms"], rows), "",
-              f"peak memory of the process: {report['peak_resident_bytes'] / 2 ** 30:.2f} GiB"]
+              f"peak memory of the process: {in_gib(report['peak_resident_bytes'])}"]
     if on_gpu:
         lines.append(f"bf16 matrix products: {report['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s")
     return "\n".join(lines)

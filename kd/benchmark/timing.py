@@ -51,6 +51,8 @@ def synchronize() -> None:
     """Wait for the GPU, if this process uses one."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif torch.mps.is_available():
+        torch.mps.synchronize()
 
 
 # Operators that are a convolution or a normalisation, forward or backward, on any device: aten::conv2d,

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 
 CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.yaml",
            "configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml")
-SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8)}  # size and batch by device, if not given
+# Size and batch by device, if not given.
+SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8), "mps": ((800, 1333), 2)}
 
 
 @dataclass

@@ -7,7 +7,7 @@ from data import DataConfig
 from models import ConfigError, ModelConfig
 from models.build import OneOf, read_section
 
-from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig
+from ..optim import OPTIMIZERS, OptimizerOptions, ScheduleConfig, check_scaling
 from .sections import DistillConfig, EvalConfig, TeacherConfig, TrainConfig
 
 
@@ -34,6 +34,7 @@ class Config(dict):
         if self.train.init is not None and self.distill is not None and self.distill.init_student:
             raise ConfigError("train.init", "and distill.init_student both give the student its first weights: remove "
                                             "one of them")
+        check_scaling(self.optimizer)
 
     @property
     def teachers(self) -> list[TeacherConfig]:

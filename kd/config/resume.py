@@ -32,13 +32,18 @@ RULES: dict[str, Rule] = {
 
     "data.train.images": WARN,              # files may have moved; other numbers of images or classes are refused
     "data.train.annotations": WARN,
+    "data.train": REFUSE,                   # the number of data sets
+    "data.train.repeat": REFUSE,
+    "data.repeat_factor": REFUSE,
     "data.train.first": REFUSE,             # the order of the images, and so the place in the epoch
     "data.val": WARN,                       # the best AP so far was measured without it
     "data.val.images": WARN,
     "data.val.annotations": WARN,
     "data.val.first": WARN,
+    "data.val.repeat": TAKE,                # is for training
     "data.batch_size": REFUSE,              # the place in the epoch; it counts over all processes, see `changes`
     "data.workers": TAKE,
+    "data.worker_start": TAKE,
     "data.scale": WARN,
     "data.multi_scale": WARN,
     "data.flip": WARN,
@@ -74,6 +79,7 @@ RULES: dict[str, Rule] = {
 
     "optimizer.type": REFUSE,               # momentum and the like of one mean nothing to the other
     "optimizer.lr": WARN,
+    "optimizer.lr.per_image": WARN,
     "optimizer.base_batch_size": WARN,
     "optimizer.momentum": WARN,
     "optimizer.nesterov": WARN,
@@ -87,8 +93,10 @@ RULES: dict[str, Rule] = {
     "schedule.warmup_steps": WARN,
     "schedule.warmup_factor": WARN,
     "schedule.warmup": WARN,
+    "schedule.type": WARN,
     "schedule.milestones": WARN,
     "schedule.gamma": WARN,
+    "schedule.min_factor": WARN,
 
     "train.epochs": WARN,                   # decay of a method's weight ends with the last epoch
     "train.seed": REFUSE,                   # the order of the images
@@ -103,6 +111,7 @@ RULES: dict[str, Rule] = {
     "train.sync_bn": WARN,
     "train.checkpoint_every": TAKE,
     "train.keep": TAKE,
+    "train.patience": TAKE,
     "train.log_every": TAKE,
     "train.check_images": TAKE,
     "train.grad_norm_every": TAKE,

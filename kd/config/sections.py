@@ -15,6 +15,7 @@ class TrainConfig:
     """The `train` section."""
 
     epochs: Count = 12
+    patience: Count | None = None                   # evaluations without a better AP that end training; null: none do
     seed: Seed = 0                                  # for initial weights, order of images and augmentation
     init: str | None = None                         # a detector's checkpoint to start from: path, URL or zoo:NAME
     init_classes: Some[str] | None = None           # names of its classes, in its order; null: its own, or COCO's

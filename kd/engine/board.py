@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data import build_dataset
+from data import CocoDataset, build_dataset
 from data.extras import need
 from data.output import naming, no_room
 from models import Detector
@@ -15,6 +15,7 @@ from ..config import Config
 from ..inference.draw import beside_truth
 from ..inference.precision import autocast
 from ..processes import distributed
+from .run import Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,11 +28,13 @@ class Board:
 
     Args:
         from_step: the step at which a resumed run continues; records of later steps are replaced.
+        dataset: data.val, or None to take the pictures from data.train.
     """
 
-    def __init__(self, cfg: Config, work_dir: Path, from_step: int, device: torch.device):
+    def __init__(self, cfg: Config, work_dir: Path, from_step: int, device: torch.device,
+                 dataset: CocoDataset | None = None):
         self.cfg, self.folder, self.from_step, self.device = cfg, work_dir / "tensorboard", from_step, device
-        self.open = self.dataset = None
+        self.open, self.dataset = None, dataset
 
     @property
     def writer(self) -> "SummaryWriter":
@@ -61,7 +64,7 @@ class Board:
         if not period or step % period:
             return
         if self.dataset is None:
-            self.dataset = build_dataset(self.cfg.data, "val" if self.cfg.data.val else "train", training=False)
+            self.dataset = build_dataset(self.cfg.data, "train", training=False)
         with autocast(self.device, self.cfg.train.amp):
             picture = beside_truth(detectors, self.dataset, IMAGES)
         with naming(self.folder):
@@ -78,9 +81,10 @@ def tensorboard() -> ModuleType:
     return need("tensorboard", "viz", "train.tensorboard", module="torch.utils.tensorboard")
 
 
-def open_board(cfg: Config, work_dir: Path, from_step: int, device: torch.device) -> Board | None:
+def open_board(run: Run, work_dir: Path) -> Board | None:
     """The board of a run, in its first process, if `train.tensorboard` is set; MissingExtra without TensorBoard."""
-    if not cfg.train.tensorboard:
+    if not run.cfg.train.tensorboard:
         return None
     tensorboard()
-    return Board(cfg, work_dir, from_step, device) if distributed.rank() == 0 else None
+    shown = run.val_loader.dataset if run.val_loader else None
+    return Board(run.cfg, work_dir, run.step, run.device, shown) if distributed.rank() == 0 else None

@@ -10,7 +10,7 @@ from data.errors import counted
 from ..config import Config, parse_config
 from ..inference.precision import autocast
 from ..processes import distributed
-from ..processes.memory import peak_memory
+from ..processes.memory import in_gib, peak_memory
 from .run import Run, build_run, describe_run
 from .start import starting_points
 from .step import to_device
@@ -34,7 +34,7 @@ def check(cfg: Config, device: torch.device) -> str:
     images, targets = next(iter(run.train_loader))
     if run.distiller:
         if run.val_loader is not None and run.cfg.train.check_images:
-            lines.append(starting_points(run.distiller, run.cfg, device))
+            lines.append(starting_points(run.distiller, run.cfg, run.train_loader.dataset.classes, device))
         lines += describe_methods(run, images, targets)
     losses, _ = train_step(run, run.model, [(images, targets)])
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
@@ -49,8 +49,8 @@ def check(cfg: Config, device: torch.device) -> str:
             found = run.model.predict(run.student.preprocess(shown[0].to(device), shown[1]), shown[1])
         lines.append(f"evaluation: {counted(sum(len(d['boxes']) for d in found), 'detection')} on "
                      f"{counted(len(found), 'image')}")
-    memory = peak_memory(device) / 2 ** 30
-    lines.append(f"a step of {counted(len(images), 'image')} took {seconds:.2f} s; peak memory {memory:.2f} GiB")
+    memory = in_gib(peak_memory(device))
+    lines.append(f"a step of {counted(len(images), 'image')} took {seconds:.2f} s; peak memory {memory}")
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ class FiniteWatch:
 
     def look_at(self, flag: Tensor, report: Callable[[], str]) -> None:
         """Remember a step's flag. If the flag is set, `report` saves the step and returns the error message."""
-        self.flag.copy_(flag.view(1), non_blocking=True)
+        self.flag.copy_(flag.view(1), non_blocking=self.copied is not None)
         if self.copied is not None:
             self.copied.record()
         self.pending = report

@@ -1,5 +1,6 @@
 """A training run: its parts, and how it is built, saved and restored."""
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Run:
     saved: int = -1            # step of last.pth
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
+    waited: int = 0            # evaluations since then
     overflows: Tensor | int = 0  # steps that fp16 has skipped
     start: InitialReport | None = None  # what was taken from train.init
     init: dict[str, str] = field(default_factory=dict)  # SHA-256 of train.init by path, at the run's start
@@ -69,6 +71,17 @@ class Run:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_loader) / self.cfg.train.accumulate)
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluation was the one that ends training, see `train.patience`."""
+        patience = self.cfg.train.patience
+        return patience is not None and self.evaluated and self.waited >= patience
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether an evaluation is due after an epoch, counted from 0."""
+        every, last = self.cfg.eval.every, self.cfg.train.epochs - 1
+        return self.val_loader is not None and (epoch == last or (every > 0 and (epoch + 1) % every == 0))
+
 
 def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool = False) -> Run:
     """Build the data, models and optimiser of a run, before its first step.
@@ -79,14 +92,14 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
+    if settings.patience is not None and (data.val is None or cfg.eval.every == 0):
+        raise ConfigError("train.patience", "counts evaluations during training: give data.val, and eval.every above 0")
     train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
     if not any(map(len, train_set.labels)):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
                         "scripts/check_data.py for what was left out")
     cfg = with_classes(cfg, train_set)
-    val_set = build_dataset(data, "val", training=False) if data.val else None
-    if val_set is not None and val_set.classes != train_set.classes:
-        raise ConfigError("data.val", f"needs the classes of data.train, {train_set.classes}, not {val_set.classes}")
+    val_set = build_dataset(data, "val", training=False, classes=train_set.classes) if data.val else None
     torch.manual_seed(settings.seed)
     check_teachers_classes(cfg, train_set.classes)
     init = None if resumed else settings.init
@@ -104,7 +117,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
-                                rank, world)
+                                rank, world, data.worker_start)
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
@@ -138,7 +151,7 @@ def save_run(run: Run, name: str) -> None:
     state = {"model": run.evaluated_model.state_dict(), "methods": methods, "reported": sorted(reported),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
-             "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
+             "waited": run.waited, "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
              "classes": run.train_loader.dataset.classes}
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
@@ -184,19 +197,26 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
     if state["scaler"]:  # of a run in fp16
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
-    run.init = state.get("init", {})
+    run.waited, run.init = state.get("waited", 0), state.get("init", {})
     return [change for change in found if change.rule == WARN]
 
 
 def describe_run(run: Run) -> str:
     """A few lines about the run, for its start."""
     data = run.train_loader.dataset
-    size = typical_size(data.scale)
+    size, shown = typical_size(data.scale), run.train_loader.batch_sampler.shown
     lines = [f"{counted(len(data), 'training image')}, {counted(data.num_classes, 'class')}, "
              f"{counted(run.steps_per_epoch, 'step')} per epoch, {counted(run.cfg.train.epochs, 'epoch')} on "
              f"{run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
+    files = Counter(file for _, file in data.origins)
+    lines += [f"from {file}: {counted(number, 'image')}" for file, number in files.items() if len(files) > 1]
+    if shown != len(data):
+        lines.append(f"images shown in an epoch, with repeats: {shown}")
+    world, batch, times = distributed.world_size(), run.cfg.data.batch_size, run.cfg.train.accumulate
+    lines.append(f"learning rate {run.optimizer.defaults['lr']:g}, with {counted(world * batch * times, 'image')} per "
+                 f"step: {counted(world, 'process')} x {batch} per batch x {counted(times, 'batch')}")
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)

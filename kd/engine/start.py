@@ -1,4 +1,5 @@
 """AP of teachers and student before the first step, which shows a useless teacher before a long run."""
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,10 +16,13 @@ from ..evaluation.evaluate import eval_loader, evaluate
 SUSPICIOUS = 0.01  # a teacher with a lower AP gets a warning
 
 
-def starting_points(model: Distiller, cfg: Config, device: torch.device) -> str:
-    """AP of every teacher and of the student on the first images of data.val, as text for people."""
+def starting_points(model: Distiller, cfg: Config, classes: Sequence[str], device: torch.device) -> str:
+    """AP of every teacher and of the student on the first images of data.val, as text for people.
+
+    `classes` are the names of data.train's classes.
+    """
     first = replace(cfg.data.val, first=min(cfg.train.check_images, cfg.data.val.first or cfg.train.check_images))
-    dataset = build_dataset(replace(cfg.data, val=first), "val", training=False)
+    dataset = build_dataset(replace(cfg.data, val=first), "val", training=False, classes=classes)
 
     def ap_of(detector: Detector) -> float | None:
         shared = not detector.sharded  # all processes must run a sharded one on the same images

@@ -30,8 +30,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def to_device(images: Tensor, targets: list[dict], student: Detector, device: torch.device
               ) -> tuple[Tensor, list[dict]]:
     """Move uint8 images (N, 3, H, W) and targets to the device, and normalise the images for the student."""
-    images = student.preprocess(images.to(device, non_blocking=True), targets)
-    return images, [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
+    fast = device.type == "cuda"  # on MPS, copies that nobody waits for can be wrong (pytorch/pytorch#189690)
+    images = student.preprocess(images.to(device, non_blocking=fast), targets)
+    return images, [{k: v.to(device, non_blocking=fast) if torch.is_tensor(v) else v for k, v in t.items()}
                     for t in targets]
 
 

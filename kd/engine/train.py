@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.augment.emptied import EmptiedImages
 from data.errors import counted
 from data.output import write_text
+from data.tables import points
 
 from ..config import parse_config
 from ..evaluation.coco import format_figures
@@ -24,7 +25,7 @@ from ..processes import distributed
 from ..processes.signals import StopAsked, StopSignals
 from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
-from ..work_dir.log import Meter, Metrics, open_log
+from ..work_dir.log import Clock, Meter, Metrics, open_log
 from ..work_dir.provenance import provenance
 from .board import Board, open_board
 from .finite import describe_broken_step, keep_statistics
@@ -44,11 +45,12 @@ class Reports(NamedTuple):
     metrics: Metrics
     board: Board | None
     skipped: SkippedImages
+    clock: Clock
     emptied: EmptiedImages
 
 
 def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path | None = None) -> dict:
-    """Train the model of a configuration to the end of its last epoch.
+    """Train the model of a configuration to the end of its last epoch, or of `train.patience`.
 
     Returns:
         The figures of the last evaluation, empty without data.val.
@@ -62,7 +64,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     resume_from = distributed.from_first(resume_from)
     run = build_run(parse_config(cfg), work_dir, device, resumed=resume_from is not None)
     changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
-    first, board = distributed.rank() == 0, open_board(run.cfg, work_dir, run.step, device)
+    first, board = distributed.rank() == 0, open_board(run, work_dir)
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
@@ -77,17 +79,20 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
 
     settings = run.cfg.train
     if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
-        log.info(starting_points(run.distiller, run.cfg, device))
-    figures, last, every = {}, settings.epochs - 1, run.cfg.eval.every
+        log.info(starting_points(run.distiller, run.cfg, run.train_loader.dataset.classes, device))
+    figures = {}
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all epochs are done already: set a larger train.epochs to go on")
-    reports = Reports(log, metrics, board, SkippedImages(log), EmptiedImages())
+    reports = Reports(log, metrics, board, SkippedImages(log), Clock(), EmptiedImages())
     with lock, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
             train_epoch(run, model, epoch, reports, signals)
-            due = epoch == last or (every > 0 and (epoch + 1) % every == 0)
-            if due and run.val_loader is not None and not run.evaluated:
+            if run.evaluates(epoch) and not run.evaluated:
                 figures = evaluate_epoch(run, epoch, reports, signals)
+            if run.out_of_patience:
+                log.info("stopped after epoch %d, because %s brought no better AP than %s (train.patience)", epoch + 1,
+                         counted(run.waited, "evaluation"), points(run.best))
+                break
         # A run that was resumed from another folder may have written neither.
         written = [f"the {name} checkpoint is {path}" for name in ("last", "best")
                    if (path := work_dir / f"{name}.pth").is_file()]
@@ -100,12 +105,12 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings, (log, metrics, board, skipped, emptied) = run.cfg.train, reports
+    settings, (log, metrics, board, skipped, clock, emptied) = run.cfg.train, reports
     model.train()
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.start = epoch, done * settings.accumulate
-    meter = Meter()
+    meter, evaluations = Meter(), sum(map(run.evaluates, range(epoch, settings.epochs)))
     bar = tqdm(in_runs(run.train_loader, settings.accumulate), f"epoch {epoch + 1}/{settings.epochs}",
                run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
     for batches in bar:
@@ -115,6 +120,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
                 log.warning(warning)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
+        clock.tick("step")
         meter.add(losses, sum(len(images) for images, _ in batches) * distributed.world_size())
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
@@ -129,9 +135,11 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
                 check_scale(run)
             metrics.write(record)
             shown = {k: "-" if v is None else f"{v:.4g}" for k, v in record.items() if k not in ("epoch", "step")}
-            bar.set_postfix(loss=shown["loss"])
-            log.info("epoch %d step %d/%d %s", epoch + 1, run.step, settings.epochs * run.steps_per_epoch,
-                     " ".join(f"{k} {v}" for k, v in shown.items()))
+            steps = settings.epochs * run.steps_per_epoch
+            left = clock.left(step=steps - run.step, evaluation=evaluations)
+            bar.set_postfix(loss=shown["loss"], run_left=left)
+            log.info("epoch %d step %d/%d %s, %s left", epoch + 1, run.step, steps,
+                     " ".join(f"{k} {v}" for k, v in shown.items()), left)
         asked = signals.agreed()
         if asked or (settings.checkpoint_every and run.step % settings.checkpoint_every == 0):
             run.finite.check()
@@ -167,8 +175,9 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     """
     settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
     seed_step(settings.seed, run.step, distributed.rank())
+    factor = lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch, settings.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch)
+        group["lr"] = group["initial_lr"] * factor
     norms_due = bool(distiller and settings.grad_norm_every and run.step % settings.grad_norm_every == 0)
     if distiller:
         distiller.advance(run.step, run.steps_per_epoch, settings.epochs)
@@ -197,7 +206,9 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         put_statistics_back(broken)
     else:
         watch(run, broken, losses, batches)
-    scaler.step(run.optimizer)
+    # Not all optimisers heed the flag on MPS, so there the step waits for it.
+    if run.device.type != "mps" or not broken:
+        scaler.step(run.optimizer)
     scaler.update()
     if run.average is not None:
         run.average.update(run.student)
@@ -238,13 +249,16 @@ def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals)
     except StopAsked as stop:
         save_run(run, "last.pth")  # a run that was resumed from another folder has none here yet
         raise stopped(run, *stop.args) from None
-    reports.metrics.write({"epoch": epoch, "step": run.step} | figures)
+    run.evaluated, better = True, (figures["AP"] or 0) > run.best
+    run.waited = 0 if better else run.waited + 1
+    reports.metrics.write({"epoch": epoch, "step": run.step} | figures |
+                          ({"out_of_patience": True} if run.out_of_patience else {}))
     reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
-    run.evaluated = True
-    if (figures["AP"] or 0) > run.best:
+    if better:
         run.best = figures["AP"] or 0
         save_run(run, "best.pth")
     save_run(run, "last.pth")
-    if epoch + 1 < run.cfg.train.epochs and (asked := signals.agreed_now()):
+    reports.clock.tick("evaluation")
+    if epoch + 1 < run.cfg.train.epochs and not run.out_of_patience and (asked := signals.agreed_now()):
         raise stopped(run, asked)
     return figures

@@ -96,10 +96,13 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def coco_index(coco: type, dataset: CocoDataset, numbers: dict, annotations: list[dict]) -> object:
-    """Annotations or detections in the form that the evaluators take."""
+    """Annotations or detections in the form that the evaluators take.
+
+    Category ids are the labels, from 1 on: the evaluators sort them, and the file's ids may be in another order.
+    """
     index = coco()
     index.dataset = {"images": [{"id": number} for number in numbers.values()], "annotations": annotations,
-                     "categories": [{"id": category_id} for category_id in dataset.category_ids]}
+                     "categories": [{"id": label + 1} for label in range(dataset.num_classes)]}
     index.createIndex()
     return index
 
@@ -110,8 +113,9 @@ def read_truth(dataset: CocoDataset, numbers: dict) -> list[dict]:
     Their ids are new, from 1 on, because pycocotools counts an object with id 0 as missed even if it is found.
     """
     content = json.loads(dataset.annotation_file.read_bytes())
-    return [{"id": number, "image_id": numbers[a["image_id"]], "category_id": a["category_id"], "bbox": a["bbox"],
-             "area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": a.get("iscrowd", 0)}
+    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
+    return [{"id": number, "image_id": numbers[a["image_id"]], "category_id": label_of[a["category_id"]] + 1,
+             "bbox": a["bbox"], "area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": a.get("iscrowd", 0)}
             for number, a in enumerate(content["annotations"], start=1) if a["image_id"] in numbers]
 
 
@@ -121,7 +125,7 @@ def list_detections(results: list[ImageResult], dataset: CocoDataset, numbers: d
         return []
     rows = np.concatenate([part for _, part in results])
     images = np.repeat([numbers[image_id] for image_id, _ in results], [len(part) for _, part in results])
-    categories = np.array(dataset.category_ids)[rows[:, 5].astype(int)]
+    categories = rows[:, 5].astype(int) + 1
     columns = (images, categories, rows[:, :4], rows[:, 4], rows[:, 2] * rows[:, 3])
     return [{"id": i, "image_id": image, "category_id": category, "bbox": box, "score": score, "area": area,
              "iscrowd": 0} for i, (image, category, box, score, area) in

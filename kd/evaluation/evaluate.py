@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, build_loader
 from data.output import write_text
+from losses import widest_float
 from models import Detector
 
 from ..config import Config
@@ -69,13 +70,14 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
     was_training = model.training
     model.eval()
     places = {image_id: place for place, image_id in enumerate(loader.dataset.image_ids)}
-    found = [torch.zeros(0, 7, dtype=torch.float64, device=device)]  # place, x1, y1, x2, y2, score, label
+    exact = widest_float(device)
+    found = [torch.zeros(0, 7, dtype=exact, device=device)]  # place, x1, y1, x2, y2, score, label
     for images, targets in tqdm(loader, "eval", leave=False, disable=None if distributed.rank() == 0 else True):
-        images = model.preprocess(images.to(device, non_blocking=True), targets)
+        images = model.preprocess(images.to(device, non_blocking=device.type == "cuda"), targets)
         with autocast(device, amp):
             batch = model.predict(images, targets)
         for target, d in zip(targets, batch):
-            place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=torch.float64)
+            place = d["scores"].new_full(d["scores"].shape, places[target["image_id"]], dtype=exact)
             found.append(torch.column_stack([place, d["boxes"], d["scores"], d["labels"]]))
         if signals:
             signals.raise_agreed()
@@ -85,7 +87,7 @@ def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str =
     rows = distributed.gather_rows(torch.cat(found)) if shared else torch.cat(found)
     if rows is None:
         return []
-    rows = rows[rows[:, 0].argsort(stable=True)].cpu()
+    rows = rows[rows[:, 0].argsort(stable=True)].cpu().double()
     rows[:, 3:5] -= rows[:, 1:3]
     counts = rows[:, 0].long().bincount(minlength=len(places)).tolist()
     return [(image_id, part.numpy()) for image_id, part in zip(places, rows[:, 1:].split(counts))]
@@ -114,6 +116,7 @@ def eval_loader(cfg: Config, dataset: CocoDataset, shared: bool = True) -> DataL
     """The loader of an evaluation: this process's share of the images, or all of them if not `shared`."""
     rank, world = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     size = cfg.eval.batch_size or cfg.data.batch_size
-    return build_loader(dataset, size, False, cfg.data.workers, rank=rank, world=world)
+    return build_loader(dataset, size, False, cfg.data.workers, rank=rank, world=world,
+                        worker_start=cfg.data.worker_start)
 
 

@@ -152,7 +152,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
                 if signals.asked and not told:  # once: a second signal would end a run without saving
                     told = True
                     for _, process, _ in running.values():
-                        process.send_signal(signal.SIGTERM)
+                        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
                 for slot, (job, process, begun) in list(running.items()):
                     if process.poll() is not None:
                         del running[slot]
@@ -172,7 +172,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
 
 
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
-    """Start a run in its own session, so that Ctrl-C does not reach it directly."""
+    """Start a run in its own session, on Windows its own process group, so that Ctrl-C does not reach it directly."""
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     if device == "cuda" and at_once > 1:
@@ -180,7 +180,8 @@ def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
         env |= {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]}
     with naming(job.work_dir / OUTPUT), open(job.work_dir / OUTPUT, "a", encoding="utf-8") as output:
         return subprocess.Popen(job.command(device), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env,
-                                start_new_session=True)
+                                start_new_session=True,
+                                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
 
 
 def report(job: Job, code: int, seconds: float, say: Callable[[str], None], stopping: bool) -> bool:

@@ -55,7 +55,7 @@ def load_detector(checkpoint: str | Path, cfg: str | Path | Config | None = None
     Args:
         checkpoint: path, URL or `zoo:NAME`; one of our runs holds its configuration and the names of its classes.
         cfg: the configuration, or its file, for a checkpoint that holds none.
-        device: "cpu" or "cuda"; by default cuda if there is one.
+        device: "cpu", "cuda" or "mps"; by default cuda if there is one, otherwise cpu.
         score_thr: detections with a lower score are left out.
     Raises:
         ConfigError, CheckpointError: bad input.

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.layers import FrozenBatchNorm
 
+from ..exceptions import UsageError
+
 
 def start_processes(device: torch.device) -> torch.device:
     """Join the processes that torchrun or Slurm's srun has started, if any, and return the device of this one."""
@@ -20,6 +22,9 @@ def start_processes(device: torch.device) -> torch.device:
         os.environ.update(slurm_environment(os.environ))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    if device.type == "mps":
+        raise UsageError("--device mps works with one process only: start the script without torchrun, or use "
+                         "--device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from .distributed import Agreement
 
+# Windows sends SIGBREAK, for Ctrl-Break, and to a process group; it has no SIGTERM from other processes.
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 ECHO = 2.0  # seconds in which a signal counts as a repeat: a launcher forwards signals that all processes have got
 
 
@@ -15,7 +17,7 @@ class StopAsked(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Remembers SIGINT and SIGTERM while the context is open; a second one ends the program at once.
+    """Remembers the signals `STOP` while the context is open; a second one ends the program at once.
 
     `asked` is the number of the received signal, 0 before that.
     """
@@ -50,7 +52,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.asked, self._when = 0, 0.0
-        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._remember) for number in STOP}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -11,8 +11,9 @@ from ..exceptions import WorkDirError
 
 try:
     import fcntl
-except ImportError:  # Windows, where there is no lock
+except ImportError:  # Windows
     fcntl = None
+    import msvcrt
 
 _held: WeakSet[IO] = WeakSet()
 
@@ -44,9 +45,12 @@ def _take(work_dir: Path) -> IO:
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        else:
+            file.seek(0)  # the lock is on one byte from here; the file may be shorter
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError) as error:  # the second on Windows
         file.close()
-        raise
+        raise BlockingIOError from error
     except OSError:  # a file system without locks, as on some clusters: the run goes on without one
         pass
     _held.add(file)

@@ -3,8 +3,11 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -70,6 +73,23 @@ class Meter:
         speed = self.images / (time.perf_counter() - self.start)
         self.__init__()
         return means | {"images_per_second": speed}
+
+
+class Clock:
+    """The time that a run still takes, by the means over its latest steps and evaluations."""
+
+    def __init__(self):
+        self.before, self.seconds = time.perf_counter(), {}
+
+    def tick(self, part: str) -> None:
+        """Count the time since the last tick as that of a part, "step" or "evaluation"."""
+        before, self.before = self.before, time.perf_counter()
+        self.seconds.setdefault(part, deque(maxlen=100)).append(self.before - before)
+
+    def left(self, **counts: int) -> str:
+        """Hours, minutes and seconds for so many of each part. A part that never came yet is not included."""
+        seconds = sum(count * mean(self.seconds[part]) for part, count in counts.items() if part in self.seconds)
+        return str(timedelta(seconds=round(seconds)))
 
 
 class Metrics:

@@ -13,7 +13,7 @@ from data.errors import counted
 from ..config import TrainConfig
 
 # The seed, and settings that change neither the weights nor the figures.
-SILENT = {"data": ("workers",), "eval": ("every", "batch_size"),
+SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
           "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
                     "vis_period")}
 
@@ -50,7 +50,9 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        return self.epochs is None or self.done >= self.epochs
+        """Whether training reached its end: the last epoch, or that of `train.patience`."""
+        stopped = bool(self.evaluations) and self.evaluations[-1].get("out_of_patience", False)
+        return self.epochs is None or self.done >= self.epochs or stopped
 
     @property
     def steps_per_epoch(self) -> float:
@@ -117,6 +119,9 @@ def setting(config: dict, files: dict[str, str] | None = None, distilled: bool =
     for section, names in SILENT.items():
         for name in names:
             (config.get(section) or {}).pop(name, None)
+    data = config.get("data") or {}
+    if isinstance(data.get("train"), list) and len(data["train"]) == 1:  # the same as without a list
+        data["train"], = data["train"]
     if not distilled:
         config.pop("distill", None)
     named = [(entry, "checkpoint") for entry in teacher_entries(config)]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data import CocoDataset, DataConfig, Split, build_dataset, build_loader, collate
+from data import CocoDataset, DataConfig, DataError, Split, build_dataset, build_loader, collate
 
 
 @pytest.fixture
@@ -10,9 +10,9 @@ def source(write_coco):
     return write_coco(sizes, [(10 + i, 1 + i % 2, [i, 2, 20, 30], {}) for i in range(12)])
 
 
-def training_loader(source, workers):
+def training_loader(source, workers, worker_start=None):
     dataset = CocoDataset(*source, training=True, multi_scale=[(60, 40), (90, 60)], seed=3)
-    return build_loader(dataset, 2, training=True, workers=workers, seed=3)
+    return build_loader(dataset, 2, training=True, workers=workers, seed=3, worker_start=worker_start)
 
 
 def assert_same(batches, others):
@@ -48,6 +48,25 @@ def test_batches_depend_neither_on_workers_nor_on_the_global_random_state(source
         if epoch == 0:
             first = epochs[0]
     assert [t["image_id"] for _, ts in first for t in ts] != [t["image_id"] for _, ts in epochs[0] for t in ts]
+
+
+@pytest.mark.parametrize("worker_start", ["fork", "spawn"])
+def test_batches_do_not_depend_on_how_workers_start(source, worker_start):
+    loader, plain = training_loader(source, 1, worker_start), training_loader(source, 0)
+    for epoch, start in ((0, 0), (3, 2)):
+        for one in (loader, plain):
+            one.batch_sampler.epoch, one.batch_sampler.start = epoch, start
+        assert_same(list(loader), list(plain))
+    assert loader.multiprocessing_context.get_start_method() == worker_start
+
+
+def test_a_way_to_start_workers_that_the_system_lacks(source, monkeypatch):
+    monkeypatch.setattr("data.loader.get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(DataError) as caught:
+        training_loader(source, 1, "fork")
+    assert str(caught.value) == "data.worker_start=fork does not exist on this system: remove it"
+    monkeypatch.setattr("data.loader.sys.platform", "darwin")
+    assert training_loader(source, 1).multiprocessing_context.get_start_method() == "spawn"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -147,6 +147,30 @@ def test_the_learning_rate_scales_with_the_batch_if_asked():
     assert build_optimizer({"lr": 0.01}, model(), 4).param_groups[0]["lr"] == 0.01
 
 
+def test_a_learning_rate_per_image():
+    optimizer = build_optimizer({"lr": {"per_image": 0.125}, "bias_lr_mult": 2}, model(), 4)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 1.0]
+    assert optimizer.defaults["lr"] == 0.5
+    adamw = build_optimizer({"type": "AdamW", "lr": {"per_image": 0.125}, "base_batch_size": None}, model(), 2)
+    assert adamw.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("override, problem", [
+    ("optimizer.lr={per_image: 0.1}", "optimizer.lr: per_image and optimizer.base_batch_size both scale the learning "
+     "rate: set optimizer.base_batch_size=null, or give lr as a number"),
+    ("optimizer.lr={per_image: -1}", "optimizer.lr.per_image: must be at least 0, not -1"),
+    ("optimizer.lr={per_images: 1}", 'optimizer.lr.per_images: unknown key; did you mean "per_image"?'),
+    ("optimizer.lr={}", "optimizer.lr.per_image: missing; it has no default"),
+    ("optimizer.lr=-1", "optimizer.lr: must be at least 0, not -1 ("),
+    ("optimizer.lr=fast", "optimizer.lr: must be a number, not text ('fast'), or must be a mapping of keys to values")])
+def test_a_wrong_learning_rate_is_one_line(override, problem):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs/gfl/gfl_r50_1x.yaml", [override])
+    assert str(caught.value).startswith(problem) and "\n" not in str(caught.value)
+    assert load_config(ROOT / "configs/gfl/gfl_r50_1x.yaml", ["optimizer.lr.per_image=0.1",
+                                                              "optimizer.base_batch_size=null"])
+
+
 def test_what_a_configuration_cannot_say():
     with pytest.raises(ConfigError, match="optimizer.base_batch_size: must be at least 1, not 0"):
         build_optimizer({"base_batch_size": 0}, model(), 4)
@@ -172,6 +196,19 @@ def test_a_constant_warm_up_ends_at_once():
     schedule = ScheduleConfig(warmup_steps=5, warmup_factor=0.25, warmup="constant", milestones=[2], gamma=0.1)
     factors = [lr_factor(schedule, step, steps_per_epoch=3) for step in range(7)]
     assert factors == pytest.approx([0.25, 0.25, 0.25, 0.25, 1, 1, 0.1])
+
+
+def test_a_cosine():
+    """It halves in the middle, ends at min_factor, goes on there beyond the end, and keeps the warm-up."""
+    schedule = ScheduleConfig(warmup_steps=0, type="cosine", min_factor=0.2, milestones=[1])
+    factors = [lr_factor(schedule, step, steps_per_epoch=10, epochs=4) for step in range(42)]
+    assert factors[0] == 1 and factors[20] == pytest.approx(0.6)
+    assert factors[10] == pytest.approx(0.2 + 0.8 * 0.8535533905932737)  # (1 + cos 45 degrees) / 2
+    assert factors[40:] == [0.2, 0.2] and all(a > b for a, b in zip(factors, factors[1:41]))
+    assert lr_factor(schedule, 100, 10) == 1
+    warm = ScheduleConfig(warmup_steps=11, warmup_factor=0.0, type="cosine", min_factor=0.2)
+    assert lr_factor(warm, 5, 10, 4) == pytest.approx(factors[5] / 2)
+    assert lr_factor(warm, 10, 10, 4) == factors[10]
 
 
 @pytest.fixture

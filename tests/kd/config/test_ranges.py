@@ -52,7 +52,8 @@ def test_there_are_numbers():
 def test_the_neighbours_of_a_range_are_refused(section, name, kind, allowed):
     assert allowed is not None, f"{section}.{name} has no range: use one of data/ranges.py"
     hint = Annotated[kind, allowed]
-    inside = [allowed.low] * (not allowed.open) + [kind(min(allowed.low + 1, allowed.high))] + [allowed.high] * (allowed.high != inf)
+    inside = [*[allowed.low] * (not allowed.open), min(allowed.low + 1, allowed.high), *[allowed.high] * (
+        allowed.high != inf)]
     for value in inside:
         assert check_value(kind(value), hint, "key") == value
     for value in outside(kind, allowed):

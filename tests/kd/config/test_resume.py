@@ -15,7 +15,7 @@ from models.build import parameters
 # Whole subtrees with one rule: architecture, post-processing, and what an outer key decides.
 SUBTREES = {"model.*", "model.test.*", "data.train_augment.*", "distill.teacher.model.*", "distill.methods.*",
             "eval.tta.*"}
-ALWAYS_THERE = {"data", "optimizer", "schedule", "train", "eval", "data.train", "eval.tta"}
+ALWAYS_THERE = {"data", "optimizer", "schedule", "train", "eval", "eval.tta"}
 
 
 def all_keys() -> set[str]:

@@ -1,9 +1,11 @@
 """The training loop: accumulation, the average of the weights, mixed precision, kills, full disks."""
 import json
 import random
+import re
 import resource
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from kd.evaluation.coco import FIGURES
 from kd.evaluation.evaluate import evaluate_checkpoint
 from kd.exceptions import Stopped, TrainingError
 from kd.processes import distributed
+from kd.work_dir import log
 from kd.work_dir.checkpoint import read_checkpoint, read_plain
-from models import Detector
+from kd.work_dir.records import read_run
+from models import ConfigError, Detector
 
 CPU = torch.device("cpu")
 
@@ -298,6 +302,130 @@ def test_the_last_checkpoints_and_the_best_are_kept(scenes, tmp_path, monkeypatc
     engine.train(config_with(config(scenes, 4), train={"keep": 3}), tmp_path, CPU)
     kept = {path.name: read_checkpoint(path)["step"] for path in tmp_path.glob("*.pth*")}
     assert kept == {"last.pth": 16, "last.1.pth": 12, "last.2.pth": 8, "best.pth": 8}
+
+
+def with_figures(monkeypatch, figures):
+    """Let evaluations find these AP, one after another, and count those that are left."""
+    left = list(figures)
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments, **options: {
+        "AP": left.pop(0), "per_class": {"a": 0.0}} | dict.fromkeys(FIGURES[1:], 0.0))
+    return left
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2, 3])
+def test_training_ends_when_patience_does(scenes, tmp_path, monkeypatch, stop):
+    """Also when it is resumed after any of the epochs, and resumed again after its end."""
+    figures = [0.1, 0.3, 0.2, 0.3, 0.4]
+    left = with_figures(monkeypatch, figures)
+    cfg = config_with(config(scenes, 8), train={"patience": 2})
+    run = tmp_path / "run"
+    if stop is not None:
+        monkeypatch.setattr(engine, "train_epoch", stopping(engine.train_epoch, stop))
+        with pytest.raises(Stopped):
+            engine.train(cfg, run, CPU)
+        monkeypatch.undo()
+        left = with_figures(monkeypatch, left)
+    for resume_from in (run / "last.pth" if stop else None, run / "last.pth"):
+        engine.train(cfg, run, CPU, resume_from)
+        assert left == [0.4] and steps_in(run) == (list(range(1, 17)), [0, 1, 2, 3])
+        assert (run / "train.log").read_text().splitlines()[-2][9:] == (
+            "stopped after epoch 4, because 2 evaluations brought no better AP than 30.0 (train.patience)")
+    *earlier, last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"AP"' in line]
+    assert last["out_of_patience"] is True and not any("out_of_patience" in line for line in earlier)
+    assert read_run(run, run / "metrics.jsonl").finished
+    engine.train(config_with(cfg, train={"patience": 3, "epochs": 5}), run, CPU, run / "last.pth")  # more patience
+    assert left == [] and steps_in(run)[1] == [0, 1, 2, 3, 4]
+    assert read_checkpoint(run / "best.pth")["step"] == 20
+
+
+def stopping(train_epoch, stop):
+    """As if a signal came at the start of the epoch with the number `stop`."""
+    def wrapper(run, model, epoch, *rest):
+        if epoch == stop:
+            raise Stopped(15, "")
+        return train_epoch(run, model, epoch, *rest)
+    return wrapper
+
+
+@pytest.mark.parametrize("change", [{"eval": {"every": 0}}, {"data": {"val": None}}])
+def test_patience_without_evaluations_is_refused(scenes, tmp_path, change):
+    cfg = config_with(config(scenes), train={"patience": 1})
+    with pytest.raises(ConfigError) as caught:
+        engine.train(config_with(cfg, **change), tmp_path, CPU)
+    assert str(caught.value) == ("train.patience: counts evaluations during training: give data.val, and eval.every "
+                                 "above 0")
+
+
+def test_the_log_says_the_learning_rate_and_the_time_left(scenes, tmp_path, monkeypatch):
+    """A cosine of a rate per image: 0.01 x 4 images x 2 batches, over 2 epochs of 2 steps."""
+    now = iter(range(0, 1000, 100))
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = log.Clock()
+    clock.tick("step")
+    assert clock.left(step=90, evaluation=3) == "2:30:00"
+    clock.tick("evaluation")
+    assert clock.left(step=90, evaluation=9) == "2:45:00" and clock.left(step=0) == "0:00:00"
+    monkeypatch.undo()
+    cfg = config_with(config(scenes), train={"accumulate": 2}, optimizer={"lr": {"per_image": 0.01}},
+                      schedule={"type": "cosine", "warmup_steps": 0})
+    engine.train(cfg, tmp_path, CPU)
+    lines = (tmp_path / "train.log").read_text()
+    assert "learning rate 0.08, with 8 images per step: 1 process x 4 per batch x 2 batches\n" in lines
+    assert len(re.findall(r" step \d/4 .* loss .*, \d:\d\d:\d\d left\n", lines)) == 4
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    assert rates == pytest.approx([0.08, 0.08 * 0.8535534, 0.04, 0.08 * 0.1464466])
+
+
+def test_a_run_on_several_data_sets_with_repeats_goes_on_exactly(scenes, tmp_path, monkeypatch):
+    """Broken off within an epoch. The second data set has another order of classes, and data.val lacks some."""
+    cfg = config(scenes, 3)
+    files = {}
+    for split in ("train", "val"):
+        content = json.loads((scenes / "annotations" / f"{split}.json").read_text())
+        content["categories"].reverse()
+        for number, category in enumerate(content["categories"], start=1):
+            category["id"], old = number, category["id"]
+            for annotation in content["annotations"]:
+                if annotation["category_id"] == old and "new" not in annotation:
+                    annotation |= {"category_id": number, "new": True}
+        if split == "val":
+            used = {annotation["category_id"] for annotation in content["annotations"]}
+            content["categories"] = [category for category in content["categories"] if category["id"] in used]
+            assert 1 <= len(used) < 6
+        files[split] = cfg["data"][split] | {"annotations": str(tmp_path / f"{split}.json")}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    train = [cfg["data"]["train"] | {"repeat": 2, "first": 5}, files["train"]]
+    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "FGD"}]}
+    cfg = config_with(cfg | {"distill": distill}, data={"train": train, "val": files["val"], "repeat_factor": 0.7},
+                      train={"checkpoint_every": 1, "tensorboard": False})
+    run = build_run(parse_config(cfg), tmp_path, CPU)
+    shown = run.train_loader.batch_sampler.shown
+    assert len(run.train_loader.dataset) == 19 and shown > 24 and run.steps_per_epoch == -(-shown // 4)
+    lines = describe_run(run).splitlines()
+    assert lines[0].startswith("19 training images, 6 classes, ")
+    assert f"from {train[0]['annotations']}: 5 images" in lines
+    assert f"from {tmp_path / 'train.json'}: 14 images" in lines
+    assert f"images shown in an epoch, with repeats: {shown}" in lines
+    figures = engine.train(cfg, tmp_path / "whole", CPU)
+    log_of_whole = (tmp_path / "whole" / "train.log").read_text()
+    assert re.search(r"\n  teacher 0: \d", log_of_whole)  # not "none, it has 6 classes and the data 3"
+    plain = engine.train(config_with(cfg, data={"val": config(scenes)["data"]["val"]}), tmp_path / "plain", CPU)
+    assert figures == plain  # the same images, with all classes in the order of the first data set
+    original = engine.train_step
+
+    def stop_in_time(run, *arguments):
+        if run.step == run.steps_per_epoch + 2:
+            raise KeyboardInterrupt
+        return original(run, *arguments)
+
+    monkeypatch.setattr(engine, "train_step", stop_in_time)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(cfg, tmp_path / "parts", CPU)
+    monkeypatch.undo()
+    engine.train(cfg, tmp_path / "parts", CPU, tmp_path / "parts" / "last.pth")
+    assert_same(read_checkpoint(tmp_path / "whole" / "last.pth"), read_checkpoint(tmp_path / "parts" / "last.pth"))
+    recorded = read_run(tmp_path / "whole", tmp_path / "whole" / "metrics.jsonl")
+    assert recorded.config["data"]["train"] == train
 
 
 def limited(bytes_, *arguments):

@@ -11,7 +11,7 @@ from runs import ROOT, run_script
 from data import DataError
 from kd.evaluation.cost import count_flops, count_parameters
 from kd.experiments.compare import compare, cost, explain, paired_interval, t_quantile
-from kd.work_dir.records import group_runs, read_runs
+from kd.work_dir.records import group_runs, read_runs, setting
 from models import build_detector
 
 DIGEST = hashlib.sha256(TEACHER).hexdigest()
@@ -119,6 +119,16 @@ def test_runs_from_one_file_are_one_setting(tmp_path):
         (folder / "run.json").write_text(json.dumps(content | {"init": {name: digest}}))
     groups = group_runs(read_runs(sorted(tmp_path.iterdir()))[0])
     assert [[run.name for run in runs] for runs in groups.values()] == [["run0", "run1"], ["run2"]]
+
+
+def test_a_list_of_one_data_set_is_the_same_setting_as_no_list():
+    alone, listed, other = (run_config(0) for _ in range(3))
+    alone["data"]["train"] = {"images": "a"}
+    listed["data"]["train"], other["data"]["train"] = [{"images": "a"}], [{"images": "a"}, {"images": "b"}]
+    assert setting(alone) == setting(listed) != setting(other)
+    for lr in (0.01, {"per_image": 0.01}):
+        other["optimizer"] = {"lr": lr}
+        assert f'"lr": {json.dumps(lr)}' in setting(other)
 
 
 def test_names_of_runs_in_folders_of_a_seed_each(tmp_path):

@@ -310,3 +310,29 @@ def test_slurm_says_where_the_processes_meet(nodes, first):
                                                   "MASTER_ADDR": first, "MASTER_PORT": "23456"}
     given = distributed.slurm_environment(env | {"MASTER_ADDR": "head", "MASTER_PORT": "29500"})
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "29500")
+
+
+def train_with_patience(cfg, work_dir):
+    """Train until patience ends; the steps of this process."""
+    taken, original = [], engine.train_step
+
+    def count(run, *arguments):
+        taken.append(run.step)
+        return original(run, *arguments)
+
+    with mock.patch.object(engine, "train_step", count):
+        train(cfg, work_dir, CPU)
+    return taken
+
+
+def test_processes_agree_when_patience_ends(tmp_path):
+    """At a learning rate of zero no evaluation is better than the first; one process alone would wait for the others.
+    Data sets are joined, and each step has images of both processes."""
+    scenes = generate_scenes(tmp_path / "scenes", train=6, val=2, size=(64, 64))
+    cfg = config_with(config(scenes, 5), optimizer={"lr": {"per_image": 0.0}}, train={"patience": 2})
+    cfg = config_with(cfg, data={"batch_size": 2, "train": [cfg["data"]["train"] | {"repeat": 2}] * 2})
+    for taken in together(train_with_patience, 2, tmp_path / "processes", cfg, tmp_path / "run"):
+        assert taken == list(range(18))  # 3 epochs of 24 images
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "learning rate 0, with 4 images per step: 2 processes x 2 per batch x 1 batch\n" in log
+    assert log.count("stopped after epoch 3, because 2 evaluations brought no better AP than 0.0") == 1

@@ -111,7 +111,7 @@ def test_a_signal_ends_any_script_with_one_line(interruptible, tmp_path, monkeyp
     """Here while --check builds the model, in which nothing else listens."""
     before = signal.getsignal(signal.SIGTERM)
     path = write_config(tmp_path / "cfg.yaml", config(generate_scenes(tmp_path / "scenes", 2, 1, (64, 64))))
-    monkeypatch.setattr("kd.engine.run.build_model", lambda *arguments: signal.raise_signal(number))
+    monkeypatch.setattr("kd.engine.run.build_model", lambda *_, **__: signal.raise_signal(number))
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == code
     assert capsys.readouterr().err.strip().splitlines()[-1] == text
     assert signal.getsignal(signal.SIGTERM) is before
