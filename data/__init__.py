@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data.coco import CocoDataset
+    from data.coco.dataset import CocoDataset
     from data.config import DataConfig, Split, find_data
     from data.errors import DataError, UnreadableImage
     from data.loader import build_dataset, build_loader, collate
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CocoDataset", "DataConfig", "DataError", "EvalBatchSampler", "Split", "TrainBatchSampler",
            "UnreadableImage", "build_dataset", "build_loader", "collate", "find_data", "generate_scenes"]
-_MODULES = {"CocoDataset": "coco", "DataConfig": "config", "DataError": "errors", "EvalBatchSampler": "samplers",
-            "Split": "config", "TrainBatchSampler": "samplers", "UnreadableImage": "errors", "build_dataset": "loader",
-            "build_loader": "loader", "collate": "loader", "find_data": "config", "generate_scenes": "sources.scenes"}
+_MODULES = {"coco.dataset": ["CocoDataset"], "config": ["DataConfig", "Split", "find_data"],
+            "errors": ["DataError", "UnreadableImage"], "loader": ["build_dataset", "build_loader", "collate"],
+            "samplers": ["EvalBatchSampler", "TrainBatchSampler"], "sources.scenes": ["generate_scenes"]}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.augment import build_augmentations
-from data.coco import CocoDataset
+from data.coco.dataset import CocoDataset
+from data.coco.joined import join, oversample, use_classes
 from data.config import DataConfig
 from data.errors import DataError
-from data.joined import join, oversample, use_classes
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
 

@@ -16,7 +16,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     cfg = cli.load_config(args.cfg, args.overrides)
     from data import build_dataset
-    from data.check import check_augmentation, check_data, format_check
+    from data.coco.check import check_augmentation, check_data, format_check
 
     checks = check_data(cfg.data)
     print("\n\n".join(map(format_check, checks)))

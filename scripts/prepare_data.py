@@ -60,7 +60,7 @@ def main() -> None:
         return
     folder = read_labelled(args.command, args.input, getattr(args, "names", None), args.annotations, args.images,
                            args.encoding)
-    from data.check import format_check
+    from data.coco.check import format_check
     from data.sources.prepare import prepare
 
     checks = prepare(folder, args.out, shares(args.split), args.seed, args.skip_unreadable, args.workers)

@@ -13,7 +13,7 @@ from small_models import falls, make_batch, small_config, small_distiller
 import kd.build
 import kd.engine.train
 from data import generate_scenes
-from data.annotations import read_annotations
+from data.coco.annotations import read_annotations
 from kd.config.load import load_config, parse_yaml
 from models import ModelConfig, build_detector
 from models.build import read_section

@@ -13,7 +13,7 @@ from runs import ROOT, config, config_with, model
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from data import collate, generate_scenes
-from data.check import _ImageChecks
+from data.coco.check import _ImageChecks
 from data.inputs.files import ImageFiles, Sample
 from data.sources.prepare import _Sizes, as_it_is
 from kd import cli

@@ -9,11 +9,11 @@ import yaml
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.check import SplitCheck, check_split
+from data.coco.check import SplitCheck, check_split
+from data.coco.problems import drop_reason, find_problems, image_problems
 from data.config import Split
 from data.errors import MAX_LISTED, DataError, UnreadableImage, counted
 from data.output import write_text
-from data.problems import drop_reason, find_problems, image_problems
 from data.sources.formats import LabelledFolder, LabelledImage, raise_problems
 from data.transforms import read_image
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data.check import check_augmentation
+from data.coco.check import check_augmentation
 from data.errors import counted
 
 from ..config import Config, parse_config

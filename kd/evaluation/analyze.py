@@ -9,7 +9,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from data import CocoDataset, DataError
-from data.annotations import SIZES
+from data.coco.annotations import SIZES
 from data.errors import counted
 from data.output import write_text
 from data.tables import markdown_table, points, text_table

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data import CocoDataset, DataError, build_dataset, find_data
-from data.annotations import load_coco_json
+from data.coco.annotations import load_coco_json
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
 from models.checkpoints.classes import checkpoint_classes, known_classes

@@ -22,7 +22,7 @@ from PIL import Image
 from runs import ROOT
 
 from data import DataError, generate_scenes
-from data.check import check_data
+from data.coco.check import check_data
 from data.sources.formats import read_labelled
 from data.sources.scenes import CLASSES
 from kd.config import load_config

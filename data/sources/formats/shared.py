@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from data.coco.problems import MAX_COORDINATE
 from data.errors import DataError, listed
 from data.inputs.find import IMAGE_SUFFIXES
-from data.problems import MAX_COORDINATE
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

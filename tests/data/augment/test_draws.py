@@ -13,7 +13,7 @@ from data import CocoDataset, DataConfig, DataError, Split, build_dataset, build
 from data.augment import AUGMENTATIONS, PRESETS, at_epoch, build_augmentations
 from data.augment.emptied import EmptiedImages
 from data.augment.sample import random_draws
-from data.check import check_augmentation
+from data.coco.check import check_augmentation
 from data.config import Augmentation
 from data.transforms import flip_image, read_image, resize_image
 from kd.config.load import parse_yaml

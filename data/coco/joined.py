@@ -6,7 +6,7 @@ from itertools import count
 
 import numpy as np
 
-from data.coco import CocoDataset
+from data.coco.dataset import CocoDataset
 from data.errors import DataError
 
 PER_IMAGE = ("file_names", "origins", "sizes", "boxes", "labels", "ignored_boxes", "repeats")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data import CocoDataset, DataConfig, DataError, Split, TrainBatchSampler, build_dataset, build_loader
-from data.check import check_data
-from data.joined import oversample, unite_classes
+from data.coco.check import check_data
+from data.coco.joined import oversample, unite_classes
 
 A, B = ((1, "cat"), (2, "dog")), ((3, "dog"), (7, "cow"), (9, "cat"))
 

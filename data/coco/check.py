@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.annotations import SIZES, load_coco_json
 from data.augment.emptied import FIRST, EmptiedImages
-from data.coco import CocoDataset, read_annotated_image
+from data.coco.annotations import SIZES, load_coco_json
+from data.coco.dataset import CocoDataset, read_annotated_image
+from data.coco.joined import unite_classes
+from data.coco.problems import Problem, drop_reason, find_problems, image_problems
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted, listed
-from data.joined import unite_classes
-from data.problems import Problem, drop_reason, find_problems, image_problems
 from data.tables import text_table
 from data.transforms import read_image
 

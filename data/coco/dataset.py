@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.annotations import read_annotations
 from data.augment import at_epoch
 from data.augment.sample import IGNORED, Sample, apply, random_draws
+from data.coco.annotations import read_annotations
 from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage, counted
 from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.coco.problems import Problem, drop_reason, find_problems
 from data.config import check_there
 from data.errors import DataError, counted, listed
-from data.problems import Problem, drop_reason, find_problems
 
 # COCO's sizes of objects: ranges of the area in pixels.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}

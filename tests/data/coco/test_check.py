@@ -6,7 +6,7 @@ import pytest
 from odd_images import pixels, write_rotated
 
 from data import DataConfig, DataError, Split
-from data.check import check_data, format_check
+from data.coco.check import check_data, format_check
 
 
 def section(train, val=None, workers=0):
