@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data import CocoDataset, build_dataset, find_data
-from data.annotations import load_coco_json
+from data.annotations import read_categories
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
 from models.weights import load_weights, open_checkpoint
@@ -134,5 +134,4 @@ def annotated_classes(cfg: Config) -> Classes | None:
     file = find_data(cfg.data.val.annotations) if cfg.data and cfg.data.val else None
     if file is None or not file.is_file():
         return None
-    categories = sorted(load_coco_json(file)["categories"], key=lambda category: category["id"])
-    return Classes([str(category["name"]) for category in categories], [category["id"] for category in categories])
+    return Classes(*read_categories(file))
