@@ -160,7 +160,9 @@ def describe(value: Any) -> str:
              list: "a list", tuple: "a list"}
     if value is None:
         return "null"
-    return f"{kinds.get(type(value), type(value).__name__)} ({shown(value)})"
+    if type(value) not in kinds:  # a tensor in a checkpoint, for example
+        return type(value).__name__
+    return f"{kinds[type(value)]} ({shown(value)})"
 
 
 def choices(hint: Any) -> list[str]:
