@@ -164,7 +164,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         if debug:
             traceback.print_exc()
-        print(message, file=sys.stderr)
+        print(" ".join(message.splitlines()), file=sys.stderr)  # a path may have line breaks
     if "torch" in sys.modules:
         from .processes.distributed import stop_processes
 
