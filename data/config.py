@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.ranges import Count, Number, Share, Some
+from data.ranges import Count, FewOrNone, Share, Some
 
 
 @dataclass
@@ -30,7 +30,7 @@ class DataConfig:
     train: Split  # training data
     val: Split | None = None  # data for evaluation
     batch_size: Count = 2  # images per process and step
-    workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
+    workers: FewOrNone = 2  # loader processes per training process; 0 loads in the training process itself
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
     multi_scale: Some[tuple[Count, Count]] | None = None  # training draws one of these per image instead of `scale`
     flip: Share = 0.5  # probability of a horizontal flip in training
