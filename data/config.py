@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from data.augment import AUGMENTATIONS
 from data.errors import DataError
-from data.ranges import Count, Number, OneOf, Share, Some
+from data.ranges import Count, FewOrNone, OneOf, Share, Some
 
 Augmentation = Literal["none", "light", "strong"] | Some[Annotated[dict, OneOf(AUGMENTATIONS, light=True)]]
 
@@ -35,7 +35,7 @@ class DataConfig:
     train: Split | Some[Split]  # training data; a list is united, and its classes are matched by name
     val: Split | None = None  # data for evaluation
     batch_size: Count = 2  # images per process and step
-    workers: Number = 2  # loader processes per training process; 0 loads in the training process itself
+    workers: FewOrNone = 2  # loader processes per training process; 0 loads in the training process itself
     worker_start: Literal["fork", "spawn"] | None = None  # how they start; null: fork on Linux, spawn on other systems
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
     repeat_factor: Share | None = None  # training shows classes in a smaller share of images more often, as LVIS

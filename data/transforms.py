@@ -2,8 +2,9 @@
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.errors import UnreadableImage
+from data.errors import DataError, UnreadableImage
 
 MAX_PIXELS = 2 ** 28  # of an image, which then takes 768 MiB
+PNG = b"\x89PNG\r\n\x1a\n"  # how PNG files begin
+ORIENTATION = 0x0112  # EXIF's number of this entry
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}  # EXIF's orientations, and what Pillow calls the way back
 
 
 def read_image(path: Path, upright: bool = True) -> Tensor:
@@ -35,8 +40,8 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
         content = np.fromfile(path, dtype=np.uint8)
         if not len(content):
             raise UnreadableImage(f"image {path} cannot be read (it is empty): replace the file")
-        if _read_header(path) in ("BMP", "TIFF"):
-            return _read_with_pillow(path)
+        if _read_header(path) in ("BMP", "TIFF") or content[:8].tobytes() == PNG:
+            return _read_with_pillow(path, upright)
         image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     except FileNotFoundError:
         text = f"image {path} does not exist: correct the images folder or the file_name"
@@ -56,11 +61,13 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image opened with Pillow, whose own limit on pixels cannot be raised for one call."""
+    """An image opened with Pillow, whose own limit on pixels cannot be raised for one call, without its warnings."""
     own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                yield image
     finally:
         Image.MAX_IMAGE_PIXELS = own
 
@@ -70,31 +77,47 @@ def _read_header(path: Path) -> str | None:
 
     Compares the size in the header with the limit, before decoding takes the memory for it.
     """
-    limit = int(os.environ.get("DENSEKD_MAX_PIXELS") or MAX_PIXELS)
+    limit = os.environ.get("DENSEKD_MAX_PIXELS") or str(MAX_PIXELS)
+    if not limit.isdecimal():
+        raise DataError(f"DENSEKD_MAX_PIXELS={limit} is not a whole number: set how many pixels an image may have")
     try:
         with _opened(path) as header:
             (width, height), form = header.size, header.format
     except (OSError, ValueError, SyntaxError):  # the decoder will say what is wrong
         return None
-    if width * height > limit:
+    if width * height > int(limit):
         raise UnreadableImage(f"image {path} cannot be read (it has {width} x {height} pixels, more than {limit}): "
                               "make it smaller, or set DENSEKD_MAX_PIXELS to a larger number")
     return form
 
 
-def _read_with_pillow(path: Path) -> Tensor:
-    """Decode a format that torchvision has no decoder for."""
+def _read_with_pillow(path: Path, upright: bool) -> Tensor:
+    """Decode a format that torchvision has no decoder for, or PNG: damaged files end the process in torchvision 0.29.
+    """
     try:
         with _opened(path) as image:
-            if image.mode in ("I", "F"):
+            is_png = image.format == "PNG"
+            if image.mode in ("I", "F") and not is_png:
                 raise ValueError("its values have 32 bits")
-            values = np.array(image if image.mode.startswith("I;16") else image.convert("RGB"))
+            if upright and is_png:
+                image.load()
+                image = _turned(image)
+            values = np.array(image if image.mode.startswith("I") else image.convert("RGB"))
     except Exception as error:  # Pillow raises many types for a damaged file
         reason = " ".join(str(error).split())
         raise UnreadableImage(f"image {path} cannot be read ({reason}): replace the file") from error
     if values.ndim == 2:  # grey, 16 bits
         values = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image, upright by its EXIF entry; one that cannot be read turns nothing."""
+    exif = Image.Exif()
+    with suppress(Exception):  # damaged EXIF raises many types
+        exif.load(image.info.get("exif"))
+    turn = TURNS.get(exif.get(ORIENTATION))
+    return image.transpose(Image.Transpose[turn]) if turn else image
 
 
 def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:

@@ -9,11 +9,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
-from data.output import BAD_PATHS, REASONS
+from data.output import BAD_PATHS, REASONS, reason_of
 from data.ranges import Range, Share
 
 from .early import check_early
@@ -39,7 +39,9 @@ def number(hint: Any) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {NUMBERS[kind]}, not text ({text!r})") from None
-        if not isfinite(value) or value not in allowed:
+        if not abs(value) < (2 ** 63 if kind is int else inf):  # also for NaN
+            raise argparse.ArgumentTypeError(f"must be a number that is not too large, not {text}")
+        if value not in allowed:
             raise argparse.ArgumentTypeError(f"must be {allowed}, not {value}")
         return value
 
@@ -174,7 +176,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         if debug:
             traceback.print_exc()
-        print(message, file=sys.stderr)
+        print(" ".join(message.splitlines()), file=sys.stderr)  # a path may have line breaks
     if "torch" in sys.modules:
         from .processes.distributed import stop_processes
 
@@ -190,10 +192,17 @@ def explain(error: BaseException) -> tuple[int, str]:
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error) if error.exit_code > 128 else f"error: {error}"
     if isinstance(error, OSError) and error.filename is not None:
-        return 2 if isinstance(error, BAD_PATHS) else 1, f"error: {error}"
+        return 2 if isinstance(error, BAD_PATHS) else 1, f"error: {error.filename}: {reason_of(error)}"
     if isinstance(error, OSError) and error.errno in REASONS:  # of the file that the shell sends the output to
         return 1, f"error: what this command prints cannot be written ({REASONS[error.errno]}): make room"
-    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
-        return 1, (f"error: out of memory: {str(error).splitlines()[0]} Lower data.batch_size (train.accumulate makes "
-                   "up for it) or data.scale, or set train.amp=bf16")
+    if is_out_of_memory(error):
+        reason = next(iter(str(error).splitlines()), "this machine has too little.").partition("DefaultCPUAllocator: ")
+        return 1, (f"error: out of memory: {reason[2] or reason[0]} Lower data.batch_size (train.accumulate makes up "
+                   "for it) or data.scale, or set train.amp=bf16")
     return 0, ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: PyTorch's error on a GPU, its message on a CPU, or Python's error."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "DefaultCPUAllocator: " in str(error))

@@ -136,6 +136,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, names: list[st
         raise ValueError(f"only one of the two trains {min(others)}")
     places = dict(zip(saved, indices))
     buffers = {i: state["state"][places[name]] for i, name in enumerate(trained) if places[name] in state["state"]}
+    shapes = dict(zip(trained, (value.shape for group in optimizer.param_groups for value in group["params"])))
+    for i, name in enumerate(trained):
+        if any(torch.is_tensor(value) and value.shape not in (shapes[name], ())
+               for value in buffers.get(i, {}).values()):
+            raise ValueError(f"a buffer of its optimiser has another shape than {name}")
     optimizer.load_state_dict(own | {"state": buffers})
     for parameter, own in fresh.items():  # for a momentum where there was none
         optimizer.state[parameter] = own | optimizer.state[parameter]

@@ -16,8 +16,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from data.ranges import OneOf, Table
 from losses import LOSSES
 
+LONGEST = 200  # characters of a value in a message
+LONGEST_PROBLEM = 2000
+
 # Short spellings of the references' argument names.
 ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """Text from a file for a message: without line breaks, and cut if it is long."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class ConfigError(ValueError):
@@ -26,8 +35,8 @@ class ConfigError(ValueError):
     exit_code = 2
 
     def __init__(self, key: str, problem: str):
-        super().__init__(f"{key}: {problem}" if key else problem)
-        self.key, self.problem = key, problem
+        self.key, self.problem = key, one_line(problem, LONGEST_PROBLEM)
+        super().__init__(f"{one_line(key)}: {self.problem}" if key else self.problem)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -101,7 +110,7 @@ def check_component(cfg: Any, choice: OneOf, key: str) -> None:
     if kind is None:
         raise ConfigError(key, f"must be a mapping with a type; {nearest('', table)}")
     if not isinstance(kind, str) or kind not in table:
-        raise ConfigError(f"{key}.type", f'unknown type "{kind}"; {nearest(kind, table)}')
+        raise ConfigError(f"{key}.type", f'unknown type "{one_line(str(kind))}"; {nearest(kind, table)}')
     if choice.takes and table[kind].takes not in choice.takes:
         fitting = ", ".join(name for name, each in table.items() if each.takes in choice.takes)
         raise ConfigError(f"{key}.type", f"{kind} compares {table[kind].takes}, and here {' or '.join(choice.takes)} "
@@ -121,13 +130,20 @@ def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
             {k: v for k, v in cfg.items() if k not in shared and k != "type"})
 
 
+def shown(value: Any) -> str:
+    """A value in one line, cut if it is long."""
+    return one_line(repr(value))
+
+
 def describe(value: Any) -> str:
     """A value and its kind, for a message."""
     kinds = {bool: "true/false", int: "an integer", float: "a number", str: "text", dict: "a mapping",
              list: "a list", tuple: "a list"}
     if value is None:
         return "null"
-    return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
+    if type(value) not in kinds:  # a tensor in a checkpoint, for example
+        return type(value).__name__
+    return f"{kinds[type(value)]} ({shown(value)})"
 
 
 def choices(hint: Any) -> list[str]:
@@ -151,7 +167,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         else:
             value = check_value(value, plain, key)
             if value not in mark:
-                raise ConfigError(key, f"must be {mark}, not {value}")
+                raise ConfigError(key, f"must be {mark}, not {shown(value)}")
     elif origin in (Union, types.UnionType):
         return _check_union(value, get_args(hint), key)
     if origin is Literal:
@@ -163,10 +179,12 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(key, f"must be a number, not {describe(value)}")
         if not abs(value) <= float_info.max:  # also for integers that are too large for a float
-            raise ConfigError(key, f"must be a finite number, not {value}")
+            raise ConfigError(key, f"must be a finite number, not {shown(value)}")
     elif hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(key, f"must be an integer, not {describe(value)}")
+        if abs(value) >= 2 ** 63:  # PyTorch cannot use it
+            raise ConfigError(key, f"must be an integer of at most 64 bits, not {shown(value)}")
     elif is_dataclass(hint):
         return read_section(hint, value, key)
     elif inspect.isclass(hint) and not isinstance(value, hint):

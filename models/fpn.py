@@ -5,7 +5,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.ranges import AllOr, Count, Number, Positive, Some
+from data.ranges import AllOr, Count, Few, Number, Positive, Some
 
 from .build import ConfigError, read_section
 from .layers import ActCfg, ConvModule, NormCfg
@@ -40,7 +40,7 @@ class FPN(nn.Module):
         upsample_cfg: how a map is enlarged to be added to the next finer one.
     """
 
-    def __init__(self, in_channels: Some[Count], out_channels: Count, num_outs: Count, start_level: Number = 0,
+    def __init__(self, in_channels: Some[Count], out_channels: Count, num_outs: Few, start_level: Number = 0,
                  end_level: AllOr = -1,
                  add_extra_convs: bool | Literal["off", "on_input", "on_lateral", "on_output"] = "off",
                  relu_before_extra_convs: bool = False, no_norm_on_lateral: bool = False, norm_cfg: NormCfg = None,

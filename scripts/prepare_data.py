@@ -5,7 +5,7 @@ from typing import Annotated
 
 from data import find_data
 from data.errors import DataError, counted
-from data.ranges import Number, Range, Seed
+from data.ranges import FewOrNone, Range, Seed
 from data.sources.download import COCO_2017, COCO_SERVER, prepare_coco
 from data.sources.formats import READERS, read_labelled
 from kd import cli
@@ -43,7 +43,7 @@ def main() -> None:
                              help="split at random, for example train=0.8 val=0.1 test=0.1; default: the splits of the "
                                   "data, otherwise train=0.8 val=0.2")
         command.add_argument("--seed", type=cli.number(Seed), default=0, help="seed of the random split; default: 0")
-        command.add_argument("--workers", type=cli.number(Number), default=2,
+        command.add_argument("--workers", type=cli.number(FewOrNone), default=2,
                              help="processes that decode the images; default: 2")
         command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
         if name == "yolo":

@@ -3,7 +3,7 @@
 Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
 from pathlib import Path
 
-from data.ranges import Count, Seed
+from data.ranges import Few, Seed
 from kd import cli
 from kd.early import check_early
 from kd.exceptions import TrainingError, UsageError
@@ -25,7 +25,7 @@ def main() -> None:
                         help="default: 0 1 2")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/sweep"),
                         help="where the runs and the table go; default: runs/sweep")
-    parser.add_argument("--jobs", type=cli.number(Count), metavar="N",
+    parser.add_argument("--jobs", type=cli.number(Few), metavar="N",
                         help="runs at once; default: one per GPU, or one")
     args = parser.parse_intermixed_args()
     seeds = [seed for seed in args.seeds if isinstance(seed, int)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.coco.problems import Problem, drop_reason, find_problems
+from data.coco.problems import Problem, category_problems, drop_reason, find_problems
 from data.config import check_there
 from data.errors import DataError, counted, listed
 
@@ -52,6 +52,14 @@ def read_annotations(file: str | Path) -> Annotations:
                        labels=labels, ignored_boxes=ignored_boxes,
                        classes=[str(category["name"]) for category in categories], category_ids=list(label_of),
                        num_dropped_boxes=num_dropped)
+
+
+def read_categories(file: Path) -> tuple[list[str], list[int]]:
+    """The names and ids of a file's categories, in the order of their labels; errors as in `read_annotations`."""
+    categories = load_coco_json(file)["categories"]
+    _raise_problems(file, category_problems(categories))
+    categories = sorted(categories, key=lambda category: category["id"])
+    return [str(category["name"]) for category in categories], [category["id"] for category in categories]
 
 
 def load_coco_json(file: Path) -> dict:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 MAX_COORDINATE = 1e9  # pixels; no real box has a larger coordinate, and float32 could make it infinite
 
+CATEGORY_KEYS = ("id", "name")
+
 
 class Problem(NamedTuple):
     """One thing that must be corrected before the file can be used."""
@@ -23,18 +25,24 @@ def find_problems(content: dict) -> list[Problem]:
     problems = (
         _missing_keys(images, "images", ("id", "file_name", "width", "height"))
         + _missing_keys(annotations, "annotations", ("id", "image_id", "category_id", "bbox"))
-        + _missing_keys(categories, "categories", ("id", "name"))
+        + _missing_keys(categories, "categories", CATEGORY_KEYS)
     )
     if problems:
         return problems
     problems = _wrong_ids(images, "images", (int, str)) + _wrong_ids(categories, "categories", (int,))
     if problems:
         return problems
-    problems = _wrong_ids(annotations, "annotations", (int, str)) + _category_problems(categories)
+    problems = _wrong_ids(annotations, "annotations", (int, str)) + _name_problems(categories)
     problems += [problem for image in images for problem in image_problems(image)]
     image_ids, category_ids = {image["id"] for image in images}, {category["id"] for category in categories}
     problems += [p for annotation in annotations for p in _annotation_problems(annotation, image_ids, category_ids)]
     return problems
+
+
+def category_problems(categories: list) -> list[Problem]:
+    """The problems in the list `categories` alone."""
+    return (_missing_keys(categories, "categories", CATEGORY_KEYS) or _wrong_ids(categories, "categories", (int,))
+            or _name_problems(categories))
 
 
 def drop_reason(annotation: dict, image: dict) -> str | None:
@@ -102,15 +110,17 @@ def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[
 
     wrong = [f"{name} id {_show(entry['id'])} is not an id" for entry in entries if not is_id(entry["id"])]
     counts = Counter(entry["id"] for entry in entries if is_id(entry["id"]))
-    wrong += [f"{name} id {key!r} occurs {count} times" for key, count in counts.items() if count > 1]
+    wrong += [f"{name} id {_show(key)} occurs {count} times" for key, count in counts.items() if count > 1]
     return [Problem("ids", text) for text in wrong]
 
 
-def _category_problems(categories: list[dict]) -> list[Problem]:
+def _name_problems(categories: list[dict]) -> list[Problem]:
     """Names that cannot be printed, and names that two classes share: results are reported by name."""
     names = [str(category["name"]) for category in categories]
-    wrong = [f"category {c['id']}: wrong name {_show(c['name'])}" for c in categories if not _is_text(str(c["name"]))]
-    wrong += [f"categories name {name!r} occurs {count} times" for name, count in Counter(names).items() if count > 1]
+    wrong = [f"category {_show(c['id'])}: wrong name {_show(name)}" for c, name in zip(categories, names)
+             if not _is_text(name)]
+    wrong += [f"categories name {_show(name)} occurs {count} times" for name, count in Counter(names).items()
+              if count > 1]
     return [Problem("class names", text) for text in wrong]
 
 
@@ -119,18 +129,18 @@ def image_problems(image: dict) -> list[Problem]:
     problems = []
     size, name = (image["width"], image["height"]), image["file_name"]
     if not all(_is_finite(edge) and edge >= 1 and edge == int(edge) for edge in size):
-        problems.append(Problem("image sizes", f"image {image['id']!r} has wrong width and height {_show(size)}"))
+        problems.append(Problem("image sizes", f"image {_show(image['id'])} has wrong width and height {_show(size)}"))
     if not _is_text(name):
-        problems.append(Problem("file names", f"image {image['id']!r} has wrong file_name {_show(name)}"))
+        problems.append(Problem("file names", f"image {_show(image['id'])} has wrong file_name {_show(name)}"))
     # The same names are valid on every system. On Windows, backslashes could lead out of the folder.
     elif any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
-        text = f"image {image['id']!r} has file_name {_show(name)}, which leads out of the image folder"
+        text = f"image {_show(image['id'])} has file_name {_show(name)}, which leads out of the image folder"
         problems.append(Problem("file names", text))
     return problems
 
 
 def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) -> list[Problem]:
-    box, name = annotation["bbox"], f"annotation {annotation['id']!r}"
+    box, name = annotation["bbox"], f"annotation {_show(annotation['id'])}"
     problems = []
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
         problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers{_wrong_value(box)}"))

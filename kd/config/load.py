@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from data import find_data
+from data.output import reason_of
 from models import ConfigError
-from models.build import nearest
+from models.build import describe, nearest, one_line, shown
 
 from .config import Config, parse_config
 
@@ -30,6 +31,15 @@ class Yaml12Loader(yaml.SafeLoader):
         if node is not None and expanded_size(node, {}) > MAX_ENTRIES:
             raise yaml.YAMLError(f"its aliases (*name) expand to more than {MAX_ENTRIES} entries")
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; an error of YAML, too, for text that its tag or its length does not allow: `!!int x`."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, KeyError, ValueError):
+            kind = node.tag.removeprefix(TAG)
+            raise yaml.constructor.ConstructorError(None, None, f"{shown(node.value)} cannot be read as {kind}",
+                                                    node.start_mark) from None
 
 
 def expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -77,14 +87,17 @@ def override_config(cfg: dict, sources: dict[str, str], overrides: Sequence[str]
 
 def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
     """A file merged over its `_base_` files, and for every dotted key the file that sets it."""
-    if path.resolve() in inside:
+    cfg, place = read_yaml(path), path.resolve()
+    if place in inside:
         raise ConfigError("_base_", f"{path} inherits from itself")
-    cfg = read_yaml(path)
     place_data(cfg, path.parent)
     bases = cfg.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError("_base_", f"must be a path or a list of paths, not {describe(bases)} ({path})")
     merged, sources = {}, {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        below, below_sources = read_with_bases(path.parent / base, inside + (path.resolve(),))
+    for base in bases:
+        below, below_sources = read_with_bases(path.parent / base, inside + (place,))
         merged = merge(merged, below)
         sources |= below_sources
     sources |= {key: str(path) for key in dotted_keys(cfg)}
@@ -110,9 +123,11 @@ def read_yaml(path: Path) -> dict:
     """One YAML file as a dictionary."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise ConfigError("", f"configuration file {path} {reason}") from None
+    except FileNotFoundError:
+        raise ConfigError("", f"configuration file {path} does not exist") from None
+    except (OSError, ValueError) as error:  # also for text that is not UTF-8, and for a path that cannot be one
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        raise ConfigError("", f"configuration file {path} cannot be read: {reason}") from None
     return parse_yaml(text, str(path), dict) or {}
 
 
@@ -162,24 +177,27 @@ def source_of(key: str, sources: dict[str, str], default: str) -> str:
 def apply_override(cfg: dict, sources: dict[str, str], override: str) -> None:
     """Apply `a.b.0.c=value` to a tree; the value is YAML. Missing mappings are created, list entries must exist."""
     key, equals, text = override.partition("=")
+    said = f'override "{one_line(override)}"'
     if not equals or not key:
-        raise ConfigError("", f'override "{override}" is not of the form key=value')
+        raise ConfigError("", f"{said} is not of the form key=value")
     node: Any = cfg
     *above, last = key.split(".")
     for i, name in enumerate(above):
         if isinstance(node, dict) and not isinstance(node.get(name), (dict, list)):
             node[name] = {}
-        node = node[position(node, name, ".".join(above[:i]), override)]
-    node[position(node, last, ".".join(above), override)] = parse_yaml(text, f'override "{override}"')
+        node = node[position(node, name, ".".join(above[:i]), said)]
+    node[position(node, last, ".".join(above), said)] = parse_yaml(text, said)
     for below in [key, *(each for each in sources if each.startswith(f"{key}."))]:
-        sources[below] = f'override "{override}"'
+        sources[below] = said
 
 
-def position(node: dict | list, name: str, key: str, override: str) -> str | int:
+def position(node: Any, name: str, key: str, said: str) -> str | int:
     """The index for `name` in a node: the key of a mapping, or the number of a list entry."""
     if isinstance(node, dict):
         return name
-    if not name.isdigit() or int(name) >= len(node):
+    if not isinstance(node, list):
+        raise ConfigError(key, f"{said} names a part of a single value; leave out .{name}")
+    if name not in map(str, range(len(node))):
         entries = nearest(name, map(str, range(len(node))))
-        raise ConfigError(key, f'override "{override}" must name an entry of this list; {entries}')
+        raise ConfigError(key, f"{said} must name an entry of this list; {entries}")
     return int(name)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from data.ranges import Count, NonNegative, Number, Positive, Seed, Share, Some
+from data.ranges import Count, Few, NonNegative, Number, Positive, Seed, Share, Some
 from models import ModelConfig, Precision
 from models.build import OneOf
 
@@ -27,7 +27,7 @@ class TrainConfig:
     ema: Share | None = None                        # decay of a moving average of the weights, which is then evaluated
     sync_bn: bool = False                           # trained batch norms use statistics of all processes (CUDA)
     checkpoint_every: Count | None = None           # steps between checkpoints; null: at the end of epochs
-    keep: Count = 1                                 # checkpoints kept: last.pth, last.1.pth, ...; best.pth is kept, too
+    keep: Few = 1                                   # checkpoints kept: last.pth, last.1.pth, ...; best.pth is kept, too
     log_every: Count = 10                           # steps between lines of metrics.jsonl and the log
     check_images: Number = 100                      # images for the teacher's AP before the first step; 0: off
     grad_norm_every: Number = 0                     # steps between gradient norms of each method; 0: never

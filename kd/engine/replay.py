@@ -4,15 +4,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.ranges import Count, Number
+from models.weights import CheckpointError
+
 from ..build import build_model
 from ..config import parse_config
 from ..distiller import Distiller
 from ..processes import distributed
-from ..work_dir.checkpoint import read_plain, write_whole
+from ..work_dir.checkpoint import WEIGHTS, check_entries, read_plain, write_whole
 from .run import Run
 from .step import compute_losses, seed_step, to_device
 
 FORMAT = "densekd-replay"
+STATE = {"config": dict, "step": Number, "rank": Number, "steps_per_epoch": Count, "batches": list, "model": WEIGHTS,
+         "methods": WEIGHTS}
 
 
 def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
@@ -34,12 +39,19 @@ def replay(path: Path, device: torch.device) -> str:
         CheckpointError: the file does not exist, or is not a replay file.
     """
     state = read_plain(path, FORMAT, "file", "a replay file, which a run writes when a loss is not finite")
+    check_entries(state, STATE, f"file {path}")
     cfg = parse_config(state["config"])
     model = build_model(cfg, pretrained=False).to(device).train()
     student = model.student if isinstance(model, Distiller) else model
-    student.load_state_dict(state["model"])
+    try:
+        student.load_state_dict(state["model"])
+        if isinstance(model, Distiller):
+            model.methods.load_state_dict(state["methods"])
+    except RuntimeError as error:
+        raise CheckpointError(f"file {path} is damaged: {' '.join(str(error).split())[:200]}") from None
+    if not all(map(is_batch, state["batches"])):
+        raise CheckpointError(f"file {path} is damaged: batches must be images with as many targets")
     if isinstance(model, Distiller):
-        model.methods.load_state_dict(state["methods"])
         model.advance(state["step"], state["steps_per_epoch"], cfg.train.epochs)
 
     broken: list[str] = []
@@ -56,6 +68,26 @@ def replay(path: Path, device: torch.device) -> str:
     lines.append(f"outputs that are not finite, first ones first: {', '.join(broken[:5]) or 'none'}")
     lines.append(f"gradients that are not finite: {', '.join(bad[:5]) or 'none'}{', ...' if len(bad) > 5 else ''}")
     return "\n".join(lines)
+
+
+def is_batch(batch: object) -> bool:
+    """Whether this is a pair of images (N, 3, H, W) and N targets."""
+    if not isinstance(batch, tuple) or len(batch) != 2 or not isinstance(batch[1], list):
+        return False
+    images, targets = batch
+    if not torch.is_tensor(images) or images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+        return False
+    return images.shape[:2] == (len(targets), 3) and all(map(is_target, targets))
+
+
+def is_target(target: object) -> bool:
+    """Whether this is a dict with boxes, their labels, and the sizes of the image."""
+    if not isinstance(target, dict):
+        return False
+    boxes, labels = target.get("boxes"), target.get("labels")
+    sizes = [target.get(key) for key in ("image_size", "original_size")]
+    return (torch.is_tensor(boxes) and torch.is_tensor(labels) and boxes.shape == (len(labels), 4)
+            and not labels.is_floating_point() and all(isinstance(size, tuple) and len(size) == 2 for size in sizes))
 
 
 def note(broken: list[str], name: str, output: object) -> None:

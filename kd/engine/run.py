@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data import DataError, build_dataset, build_loader
 from data.errors import counted, listed
+from data.ranges import Count, Number
 from models import ConfigError, Detector
 from models.checkpoints.sources import file_hash, is_address, local_path
 from models.initial import InitialReport
@@ -26,9 +27,14 @@ from ..inference.precision import memory_format
 from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
 from ..processes.sharding import shard
-from ..work_dir.checkpoint import save_checkpoint
+from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
 from .finite import FiniteWatch
+
+# What a checkpoint of a run holds. What earlier versions did not write may be missing.
+STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
+         "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
+         "config": dict | None, "classes": list[str] | None, "averaged": Number | None}
 
 
 @dataclass
@@ -169,12 +175,17 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
     Raises:
         CheckpointError: the checkpoint is of other classes, or of a run with settings that this one cannot take over.
     """
+    inner = {key: WEIGHTS for key in ("training", "methods") if key in state}
+    check_entries(state, STATE | inner, f"checkpoint {path}")
     classes, world = run.train_loader.dataset.classes, distributed.world_size()
     if state.get("classes", classes) != classes:
         raise CheckpointError(f"checkpoint {path} has the classes {listed(state['classes'], ', ')}, and the data "
                               f"{listed(classes, ', ')}: resume with the data that the run was started with")
     # Earlier versions wrote no configuration, or no number of processes.
-    found = changes(state.get("config", run.cfg), run.cfg, (state.get("processes", world), world))
+    try:
+        found = changes(state.get("config", run.cfg), run.cfg, (state.get("processes", world), world))
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"checkpoint {path} is damaged: its config cannot be read") from None
     if refused := [str(change) for change in found if change.rule == REFUSE]:
         raise CheckpointError(f"checkpoint {path} does not fit these settings: {listed(refused, ', ')}; resume with "
                               "the old values, or start a new run in another --work-dir")
@@ -191,11 +202,11 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
             run.distiller.methods.load_state_dict(state["methods"])
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
         load_optimizer(run.optimizer, state["optimizer"], earlier_names(run.model, saved))
-    except (RuntimeError, ValueError) as error:
+        if state["scaler"]:  # of a run in fp16
+            run.scaler.load_state_dict(state["scaler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
-    if state["scaler"]:  # of a run in fp16
-        run.scaler.load_state_dict(state["scaler"])
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
     run.waited, run.init = state.get("waited", 0), state.get("init", {})
     return [change for change in found if change.rule == WARN]

@@ -1,18 +1,18 @@
 """Curves of runs: losses and AP over epochs, precision over recall, AP over the length of training, and the gap closed.
 Needs the extra `viz`."""
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data import DataError
 from data.extras import need
 from data.output import writing
 from data.tables import percent
 
 from ..evaluation.coco import AP_FIGURES
-from ..work_dir.records import RunRecord, group_name, group_runs, methods_of, setting
+from ..work_dir.records import RunRecord, group_name, group_runs, is_number, methods_of, read_json, setting
 from .compare import Row
 
 COLUMNS = 3
@@ -148,7 +148,7 @@ def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:
     found: dict[str, list[dict]] = {}
     for name, runs in groups.items():
         files = [run.path / "precision_recall.json" for run in runs if run.path.is_dir()]
-        curves = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        curves = [read_curves(file) for file in files if file.is_file()]
         if curves:
             found[name] = curves
     if not found:
@@ -171,6 +171,21 @@ def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:
         axis.grid(alpha=0.3)
     legend(figure, axes[:len(panels)])
     return figure
+
+
+def read_curves(path: Path) -> dict:
+    """A result of `precision_recall` that was written as JSON; DataError if it is none."""
+    advice = "eval.py --curves writes it again"
+    curves = read_json(path, advice)
+    classes = curves.get("precision")
+    lines = [curves.get("recall")]
+    if isinstance(classes, dict) and all(isinstance(each, dict) for each in classes.values()):
+        lines += [line for each in classes.values() for line in each.values() if line is not None]
+    else:
+        lines.append(None)
+    if not all(isinstance(line, list) and len(line) == 101 and all(map(is_number, line)) for line in lines):
+        raise DataError(f"{path} does not hold curves of 101 numbers each: {advice}")
+    return curves
 
 
 def precision_of(curves: dict, names: Sequence[str], iou: str) -> np.ndarray | None:

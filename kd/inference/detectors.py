@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data import CocoDataset, DataError, build_dataset, find_data
-from data.coco.annotations import load_coco_json
+from data.coco.annotations import read_categories
 from data.errors import counted, listed
 from models import ConfigError, Detector, build_detector
 from models.checkpoints.classes import checkpoint_classes, known_classes
@@ -174,5 +174,4 @@ def annotated_classes(cfg: Config) -> Classes | None:
     file = find_data(cfg.data.val.annotations) if cfg.data and cfg.data.val else None
     if file is None or not file.is_file():
         return None
-    categories = sorted(load_coco_json(file)["categories"], key=lambda category: category["id"])
-    return Classes([str(category["name"]) for category in categories], [category["id"] for category in categories])
+    return Classes(*read_categories(file))

@@ -1,18 +1,23 @@
 """Checkpoints of runs: written completely or not at all, and found again."""
 import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.errors import listed
 from data.output import OutputError, reason_of, writing
+from models import ConfigError
+from models.build import check_value
 from models.weights import CheckpointError
 
 from ..exceptions import TrainingError
 
 FORMAT = "densekd"
+WEIGHTS = object()  # marks an entry with tensors by name, for `check_entries`
 
 log = logging.getLogger("densekd")
 
@@ -78,13 +83,34 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{name} {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which no run writes
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types for a damaged file, and advises to load it unsafely
         raise DamagedCheckpoint(f"{name} {path} cannot be read: it is damaged or cut off, or holds more than tensors "
                                 "and plain values") from None
     if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
         raise CheckpointError(f"{name} {path} is not {what}")
     return state
+
+
+def check_entries(state: dict, hints: Mapping[str, Any], where: str) -> None:
+    """Check the entries of a file that `read_plain` has read: each hint is a type, see `check_value`, or `WEIGHTS`.
+
+    Args:
+        hints: an entry whose type allows None may be missing.
+        where: the file, for the error.
+    Raises:
+        CheckpointError: an entry is missing or of another type.
+    """
+    try:
+        for key, hint in hints.items():
+            value = check_value(state.get(key), dict if hint is WEIGHTS else hint, key)
+            if hint is WEIGHTS and not all(isinstance(name, str) and torch.is_tensor(each)
+                                           for name, each in value.items()):
+                raise ConfigError(key, "must hold names and tensors")
+    except ConfigError as error:
+        raise CheckpointError(f"{where} is damaged: {error}") from None
 
 
 def newest_checkpoint(work_dir: Path, missing_ok: bool = False) -> Path | None:

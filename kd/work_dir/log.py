@@ -105,7 +105,7 @@ class Metrics:
                  show: Callable[[dict], None] | None = None):
         self.path, self.show = path, show
         if path is not None:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             kept = [line for line in lines if from_step and _is_done(line, from_step, evaluated)]
             write_text(path, "".join(line + "\n" for line in kept))
 

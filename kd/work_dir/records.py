@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import float_info
 
 from data import DataError
 from data.errors import counted
+from models import ConfigError
+from models.build import check_value, one_line, shown
 
-from ..config import TrainConfig
+from ..config import TrainConfig, parse_config
 
 # The seed, and settings that change neither the weights nor the figures.
 SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
@@ -86,26 +89,61 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
 
 
 def read_run(path: Path, metrics: Path) -> RunRecord:
-    """Read one run; incomplete lines are left out."""
+    """Read one run; incomplete lines are left out.
+
+    Raises:
+        DataError: a file that is not JSON, or whose values are not those of a run.
+    """
     run = RunRecord(path)
-    for text in metrics.read_text(encoding="utf-8").splitlines():
+    for i, text in enumerate(metrics.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except ValueError:
             continue
+        if not is_record(line):
+            raise DataError(f"{metrics}, line {i} is not a record of a run: {one_line(text)}; correct or remove it")
         if "AP" in line:
             run.evaluations.append(line)
         elif "loss" in line:
             run.steps.append(line)
     provenance = path / "run.json"
     if provenance.is_file():
+        content = read_json(provenance, "is the run still being started?")
+        run.config, run.teachers = content.get("config"), content.get("teachers", {})
         try:
-            content = json.loads(provenance.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{provenance} cannot be read ({error}): is the run still being started?") from None
-        run.config, run.teachers = content["config"], content.get("teachers", {})
+            parse_config(check_value(run.config, dict, "config"))
+        except (ConfigError, DataError) as error:
+            raise DataError(f"{provenance} has no configuration that can be read ({error})") from None
+        if not isinstance(run.teachers, dict) or not all(isinstance(digest, str) for digest in run.teachers.values()):
+            raise DataError(f"{provenance}: teachers must be SHA-256 by path, not {shown(run.teachers)}")
         run.init = content.get("init", {})
     return run
+
+
+def read_json(path: Path, advice: str) -> dict:
+    """The mapping in a JSON file; DataError with advice if it has none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
+        raise DataError(f"{path} cannot be read ({error}): {advice}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} cannot be read (it must hold a mapping, not {shown(content)}): {advice}")
+    return content
+
+
+def is_record(line: object) -> bool:
+    """Whether a line of metrics.jsonl has a place in the run, and numbers or null for the losses and figures."""
+    if not isinstance(line, dict) or not isinstance(line.get("per_class", {}), dict):
+        return False
+    named = [value for name, value in line.items() if "loss" in name or name[:2] in ("AP", "AR")]
+    values = [*named, *line.get("per_class", {}).values(), line.get("images_per_second")]
+    return (all(is_number(line.get(key)) and line[key] >= 0 for key in ("epoch", "step"))
+            and all(value is None or is_number(value) for value in values))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True) -> str:

@@ -1,7 +1,7 @@
 """ATSS head (arXiv:1912.02424)."""
 from torch import Tensor, nn
 
-from data.ranges import Count, Number, OrMinusOne
+from data.ranges import Count, FewOrNone, OrMinusOne
 from losses import at_least_float32, mean_over_processes
 
 from ..anchors import Priors
@@ -35,7 +35,7 @@ class ATSSHead(DenseHead):
                    "loss_center_kd": {"type": "CrossEntropyLoss", "loss_weight": 1.0}}
 
     def __init__(
-            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: FewOrNone = 4,
             norm_cfg: NormCfg = {"type": "GN", "num_groups": 32},
             anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from data.ranges import Count, Number, OrMinusOne
+from data.ranges import Count, FewOrNone, OrMinusOne
 from losses import LOSSES, mean_over_processes
 
 from ..anchors import PRIORS, Priors
@@ -74,7 +74,7 @@ class DenseHead(nn.Module):
     # The published losses of CrossKD and of mimicking for this head.
     kd_defaults: dict = {}
 
-    def __init__(self, num_classes: Count, in_channels: Count, feat_channels: Count, stacked_convs: Number,
+    def __init__(self, num_classes: Count, in_channels: Count, feat_channels: Count, stacked_convs: FewOrNone,
                  norm_cfg: NormCfg, conv_bias: bool | None = None, pos_weight: OrMinusOne = -1,
                  allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__()

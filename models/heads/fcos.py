@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from data.ranges import Count, Number, OrMinusOne, Positive, Some
+from data.ranges import Count, FewOrNone, OrMinusOne, Positive, Some
 from losses import at_least_float32, mean_over_processes
 
 from ..anchors import AnchorGenerator, Priors
@@ -35,7 +35,7 @@ class FCOSHead(DenseHead):
                    "loss_reg_kd": {"type": "IoULoss", "loss_weight": 0.75}}
 
     def __init__(
-            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: FewOrNone = 4,
             norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, conv_bias: bool | None = True,
             strides: Some[Count] = (8, 16, 32, 64, 128),
             regress_ranges: Some[tuple[OrMinusOne, OrMinusOne]] = (

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from data.ranges import Count, Number, OrMinusOne
+from data.ranges import Count, FewOrNone, OrMinusOne
 from losses import aligned_iou, at_least_float32, mean_over_processes
 
 from ..anchors import Priors
@@ -30,7 +30,7 @@ class GFLHead(DenseHead):
         "loss_reg_kd": {"type": "KnowledgeDistillationKLDivLoss", "class_reduction": "sum", "T": 1, "loss_weight": 4.0}}
 
     def __init__(
-            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: FewOrNone = 4,
             norm_cfg: NormCfg = {"type": "GN", "num_groups": 32}, reg_max: Count = 16,
             anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,

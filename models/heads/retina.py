@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from data.ranges import Count, Number, OrMinusOne, Share
+from data.ranges import Count, FewOrNone, OrMinusOne, Share
 from losses import at_least_float32, mean_over_processes
 
 from ..anchors import Priors
@@ -29,7 +29,7 @@ class RetinaHead(DenseHead):
                    "loss_reg_kd": {"type": "GIoULoss", "loss_weight": 1.0}}
 
     def __init__(
-            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: Number = 4,
+            self, num_classes: Count, in_channels: Count, feat_channels: Count = 256, stacked_convs: FewOrNone = 4,
             norm_cfg: NormCfg = None,
             anchor_generator: AnchorCfg = {
                 "type": "AnchorGenerator", "octave_base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0],

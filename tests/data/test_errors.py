@@ -105,6 +105,7 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("images", "file_name", "..\\secret.png", "leads out of the image folder"),
         ("images", "file_name", "/etc/secret.png", "leads out of the image folder"),
         ("images", "file_name", "C:\\secret.png", "leads out of the image folder"),
+        ("annotations", "id", ["x" * 10_000], "xxx... is not an id"),
         ("categories", "id", 1, "categories id 1 occurs 2 times"),
         ("categories", "id", "2", "categories id '2' is not an id"),
         ("categories", "name", "cat", "categories name 'cat' occurs 2 times"),

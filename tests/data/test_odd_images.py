@@ -2,6 +2,8 @@
 
 import json
 import os
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -114,6 +116,24 @@ def test_a_png_cut_within_its_pixels_is_an_error(tmp_path):
             read_image(path)
 
 
+def test_a_damaged_png_is_an_error(tmp_path):
+    """torchvision's decoder ends the process on one. Here its pixels have a wrong checksum, within a sound chunk."""
+    path = tmp_path / "damaged.png"
+    Image.fromarray(pixels(40, 60)).save(path)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"IDAT")
+    end = start + 4 + int.from_bytes(content[start - 4:start], "big")
+    content[end - 1] ^= 1
+    content[end:end + 4] = zlib.crc32(content[start:end]).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"damaged\.png cannot be read \(.*\): replace the file$"):
+        read_image(path)
+    for place in range(8, len(content), 97):  # the signature stays
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1:])
+        with suppress(UnreadableImage):
+            assert read_image(path).shape == (3, 40, 60)
+
+
 def test_paths_that_no_image_can_be_read_from(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name, reason in [("folder.png", "Is a directory"), ("x" * 300 + ".png", "name too long"),
@@ -198,6 +218,9 @@ def test_the_header_alone_refuses_too_many_pixels(tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(path)
     monkeypatch.setenv("DENSEKD_MAX_PIXELS", "1199")
     with pytest.raises(UnreadableImage, match="40 x 30"):
+        read_image(path)
+    monkeypatch.setenv("DENSEKD_MAX_PIXELS", "many")
+    with pytest.raises(DataError, match="DENSEKD_MAX_PIXELS=many is not a whole number"):
         read_image(path)
     monkeypatch.setenv("DENSEKD_MAX_PIXELS", "1200")
     assert read_image(path).shape == (3, 30, 40)

@@ -74,7 +74,7 @@ def test_wrong_annotations_stop_before_anything_is_written(scenes, monkeypatch, 
     ("train.log_every=0", "train.log_every: must be at least 1, not 0"),
     ("train.ema=1.5", "train.ema: must be from 0 to 1, not 1.5"),
     ("data.batch_size=0", "data.batch_size: must be at least 1, not 0"),
-    ("data.workers=-1", "data.workers: must be at least 0, not -1"),
+    ("data.workers=-1", "data.workers: must be from 0 to 1000, not -1"),
 ])
 def test_numbers_that_make_no_sense_stop_before_anything_is_written(scenes, monkeypatch, capsys, override, expected):
     assert_refused(train(monkeypatch, capsys, scenes, override), expected)

@@ -38,15 +38,20 @@ def test_help_shows_an_example(script, monkeypatch, capsys):
     assert f"example: python scripts/{script}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("error, reason", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong story"), "Tried to allocate 2 GiB."),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 9 bytes.\nlong story"), "memory: you tried to allocate 9 bytes."),
+    (MemoryError(), "out of memory: this machine has too little.")], ids=["cuda", "cpu", "python"])
+def test_out_of_memory_is_one_line(monkeypatch, capsys, error, reason):
     def allocate(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong story")
+        raise error
     monkeypatch.setattr("kd.engine.train.train", allocate)
     monkeypatch.chdir(ROOT)
     assert run_script(monkeypatch, "train.py", "--cfg", "configs/bccd/student_gfl_r18w16.yaml", "--work-dir",
                       "runs/none", "--device", "cpu") == 1
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "Tried to allocate 2 GiB. Lower data.batch_size" in error[0]
+    assert len(error) == 1 and f"{reason} Lower data.batch_size" in error[0]
 
 
 EXTRAS = ("matplotlib", "tensorboard", "onnx", "onnxruntime", "av", "faster_coco_eval")

@@ -187,6 +187,22 @@ def test_coco_names_of_published_checkpoints():
     assert selected_classes(own, 3, [2, 0]) == ["c", "a"] and selected_classes(own, None, [0]) is None
 
 
+@pytest.mark.parametrize("spoil, part", [
+    (lambda c: c.append("x"), "categories[6] is not an object"), (lambda c: c[0].pop("id"), "categories[0] has no id"),
+    (lambda c: c[0].update(id={}), "categories id {} is not an id"),
+    (lambda c: c[0].update(name="a\nb"), "wrong name 'a\\nb'")])
+def test_wrong_categories_are_refused_where_only_they_are_read(lively, tmp_path, monkeypatch, capsys, spoil, part):
+    state = torch.load(lively[2], weights_only=True)
+    del state["classes"]
+    torch.save(state, tmp_path / "nameless.pth")
+    content = json.loads((lively[0] / "annotations" / "val.json").read_text())
+    spoil(content["categories"])
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    code, error, *_ = predict(monkeypatch, capsys, lively, tmp_path, "--checkpoint", tmp_path / "nameless.pth",
+                              f"data.val.annotations={tmp_path / 'val.json'}")
+    assert code == 2 and len(error) == 1 and "val.json has 1 problem: " in error[0] and part in error[0]
+
+
 def test_names_in_checkpoints_of_others():
     assert checkpoint_classes({"dataset_meta": {"classes": ("a", "b")}}) == ["a", "b"]
     assert checkpoint_classes({"CLASSES": ("a", "b")}) == ["a", "b"]

@@ -74,13 +74,36 @@ def test_overrides(write):
     ("distill.methods=[]", "distill.teacher: missing"),
     ("distill={teacher: {cfg: x.yaml}, methods: []}", "distill.teacher.checkpoint: missing"),
     ("nonsense", 'override "nonsense" is not of the form key=value'),
+    ("train.epochs=!!int x", "line 1 is not valid YAML: 'x' cannot be read as int"),
+    ("train.epochs=!!float x", "line 1 is not valid YAML: 'x' cannot be read as float"),
+    ("train.sync_bn=!!bool x", "line 1 is not valid YAML: 'x' cannot be read as bool"),
+    ("train.epochs=!!timestamp x", "line 1 is not valid YAML: 'x' cannot be read as timestamp"),
+    (f"train.epochs={'9' * 5000}", "is not valid YAML: '999"),
+    ("train.keep=1001", "train.keep: must be from 1 to 1000, not 1001"),
+    ("model.neck.num_outs=1000000", "model.neck.num_outs: must be from 1 to 1000, not 1000000"),
+    ("model.head.stacked_convs=1000000000", "model.head.stacked_convs: must be from 0 to 1000, not 1000000000"),
+    (f"train.epochs={2 ** 63}", f"train.epochs: must be an integer of at most 64 bits, not {2 ** 63}"),
+    ('train={"a\\nb": 1}', "train.a b: unknown key"),
+    (f"train={{epochs: {list(range(9999))}}}", "train.epochs: must be an integer, not a list ([0, 1, 2, 3"),
+    (f"model.head.type={'x' * 9999}", 'model.head.type: unknown type "xxx'),
 ])
 def test_wrong_settings_are_one_line_that_says_what_and_where(write, override, expected):
     with pytest.raises(ConfigError) as caught:
         load_config(write("cfg.yaml", MODEL), [override])
     message = str(caught.value)
-    assert expected in message and "\n" not in message
+    assert expected in message and "\n" not in message and len(message) < 1000
     assert "override" in message or "cfg.yaml" in message
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("schedule.milestones.0.1=3", "names a part of a single value; leave out .1"),
+    ("schedule.milestones.²=3", "must name an entry of this list; valid: 0, 1"),
+    ("schedule.milestones.00=3", 'must name an entry of this list; did you mean "0"?'),
+])
+def test_overrides_of_list_entries_that_do_not_exist(write, override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("cfg.yaml", MODEL + "schedule: {milestones: [1, 2]}\n"), [override])
+    assert expected in str(caught.value)
 
 
 def test_a_bad_key_names_the_file_that_said_it(write):
@@ -102,6 +125,13 @@ def test_files_that_cannot_be_read(write, tmp_path):
         load_config(write("e.yaml", "model: &m {backbone: *m}\n"))
     with pytest.raises(ConfigError, match="f.yaml is nested too deeply"):
         load_config(write("f.yaml", "model: " + "[" * 2000 + "]" * 2000 + "\n"))
+    for i, base in enumerate(["1", "null", "{a: b.yaml}", "[b.yaml, 3]", "[[b.yaml]]"]):
+        with pytest.raises(ConfigError, match=rf"^_base_: must be a path or a list of paths, not .*g{i}\.yaml\)$"):
+            load_config(write(f"g{i}.yaml", f"_base_: {base}\n"))
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    for name, reason in [("loop.yaml", "Too many levels"), ("a\0b", "embedded null byte"), ("", "Is a directory")]:
+        with pytest.raises(ConfigError, match=f"^configuration file .*{name} cannot be read: {reason}"):
+            load_config(tmp_path / name)
     with pytest.raises(ConfigError, match="keys and values at its top level"):
         load_config(write("d.yaml", "- 1\n"))
 

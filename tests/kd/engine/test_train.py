@@ -3,6 +3,7 @@ import json
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from kd.work_dir import log
 from kd.work_dir.checkpoint import read_checkpoint, read_plain
 from kd.work_dir.records import read_run
 from models import ConfigError, Detector
+from models.weights import CheckpointError
 
 CPU = torch.device("cpu")
 
@@ -192,6 +194,59 @@ def test_a_run_goes_on_in_fp16(scenes, tmp_path):
         engine.train(config_with(config(scenes, epochs), train={"amp": amp}), tmp_path, CPU, resume_from)
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line][-1]
     assert last["step"] == 8 and last["loss_scale"] == 65536
+
+
+def in_file(path, **entries):
+    torch.save(torch.load(path, weights_only=True) | entries, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(scenes, tmp_path_factory):
+    """The checkpoint of a finished run."""
+    path = tmp_path_factory.mktemp("done")
+    engine.train(config(scenes, 1), path, CPU)
+    return path / "last.pth"
+
+
+@pytest.mark.parametrize("entries, part", [
+    ({"step": -1}, "is damaged: step: must be at least 0, not -1"), ({"step": "a"}, "step: must be an integer"),
+    ({"steps_per_epoch": None}, "steps_per_epoch: must be an integer, not null"),
+    ({"best": float("nan")}, "best: must be a finite number"), ({"classes": [1]}, "classes.0: must be text"),
+    ({"model": {"a": 1}}, "model: must hold names and tensors"), ({"model": {}}, "is of another model"),
+    ({"training": {1: torch.zeros(1)}}, "training: must hold names and tensors"),
+    ({"config": {"data": 3}}, "is damaged: its config cannot be read"),
+    ({"optimizer": []}, "optimizer: must be a mapping"), ({"scaler": torch.zeros(1)}, "must be a mapping, not Tensor"),
+    ({"optimizer": {}}, "is of another model or configuration: 'param_groups'")], ids=str)
+def test_a_checkpoint_with_wrong_entries_is_named(scenes, done, tmp_path, entries, part):
+    path = in_file(shutil.copy(done, tmp_path / "wrong.pth"), **entries)
+    with pytest.raises(CheckpointError) as caught:
+        engine.train(config(scenes, 2), tmp_path, CPU, path)
+    assert str(caught.value).startswith(f"checkpoint {path} ") and part in str(caught.value)
+
+
+def test_a_buffer_of_another_shape_is_refused(scenes, done, tmp_path):
+    optimizer = torch.load(done, weights_only=True)["optimizer"]
+    optimizer["state"][0]["momentum_buffer"] = torch.zeros(3, 3)
+    path = in_file(shutil.copy(done, tmp_path / "wrong.pth"), optimizer=optimizer)
+    with pytest.raises(CheckpointError, match="a buffer of its optimiser has another shape than .*weight"):
+        engine.train(config(scenes, 2), tmp_path, CPU, path)
+
+
+def test_a_replay_file_with_wrong_entries_is_named(scenes, tmp_path):
+    run = build_run(parse_config(config(scenes)), tmp_path, CPU)
+    images, targets = next(iter(run.train_loader))
+    save_replay(run, tmp_path / "good.pth", run.step, [(images, targets)])
+    assert "gradients that are not finite: none" in replay(tmp_path / "good.pth", CPU)
+    for entries, part in [({"config": 3}, "config: must be a mapping"), ({"rank": -1}, "rank: must be at least 0"),
+                          ({"model": {}}, "Missing key"), ({"model": {"a": 1}}, "model: must hold names and tensors"),
+                          ({"batches": [3]}, "batches must be images with as many targets"),
+                          ({"batches": [(images, targets[1:])]}, "batches must be"),
+                          ({"batches": [(images, [{}] * len(targets))]}, "batches must be")]:
+        path = in_file(shutil.copy(tmp_path / "good.pth", tmp_path / "bad.pth"), **entries)
+        with pytest.raises(CheckpointError) as caught:
+            replay(path, CPU)
+        assert str(caught.value).startswith(f"file {path} is damaged: ") and part in str(caught.value)
 
 
 def test_a_class_without_boxes_is_named(scenes, tmp_path):

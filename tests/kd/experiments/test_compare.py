@@ -149,6 +149,44 @@ def test_metrics_without_a_run(tmp_path):
     assert row.figures["AP"] == (0.2, 0.0) and row.parameters is None
 
 
+@pytest.mark.parametrize("change, part", [
+    ({"config": None}, "run.json has no configuration that can be read (config: must be a mapping, not null"),
+    ({"config": {"model": 3}}, "(model: must be a mapping of keys to values, not an integer (3))"),
+    ({"teachers": [1]}, "run.json: teachers must be SHA-256 by path, not [1]"),
+    ({"teachers": {"a": 1}}, "run.json: teachers must be SHA-256 by path, not {'a': 1}")])
+def test_records_with_wrong_values_are_named(tmp_path, change, part):
+    run = write_run(tmp_path / "run", [0.1], run_config())
+    file = run / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError) as caught:
+        read_runs([run])
+    assert part in str(caught.value)
+    for text, reason in [(b"[]", "must hold a mapping, not \\[\\]"), (b"\xff", "can't decode"), (b"{", "Expecting")]:
+        file.write_bytes(text)
+        with pytest.raises(DataError, match=rf"run\.json cannot be read \(.*{reason}"):
+            read_runs([run])
+
+
+@pytest.mark.parametrize("line", ["3", '{"AP": 0.1}', '{"AP": "x", "epoch": 0, "step": 1}',
+                                  '{"AP": NaN, "epoch": 0, "step": 1}', '{"AP": 0.1, "epoch": -1, "step": 1}',
+                                  '{"loss": [], "epoch": 0, "step": 1}', '{"loss": true, "epoch": 0, "step": 1}',
+                                  '{"AP": 0.1, "per_class": [], "epoch": 0, "step": 1}',
+                                  '{"AP": 0.1, "per_class": {"a": "b"}, "epoch": 0, "step": 1}',
+                                  '{"loss": 1, "images_per_second": "fast", "epoch": 0, "step": 1}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    metrics = write_run(tmp_path / "run", [0.1], run_config()) / "metrics.jsonl"
+    metrics.write_text(f"{metrics.read_text()}{line}\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 5 is not a record of a run: "):
+        read_runs([tmp_path / "run"])
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    metrics = write_run(tmp_path / "run", [0.1], run_config()) / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"AP": 0.9, "class \xff')
+    run, = read_runs([tmp_path / "run"])[0]
+    assert [line["AP"] for line in run.evaluations] == [0.1]
+
+
 def test_nothing_to_compare(tmp_path):
     with pytest.raises(DataError, match="no run among"):
         read_runs([tmp_path])

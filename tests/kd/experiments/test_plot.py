@@ -8,6 +8,7 @@ from run_folders import TEACHER, run_config, write_run
 from runs import run_script
 from torchvision.io import decode_image, read_file
 
+from data import DataError
 from kd.experiments.compare import compare
 from kd.work_dir.records import read_runs
 
@@ -81,6 +82,16 @@ def test_precision_over_recall(study):
     drawn = lines(panels["disc"])
     assert list(drawn) == ["crosskd, IoU 0.50", "crosskd, IoU 0.75"]
     assert drawn["crosskd, IoU 0.50"].get_ydata()[0] == pytest.approx(0.95)  # between 1 and 0.9
+
+
+@pytest.mark.parametrize("content", ["{}", '{"recall": [0.1], "precision": {}}', '{"precision": []}', "[]", "{", 'x',
+                                     json.dumps({"recall": [0.1] * 101, "precision": {"disc": {"0.50": ["a"] * 101}}}),
+                                     json.dumps({"recall": [0.1] * 101, "precision": {"disc": [0.5] * 101}})])
+def test_wrong_curves_are_named(study, content):
+    (study[-2] / "precision_recall.json").write_text(content)
+    groups = plot.group_runs(read_runs(study)[0])
+    with pytest.raises(DataError, match=r"precision_recall\.json .*: eval\.py --curves writes it again$"):
+        plot.plot_precision_recall(groups)
 
 
 def test_a_single_class_is_not_drawn_beside_its_mean(study):

@@ -200,7 +200,7 @@ def test_sweep_script(tmp_path, monkeypatch, capsys):
     (["--seeds", "1", "1"], "whole numbers, each once"), (["--seeds", "train.epochs=1"], "whole numbers"),
     (["--seeds", "1", "-2"], "--seeds: must be from 0 to 4294967295, not -2"),
     (["--seeds", "one"], "--seeds: must be an integer, not text ('one')"),
-    (["--jobs", "0"], "--jobs: must be at least 1, not 0")])
+    (["--jobs", "0"], "--jobs: must be from 1 to 1000, not 0")])
 def test_bad_arguments(monkeypatch, capsys, arguments, expected):
     assert run_script(monkeypatch, "sweep.py", "--cfg", "configs/bccd/student_gfl_r18w16.yaml", *arguments) == 2
     assert expected in capsys.readouterr().err
