@@ -39,6 +39,7 @@ class NotEmpty:
 
 
 Positive = Annotated[float, Range(0, open=True)]
+Factor = Annotated[float, Range(0.001, 1000)]  # of a size, which must stay within an image's
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(1)]        # of things that there must be

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 
+NO_MEMORY = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")  # in PyTorch's messages
 NUMBERS = {int: "an integer", float: "a number"}
 
 
@@ -39,7 +40,7 @@ def number(hint: Any) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {NUMBERS[kind]}, not text ({text!r})") from None
-        if not abs(value) < (2 ** 63 if kind is int else inf):  # also for NaN
+        if not abs(value) < (2 ** 32 if kind is int else inf):  # also for NaN
             raise argparse.ArgumentTypeError(f"must be a number that is not too large, not {text}")
         if value not in allowed:
             raise argparse.ArgumentTypeError(f"must be {allowed}, not {value}")
@@ -205,4 +206,4 @@ def explain(error: BaseException) -> tuple[int, str]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was too small: PyTorch's error on a GPU, its message on a CPU, or Python's error."""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "DefaultCPUAllocator: " in str(error))
+            or any(text in str(error) for text in NO_MEMORY))

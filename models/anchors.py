@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from data.ranges import Count, Few, Positive, Share, Some
+from data.ranges import Count, Factor, Few, Positive, Share, Some
 
 from .build import ConfigError
 
@@ -43,8 +43,8 @@ class AnchorGenerator:
             stride is the padded image's size divided by the map's, which can be less than the nominal stride.
     """
 
-    def __init__(self, strides: Some[Count], ratios: Some[Positive], octave_base_scale: Positive | None = None,
-                 scales_per_octave: Few | None = None, scales: Some[Positive] | None = None,
+    def __init__(self, strides: Some[Count], ratios: Some[Factor], octave_base_scale: Factor | None = None,
+                 scales_per_octave: Few | None = None, scales: Some[Factor] | None = None,
                  base_sizes: Some[Positive] | None = None, center_offset: Share = 0.0,
                  style: Literal["mmdet", "detectron2", "torchvision"] = "mmdet"):
         if (scales is None) == (octave_base_scale is None or scales_per_octave is None):

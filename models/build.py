@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from data.ranges import OneOf, Table
 from losses import LOSSES
 
+FLOAT32 = 1.2e-38, 3.4e38  # the range of PyTorch's numbers, apart from 0: others become 0 or infinite
 LONGEST = 200  # characters of a value in a message
 LONGEST_PROBLEM = 2000
 
@@ -180,11 +181,14 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(key, f"must be a number, not {describe(value)}")
         if not abs(value) <= float_info.max:  # also for integers that are too large for a float
             raise ConfigError(key, f"must be a finite number, not {shown(value)}")
+        if value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+            raise ConfigError(key, f"must be a number that fits into 32 bits, from {FLOAT32[0]} to {FLOAT32[1]}, not "
+                                   f"{shown(value)}")
     elif hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(key, f"must be an integer, not {describe(value)}")
-        if abs(value) >= 2 ** 63:  # PyTorch cannot use it
-            raise ConfigError(key, f"must be an integer of at most 64 bits, not {shown(value)}")
+        if abs(value) >= 2 ** 32:  # products of several must stay within the 64 bits of PyTorch's sizes
+            raise ConfigError(key, f"must be an integer of at most 32 bits, not {shown(value)}")
     elif is_dataclass(hint):
         return read_section(hint, value, key)
     elif inspect.isclass(hint) and not isinstance(value, hint):

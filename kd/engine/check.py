@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from data.coco.check import check_augmentation
-from data.errors import counted
+from data.errors import counted, listed
 
 from ..config import Config, parse_config
+from ..exceptions import TrainingError
 from ..inference.precision import autocast
 from ..processes import distributed
 from ..processes.memory import in_gib, peak_memory
@@ -24,6 +25,7 @@ def check(cfg: Config, device: torch.device) -> str:
         Text for people: the models, the teachers' AP, what each method compares, losses, time and memory.
     Raises:
         ConfigError, DataError, CheckpointError: bad input.
+        TrainingError: a loss that is not finite.
     """
     device = distributed.start_processes(device)
     run = build_run(parse_config(cfg), Path(), device)
@@ -37,6 +39,10 @@ def check(cfg: Config, device: torch.device) -> str:
             lines.append(starting_points(run.distiller, run.cfg, run.train_loader.dataset.classes, device))
         lines += describe_methods(run, images, targets)
     losses, _ = train_step(run, run.model, [(images, targets)])
+    broken = [name for name, value in losses.items() if "loss" in name and not value.isfinite()]
+    if broken and amp != "fp16":  # fp16 skips such steps
+        raise TrainingError(f"{listed(broken, ', ')}: not finite in the first step; look for a setting that is far "
+                            "too large or too small, and for such weights of a teacher")
     lines.append(" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()))
     start = time.perf_counter()
     losses, _ = train_step(run, run.model, [(images, targets)])  # the first step was slower, because of set-up

@@ -42,6 +42,14 @@ def test_check_of_a_plain_detector(scenes, tmp_path, monkeypatch, capsys):
     assert "loss_dfl" in printed and "peak memory" in printed and "teacher" not in printed
 
 
+def test_check_refuses_losses_that_are_not_finite(scenes, tmp_path, monkeypatch, capsys):
+    cfg = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"workers": 0}))
+    assert run_script(monkeypatch, "train.py", "--cfg", cfg, "--check", "--device", "cpu",
+                      "model.preprocess.std=[2e-38, 1, 1]") == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "loss_cls, loss_bbox, loss_dfl, loss: not finite in the first step" in error[0]
+
+
 @pytest.mark.parametrize("images, expected", [(100, "AP on the first 6 images"), (2, "AP on the first 2 images"),
                                               (0, None)])
 def test_a_run_begins_with_the_teachers_ap(scenes, tmp_path, monkeypatch, images, expected):
