@@ -13,14 +13,16 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data", "data.*"]),
     package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")},
-    install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
+    install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4",
+                      "pillow>=10"],  # which torchvision needs, too
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib", "tensorboard",
-                 "onnx", "onnxruntime", "timm>=1.0"],
+                 "onnx", "onnxruntime", "timm>=1.0", "simplejpeg>=1.8"],
         "eval": ["faster-coco-eval>=1.8"],  # COCO figures ten times as fast
         "viz": ["matplotlib", "tensorboard"],
         "export": ["onnx", "onnxruntime"],
         "video": ["av"],
+        "jpeg": ["simplejpeg>=1.8"],  # decodes JPEG faster than Pillow, to the same pixels
         "timm": ["timm>=1.0"],  # its models as backbones
     },
 )

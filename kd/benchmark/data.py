@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from data import CocoDataset, build_loader, collate, generate_scenes
-from data.output import write_picture, write_text
-from data.transforms import flip_image, read_image, resize_image, resized_size
+from data.images import read_image, write_picture
+from data.output import write_text
+from data.transforms import flip_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
 from .timing import Call, interleave, medians_ms
