@@ -4,10 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Errors of the operating system about a path that the user gave.
 BAD_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -86,12 +82,3 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, and its folder where there is none; raises as `naming`."""
     write_bytes(path, text.encode())
-
-
-def write_picture(path: Path, image: "Tensor", quality: int = 95) -> None:
-    """Write uint8 (3, h, w) as PNG, or as JPEG of this quality, as the name says; raises as `naming`."""
-    from torchvision.io import encode_jpeg, encode_png
-
-    # torchvision's own writers say nothing on a full disk, and leave a picture that is cut off.
-    encoded = encode_png(image) if path.suffix.lower() == ".png" else encode_jpeg(image, quality)
-    write_bytes(path, encoded.numpy().tobytes())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones.resnet import ResNet
+from .backbones.timm import TimmBackbone
 from .backbones.torchvision import TorchvisionBackbone
 from .build import ConfigError, OneOf, build, parameters, read_section
 from .fpn import FPN
@@ -15,9 +16,10 @@ from .heads import HEADS, DenseHead, HeadOutputs
 from .postprocess import TestConfig, postprocess
 from .preprocess import Preprocess
 from .targets import Assignment
+from .weights import log
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet,  # a ResNeXt is a ResNet with groups
-             "TorchvisionBackbone": TorchvisionBackbone}
+             "TorchvisionBackbone": TorchvisionBackbone, "TimmBackbone": TimmBackbone}
 NECKS = {"FPN": FPN}
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -202,6 +204,21 @@ def build_detector(cfg: ModelConfig | Mapping, pretrained: bool = True) -> Detec
         raise ConfigError("model.head.in_channels", f"is {head.in_channels} and the features have {channels[0]}")
     if head.prior_generator.strides != strides:
         where = "strides" if "strides" in parameters(type(head)) else "anchor_generator.strides"
-        raise ConfigError(f"model.head.{where}", f"are {head.prior_generator.strides}, and the features' are {strides}")
+        raise ConfigError(f"model.head.{where}", f"are {head.prior_generator.strides}, and the features' are {strides}"
+                                                 f", made from the backbone's {backbone.out_strides}")
     own = {name: value for name, value in head.test_defaults.items() if getattr(cfg.test, name) is None}
-    return Detector(backbone, neck, head, Preprocess(**cfg.preprocess), replace(cfg.test, **own))
+    return Detector(backbone, neck, head, build_preprocess(cfg, backbone), replace(cfg.test, **own))
+
+
+def build_preprocess(cfg: ModelConfig, backbone: nn.Module) -> Preprocess:
+    """Pixel statistics: what the configuration gives, and for the rest those of the backbone, if it has its own.
+
+    A backbone has its own as an attribute `preprocess`, a dict of arguments of `Preprocess`.
+    """
+    own = getattr(backbone, "preprocess", {})
+    for name, value in own.items():
+        given = cfg.preprocess.get(name, value)
+        if cfg.backbone.get("weights") and list(given) != list(value):
+            log.warning("model.preprocess.%s is %s, but the weights of the backbone were trained with %s", name,
+                        list(given), list(value))
+    return Preprocess(**own | cfg.preprocess)

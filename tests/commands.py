@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT
-from torchvision.io import decode_image, read_file
 
 from data import generate_scenes
+from data.images import read_image
 
 TINY = ["train.epochs=1", "train.log_every=1", "train.check_images=2", "data.batch_size=4", "data.workers=0",
         "data.scale=[64, 64]", "data.train.first=8", "data.val.first=2", "schedule.warmup_steps=1"]
@@ -104,7 +104,7 @@ def write_yolo(scenes: Path, folder: Path) -> None:
     for split, path, boxes in contents(scenes):
         stem = f"{split}{path.stem}"
         shutil.copy(path, folder / "images" / f"{stem}.jpg")
-        height, width = decode_image(read_file(str(path))).shape[1:]
+        height, width = read_image(path).shape[1:]
         (folder / "labels" / f"{stem}.txt").write_text("".join(
             f"{k % 3} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
             for k, x, y, w, h in boxes))

@@ -28,6 +28,8 @@ def expected_losses(cfg: dict) -> set[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_config(path):
     cfg = load_config(path)
+    if cfg["model"]["backbone"]["type"] == "TimmBackbone":
+        pytest.importorskip("timm", reason="needs the extra timm")
     model = built(cfg)
     images, targets = make_batch(dtype=torch.float32)
     losses = model.loss(images, targets)

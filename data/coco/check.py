@@ -15,8 +15,8 @@ from data.coco.joined import unite_classes
 from data.coco.problems import Problem, drop_reason, find_problems, image_problems
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted, listed
+from data.images import read_image
 from data.tables import text_table
-from data.transforms import read_image
 
 
 @dataclass

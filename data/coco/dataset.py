@@ -14,7 +14,8 @@ from data.augment.sample import IGNORED, Sample, apply, random_draws
 from data.coco.annotations import read_annotations
 from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage, counted
-from data.transforms import flip_boxes, flip_image, padded_size, read_image, resize_boxes, resize_image, resized_size
+from data.images import read_image
+from data.transforms import flip_boxes, flip_image, padded_size, resize_boxes, resize_image, resized_size
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images in a row have a common cause
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.errors import UnreadableImage
-from data.transforms import padded_size, read_image, resize_image, resized_size
+from data.images import read_image
+from data.transforms import padded_size, resize_image, resized_size
 
 
 class Sample(NamedTuple):

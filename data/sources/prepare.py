@@ -13,9 +13,9 @@ from data.coco.check import SplitCheck, check_split
 from data.coco.problems import drop_reason, find_problems, image_problems
 from data.config import Split
 from data.errors import MAX_LISTED, DataError, UnreadableImage, counted
+from data.images import read_image
 from data.output import write_text
 from data.sources.formats import LabelledFolder, LabelledImage, raise_problems
-from data.transforms import read_image
 
 HEADER = "# The data that prepare_data.py has written; a configuration inherits it with _base_."
 EXPLAINED = "# The first path of each list that exists is used; ./ is the folder of this file. The folder can be moved."

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from data.output import write_picture, write_text
+from data.images import write_picture
+from data.output import write_text
 from data.sources.shapes import SHAPES
 
 CLASSES = list(SHAPES)

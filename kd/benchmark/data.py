@@ -10,8 +10,9 @@ import torch
 
 from data import CocoDataset, build_loader, collate, generate_scenes
 from data.augment import build_augmentations
-from data.output import write_picture, write_text
-from data.transforms import flip_image, read_image, resize_image, resized_size
+from data.images import read_image, write_picture
+from data.output import write_text
+from data.transforms import flip_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
 from .timing import Call, interleave, medians_ms

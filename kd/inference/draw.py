@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from data import CocoDataset, DataConfig, build_dataset
-from data.output import write_picture
+from data.images import write_picture
 from models import Detector
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")

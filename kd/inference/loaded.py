@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.images import read_image
 from data.inputs.files import make_sample
-from data.transforms import read_image
 from models import Detector
 
 from ..config import Config, load_config

@@ -102,12 +102,8 @@ class TorchvisionBackbone(nn.Module):
         found = self.graphs[self.training](self, x)
         outs = []
         for i, node in enumerate(self.nodes):
-            out = found[node]
-            if self.out_norm:
-                out = getattr(self, f"norm{i}")(out if self.channels_last[i] else out.permute(0, 2, 3, 1))
-            if self.out_norm or self.channels_last[i]:
-                out = out.permute(0, 3, 1, 2)
-            outs.append(out.contiguous())
+            norm = getattr(self, f"norm{i}") if self.out_norm else None
+            outs.append(as_map(found[node], self.channels_last[i], norm))
         return outs
 
 
@@ -139,6 +135,13 @@ def suggest(name: str, valid: Collection[str]) -> str:
     """Advice on a wrong node or module: the nearest at its depth, or the children of the model and of `features`."""
     close = difflib.get_close_matches(name, [word for word in valid if word.count(".") == name.count(".")], 1)
     return nearest(name, close or [word for word in valid if "." not in word.removeprefix("features.")])
+
+
+def as_map(out: Tensor, channels_last: bool, norm: nn.Module | None = None) -> Tensor:
+    """An output as a contiguous map (N, C, H, W), after the norm over its channels if there is one."""
+    if norm is not None:
+        out, channels_last = norm(out if channels_last else out.permute(0, 2, 3, 1)), True
+    return (out.permute(0, 3, 1, 2) if channels_last else out).contiguous()
 
 
 def layout(out: Tensor) -> tuple[int, int, bool] | None:

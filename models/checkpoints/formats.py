@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .classifiers import densenet_name, efficientnet_names
 from .unpickler import CheckpointError, one_line
 
 Weights = dict[str, Tensor]
@@ -115,7 +116,7 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
         return "torchvision", _from_torchvision
     if has(r"conv1_w$|res\d_\d+_branch"):
         return "caffe2-backbone", _from_caffe2_backbone
-    if has(r"(stem\.conv1|res\d\.\d+)\."):
+    if has(r"res\d\.\d+\."):
         return "detectron2-backbone", _from_detectron2_backbone
     if content.get("format") == OUR_FORMAT:
         return OUR_FORMAT, dict
@@ -124,7 +125,9 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
         is_mmengine = "message_hub" in content or "mmengine_version" in meta or "dataset_meta" in meta
         return ("mmdet3" if is_mmengine else "mmdet2"), _from_mmdet
     if has(r"features\.denseblock1\."):
-        return "densenet-backbone", _from_densenet
+        return "densenet-backbone", lambda weights: _rename(weights, densenet_name)
+    if has(r"_blocks\.\d+\._project_conv\."):
+        return "efficientnet-backbone", lambda weights: _rename(weights, efficientnet_names(weights).__getitem__)
     if has(r"conv1\.weight$") and has(r"layer1\."):
         return "resnet-backbone", dict  # torchvision's, or caffe weights with the same names
     return "state-dict", _from_mmdet
@@ -297,11 +300,6 @@ def _from_torchvision(weights: Weights) -> Weights:
             prefixes[f"backbone.fpn.{theirs}.{i}.0."] = f"neck.{ours}.{i}.conv."
             prefixes[f"backbone.fpn.{theirs}.{i}."] = f"neck.{ours}.{i}.conv."
     return _rename(weights, lambda name: _replace_prefix(name, prefixes))
-
-
-def _from_densenet(weights: Weights) -> Weights:
-    """Renames layers: torchvision's files of DenseNet weights have older names than its model."""
-    return _rename(weights, lambda name: re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name))
 
 
 def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:

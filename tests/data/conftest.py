@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from torchvision.io import write_png
+
+from data.images import write_picture
 
 
 def make_image(path, size, seed=0):
     """Write a PNG with random pixels and `size` (h, w)."""
     pixels = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    write_png(pixels, str(path))
+    write_picture(path, pixels)
 
 
 @pytest.fixture

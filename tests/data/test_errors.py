@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from torchvision.io import write_jpeg, write_png
 
 from data import CocoDataset, DataConfig, DataError, Split, build_dataset, build_loader
-from data.transforms import read_image
+from data.images import read_image, write_picture
 
 
 def assert_one_line(caught, *parts):
@@ -135,10 +134,11 @@ def test_nothing_left_after_skipping_empty_images(source):
 @pytest.mark.parametrize(
     ("cut", "part"), [(None, "does not exist"), (0, "it is empty"), (60, "cannot be read"), (300, "cannot be read")]
 )
-@pytest.mark.parametrize("write", [write_png, write_jpeg])
-def test_missing_and_damaged_images(source, write, cut, part):
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_missing_and_damaged_images(source, kind, cut, part):
     path = source[0] / "0.png"
-    write(torch.randint(0, 256, (3, 20, 30)).to(torch.uint8), str(path))
+    write_picture(source[0] / f"0.{kind}", torch.randint(0, 256, (3, 20, 30)).to(torch.uint8))
+    (source[0] / f"0.{kind}").replace(path)  # what it holds decides, not its name
     if cut is None:
         path.unlink()
     else:
@@ -146,14 +146,13 @@ def test_missing_and_damaged_images(source, write, cut, part):
     with pytest.raises(DataError) as caught:
         CocoDataset(*source, training=False)[0]
     assert_one_line(caught, path, part)
-    assert ".cpp" not in str(caught.value)
 
 
 def test_an_unknown_image_format_is_named_as_such(source):
-    (source[0] / "0.png").write_bytes(b"BM" + bytes(100))
+    (source[0] / "0.png").write_bytes(b"XX" + bytes(100))
     with pytest.raises(DataError) as caught:
         CocoDataset(*source, training=False)[0]
-    assert_one_line(caught, source[0] / "0.png", "Unsupported image file")
+    assert_one_line(caught, source[0] / "0.png", "not a JPEG, PNG, WebP, BMP, TIFF or GIF")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 import zlib
 from contextlib import suppress
 
@@ -11,8 +12,9 @@ import torch
 from odd_images import UPRIGHT, pixels, write_png16, write_rotated
 from PIL import Image
 
+import data.images
 from data import CocoDataset, DataError, UnreadableImage
-from data.transforms import read_image
+from data.images import read_image, write_picture
 
 
 def read(path):
@@ -95,8 +97,18 @@ def test_a_bmp_or_tiff_cut_anywhere_is_an_error(tmp_path, name):
         assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(params=["Pillow", "simplejpeg"])
+def decoder(request, monkeypatch):
+    """The two decoders of JPEG, of which the second is optional."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(data.images, "simplejpeg", None)
+    elif data.images.simplejpeg is None:
+        pytest.skip("needs the extra jpeg")
+    return request.param
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
-def test_a_jpeg_cut_anywhere_is_an_error(tmp_path, options):
+def test_a_jpeg_cut_anywhere_is_an_error(tmp_path, options, decoder):
     Image.fromarray(pixels(60, 80)).save(tmp_path / "whole.jpg", quality=95, **options)
     content, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "cut.jpg"
     read_image(tmp_path / "whole.jpg")
@@ -104,6 +116,55 @@ def test_a_jpeg_cut_anywhere_is_an_error(tmp_path, options):
         path.write_bytes(content[:cut])
         with pytest.raises(UnreadableImage, match=r"image .*cut\.jpg cannot be read \(.*\): replace the file$"):
             read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True, "quality": 30}], ids=str)
+def test_decoders_of_jpeg_give_the_pixels_of_torchvision(tmp_path, mode, options, decoder):
+    """torchvision's decoder is libjpeg-turbo, with which all results so far were computed."""
+    io = pytest.importorskip("torchvision.io")
+    path = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (41, 67, 3)).astype(np.uint8)
+    Image.fromarray(noise // 2 + pixels(41, 67) // 2).convert(mode).save(path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        expected = io.decode_image(str(path), mode=io.ImageReadMode.RGB)
+    difference = (read_image(path).int() - expected.int()).abs().max()
+    assert difference <= (1 if mode == "CMYK" else 0)
+
+
+def test_what_is_written_is_read(tmp_path, decoder):
+    image = torch.from_numpy(pixels(50, 70)).permute(2, 0, 1)
+    write_picture(tmp_path / "a.png", image)
+    assert torch.equal(read_image(tmp_path / "a.png"), image)
+    for quality, worst in ((99, 5), (30, 20)):
+        write_picture(tmp_path / "a.jpg", image, quality)
+        found = read_image(tmp_path / "a.jpg")
+        assert (found.int() - image.int()).abs().max() <= worst and found.stride() == (1, 210, 3)
+        found.add_(1)  # its memory is its own
+
+
+def test_kinds_that_are_refused(tmp_path):
+    """An animation, and formats that Pillow would read by running another program."""
+    still, moved = Image.fromarray(pixels()), Image.fromarray(pixels(seed=1))
+    still.save(tmp_path / "moving.webp", save_all=True, append_images=[moved])
+    with pytest.raises(UnreadableImage, match=r"moving.webp cannot be read \(it is animated\): replace the file$"):
+        read_image(tmp_path / "moving.webp")
+    still.save(tmp_path / "page.eps")
+    with pytest.raises(UnreadableImage, match="it is damaged, or not a JPEG, PNG, WebP, BMP, TIFF or GIF"):
+        read_image(tmp_path / "page.eps")
+
+
+@pytest.mark.filterwarnings("error")
+def test_several_jpegs_in_a_file_and_broken_exif_data(tmp_path):
+    """Cameras write previews behind a photograph; what EXIF data say wrongly does not matter."""
+    Image.fromarray(pixels()).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.fromarray(pixels(9, 9))])
+    (tmp_path / "a.mpo").rename(tmp_path / "several.jpg")
+    assert read_image(tmp_path / "several.jpg").shape == (3, 20, 30)
+    Image.fromarray(pixels()).save(tmp_path / "broken.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert read_image(tmp_path / "broken.jpg").shape == (3, 20, 30)
+    write_rotated(tmp_path / "nine.png", pixels(), 9)
+    assert (read(tmp_path / "nine.png") == pixels()).all()
 
 
 def test_a_png_cut_within_its_pixels_is_an_error(tmp_path):

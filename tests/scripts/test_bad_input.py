@@ -14,7 +14,7 @@ from PIL import Image
 from runs import ROOT, config, run_script, write_config
 
 from data import generate_scenes
-from data.transforms import read_image
+from data.images import read_image
 
 
 @pytest.fixture(scope="module")

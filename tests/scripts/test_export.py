@@ -14,8 +14,9 @@ from small_models import HEADS
 
 import kd.inference.export
 from data import generate_scenes
+from data.images import read_image
 from data.sources.scenes import CLASSES
-from data.transforms import read_image, resize_image, resized_size
+from data.transforms import resize_image, resized_size
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect, eval_loader
 from kd.inference.detectors import load_with_data

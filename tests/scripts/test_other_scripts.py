@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from runs import ROOT, run_script
-from torchvision.io import decode_image, read_file
+
+from data.images import read_image
 
 
 def test_generate_data(tmp_path, monkeypatch, capsys):
@@ -28,7 +29,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == ["teacher", "student alone", "student with CrossKD"]
-    picture = decode_image(read_file(str(tmp_path / "detections.png")))
+    picture = read_image(tmp_path / "detections.png")
     assert picture.shape[0] == 3 and picture.float().std() > 10
 
 

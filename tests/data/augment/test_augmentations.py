@@ -1,12 +1,12 @@
 """Every augmentation on images with a rectangle of its own colour for each box: boxes stay on their rectangles."""
 import pytest
 import torch
-from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as F
 
 from data import CocoDataset
 from data.augment import AUGMENTATIONS, build_augmentations
 from data.augment.sample import FILL, IGNORED, Sample, apply, moved, random_draws
+from data.images import write_picture
 
 SIZE = (120, 160)
 BOXES = {0: [10, 12, 50, 40], 1: [70, 60, 150, 110], 2: [90, 5, 120, 35], IGNORED: [8, 60, 48, 112]}  # by label
@@ -223,7 +223,7 @@ def scenes(write_coco):
             for i, boxes in enumerate(numbers) for label, (x1, y1, x2, y2) in boxes.items()]
     folder, file = write_coco(sizes, rows, ((1, "red"), (2, "green"), (3, "blue")))
     for i, (boxes, size) in enumerate(zip(numbers, sizes)):
-        write_png(make_sample(boxes, size).image, str(folder / f"{i}.png"))
+        write_picture(folder / f"{i}.png", make_sample(boxes, size).image)
     return folder, file
 
 

@@ -15,7 +15,8 @@ from data.augment.emptied import EmptiedImages
 from data.augment.sample import random_draws
 from data.coco.check import check_augmentation
 from data.config import Augmentation
-from data.transforms import flip_image, read_image, resize_image
+from data.images import read_image
+from data.transforms import flip_image, resize_image
 from kd.config.load import parse_yaml
 from models.build import ConfigError, read_section
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from runs import config, model, run_script, write_config
 from small_models import make_batch, small_distiller
-from torchvision.io import decode_image, read_file
 
 from data import generate_scenes
+from data.images import read_image
 from kd import build_distiller
 from kd.evaluation.heatmaps import COLOURS, bars, colour, overlay
 from kd.evaluation.visualize import run_all, views_of
@@ -38,7 +38,7 @@ def distilled(scenes, tmp_path, width=16):
 
 
 def size_of(path):
-    return tuple(decode_image(read_file(str(path))).shape[1:])
+    return tuple(read_image(path).shape[1:])
 
 
 def panels(width, across):
@@ -60,7 +60,7 @@ def test_pictures_of_data_val(scenes, tmp_path, monkeypatch, capsys):
     assert panels(320, sizes["scores"][1]) == 6  # the image and five levels
     assert panels(320, sizes["attention"][1]) == 5
     for file in files:
-        assert decode_image(read_file(str(file))).float().std() > 20
+        assert read_image(file).float().std() > 20
 
 
 def test_a_picture_of_ones_own_has_no_ground_truth(scenes, tmp_path, monkeypatch):

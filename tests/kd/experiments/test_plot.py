@@ -6,9 +6,9 @@ import sys
 import pytest
 from run_folders import TEACHER, run_config, write_run
 from runs import run_script
-from torchvision.io import decode_image, read_file
 
 from data import DataError
+from data.images import read_image
 from kd.experiments.compare import compare
 from kd.work_dir.records import read_runs
 
@@ -131,7 +131,7 @@ def test_plot_script(study, tmp_path, monkeypatch, capsys):
     names = ["losses", "ap", "precision_recall", "gap_closed"]
     assert capsys.readouterr().out.split() == [str(out / f"{name}.png") for name in names]
     for name in names:
-        assert decode_image(read_file(str(out / f"{name}.png"))).float().std() > 10
+        assert read_image(out / f"{name}.png").float().std() > 10
 
 
 def test_without_matplotlib(study, tmp_path, monkeypatch, capsys):

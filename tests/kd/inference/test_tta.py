@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import config, run_script, write_checkpoint, write_config
-from torchvision.io import decode_image, write_png
 
 from data import CocoDataset, generate_scenes
+from data.images import read_image, write_picture
 from data.transforms import flip_boxes
 from kd.config import EvalConfig, TTAConfig, parse_config
 from kd.evaluation import evaluate
@@ -27,9 +27,9 @@ def scenes(tmp_path_factory):
     (root / "mirrored").mkdir()
     content = json.loads((root / "annotations" / "val.json").read_text())
     for image in content["images"]:
-        pixels = decode_image(root / "val" / image["file_name"])
+        pixels = read_image(root / "val" / image["file_name"])
         image["file_name"] = image["file_name"].replace(".jpg", ".png")
-        write_png(pixels.flip(2), str(root / "mirrored" / image["file_name"]))
+        write_picture(root / "mirrored" / image["file_name"], pixels.flip(2))
     (root / "annotations" / "mirrored.json").write_text(json.dumps(content))
     return root
 
