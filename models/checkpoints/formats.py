@@ -18,9 +18,14 @@ from .unpickler import CheckpointError, one_line
 Weights = dict[str, Tensor]
 
 OUR_FORMAT = "densekd"
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs")  # mmdet; ours, detectron2; plain scripts; Detectron
-# What DistributedDataParallel, AveragedModel, Lightning modules and the like put before names, beside torch.compile's.
-_WRAPPERS = {"module", "model", "net", "network", "detector"}
+# mmdet; ours and detectron2; plain scripts; Detectron; DeepSpeed and other scripts; moving averages come last.
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs", "module", "net", "network", "detector", "weights",
+               "ema", "model_ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict")
+# What DistributedDataParallel, AveragedModel, Lightning modules and the like put before names.
+_WRAPPERS = {"module", "model", "net", "network", "detector", "_forward_module", "_model"}
+# What torch.compile, FSDP and activation checkpointing put anywhere into names.
+_INSIDE = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_MODELS = {"backbone", "neck", "bbox_head", "rpn_head", "head"}  # the first words of a detector's own names
 _PARTS = ("student", "teacher")
 _NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+|data_preprocessor\.(mean|std)")
 
@@ -55,7 +60,9 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
 
 
 def _find_weights(content: dict) -> Weights:
-    inner = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
+    inner = content
+    for _ in range(3):  # a container may hold another one
+        inner = next((inner[name] for name in _CONTAINERS if isinstance(inner.get(name), dict)), inner)
     weights = {}
     for name, value in inner.items():
         if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray)) and not name.endswith("_momentum"):
@@ -67,14 +74,17 @@ def _find_weights(content: dict) -> Weights:
 
 
 def _unwrap(weights: Weights) -> Weights:
-    """The weights without the names that wrappers put before them, as often as they did, or inside (`_orig_mod`)."""
-    weights = _rename(weights, lambda name: name.replace("_orig_mod.", ""))
+    """The weights without the names that wrappers put before them, as often as they did, or inside."""
+    weights = _rename(weights, lambda name: re.sub(r"^((?:backbone|neck|bbox_head)\.)(?:module\.)+", r"\1",
+                                                   _INSIDE.sub("", name)))
     while True:
         inner = {name: value for name, value in weights.items() if "." in name}  # n_averaged is a wrapper's own
         first = {name.partition(".")[0] for name in inner}
-        if len(first) != 1 or not first <= _WRAPPERS:
+        wrappers = first & _WRAPPERS
+        if len(wrappers) != 1 or first & _MODELS or first & {*_PARTS}:
             return weights
-        weights = {name.partition(".")[2]: value for name, value in inner.items()}
+        prefix = f"{wrappers.pop()}."  # the rest belongs to the wrapper: a criterion, a moving average
+        weights = {name.removeprefix(prefix): value for name, value in inner.items() if name.startswith(prefix)}
 
 
 def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:

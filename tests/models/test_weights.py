@@ -126,7 +126,16 @@ def test_wrapper_prefix(prefix):
     lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()},
     lambda state: {re.sub(r"^(backbone|neck|bbox_head)\.", r"\1._orig_mod.", name): v for name, v in state.items()},
     lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()}, "pytorch-lightning_version": "2.5"},
-], ids=["AveragedModel", "compiled parts", "Lightning"])
+    lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()} | {"criterion.w": torch.ones(2)}},
+    lambda state: {"epoch": 3, "model": {"state_dict": state}},
+    lambda state: {"epoch": 3, "ema": {f"module.{name}": v for name, v in state.items()}},
+    lambda state: {"module": {f"_forward_module.{name}": v for name, v in state.items()}},
+    lambda state: {re.sub(r"^backbone\.", "_fsdp_wrapped_module.backbone._fsdp_wrapped_module.", k): v
+                   for k, v in state.items()},
+    lambda state: {k.replace("layer1.", "layer1._checkpoint_wrapped_module."): v for k, v in state.items()},
+    lambda state: {re.sub(r"^backbone\.", "backbone.module.", k): v for k, v in state.items()},
+], ids=["AveragedModel", "compiled parts", "Lightning", "Lightning's criterion", "containers", "moving average",
+        "DeepSpeed", "FSDP", "activation checkpoints", "DDP inside"])
 def test_weights_from_wrappers(wrap):
     state = state_of(detector())
     model = detector(seed=1)
