@@ -8,6 +8,7 @@ import torch
 
 from data.errors import listed
 from data.output import OutputError, reason_of, writing
+from models.checkpoints.wrappers import check_size
 from models.weights import CheckpointError
 
 from ..exceptions import TrainingError
@@ -84,6 +85,7 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
                                 "and plain values") from None
     if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
         raise CheckpointError(f"{name} {path} is not {what}")
+    check_size(state.get("config"))
     return state
 
 

@@ -9,25 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .unpickler import CheckpointError, one_line
-
-Weights = dict[str, Tensor]
+from .wrappers import Weights, check_size, find_weights
+from .wrappers import rename as _rename
 
 OUR_FORMAT = "densekd"
-# mmdet; ours and detectron2; plain scripts; Detectron; DeepSpeed and other scripts; moving averages come last.
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs", "module", "net", "network", "detector", "weights",
-               "ema", "model_ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict")
-# What DistributedDataParallel, AveragedModel, Lightning modules and the like put before names.
-_WRAPPERS = {"module", "model", "net", "network", "detector", "_forward_module", "_model"}
-# What torch.compile, FSDP and activation checkpointing put anywhere into names.
-_INSIDE = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_MODELS = {"backbone", "neck", "bbox_head", "rpn_head", "head"}  # the first words of a detector's own names
 _PARTS = ("student", "teacher")
-_NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+|data_preprocessor\.(mean|std)")
 
 
 @dataclass
@@ -48,7 +38,7 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     """
     if not isinstance(content, dict):
         raise CheckpointError(f"holds a {type(content).__name__} instead of weights")
-    weights = _find_weights(content)
+    weights = find_weights(content)
     weights, has_parts = _choose_part(weights, part, preferred)
     format_name, translate = _recognise(weights, content)
     if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
@@ -56,43 +46,8 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
     if format_name == OUR_FORMAT:
         meta |= {key: content[key] for key in ("classes", "config") if key in content}
+    check_size(meta.get("config"))
     return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
-
-
-def _find_weights(content: dict) -> Weights:
-    inner = content
-    for _ in range(3):  # a container may hold another one
-        inner = next((inner[name] for name in _CONTAINERS if isinstance(inner.get(name), dict)), inner)
-    weights = {}
-    for name, value in inner.items():
-        if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray)) and not name.endswith("_momentum"):
-            weights[name] = _as_tensor(name, value)
-    if not weights:
-        raise CheckpointError("holds no weights")
-    weights = _unwrap(weights)
-    return {name: value for name, value in weights.items() if not _NOT_WEIGHTS.fullmatch(name)}
-
-
-def _unwrap(weights: Weights) -> Weights:
-    """The weights without the names that wrappers put before them, as often as they did, or inside."""
-    weights = _rename(weights, lambda name: re.sub(r"^((?:backbone|neck|bbox_head)\.)(?:module\.)+", r"\1",
-                                                   _INSIDE.sub("", name)))
-    while True:
-        inner = {name: value for name, value in weights.items() if "." in name}  # n_averaged is a wrapper's own
-        first = {name.partition(".")[0] for name in inner}
-        wrappers = first & _WRAPPERS
-        if len(wrappers) != 1 or first & _MODELS or first & {*_PARTS}:
-            return weights
-        prefix = f"{wrappers.pop()}."  # the rest belongs to the wrapper: a criterion, a moving average
-        weights = {name.removeprefix(prefix): value for name, value in inner.items() if name.startswith(prefix)}
-
-
-def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if value.dtype.kind not in "biuf":
-        raise CheckpointError(f"{one_line(name, 80)} is an array of {value.dtype}, not of numbers")
-    return torch.from_numpy(np.array(value))
 
 
 def _choose_part(weights: Weights, part: str | None, preferred: str | None) -> tuple[Weights, bool]:
@@ -138,16 +93,6 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
     if has(r"conv1\.weight$") and has(r"layer1\."):
         return "resnet-backbone", dict  # torchvision's, or caffe weights with the same names
     return "state-dict", _from_mmdet
-
-
-def _rename(weights: Weights, new_name: Callable[[str], str]) -> Weights:
-    renamed: Weights = {}
-    for name, value in weights.items():
-        target = new_name(name)
-        if target in renamed:
-            raise CheckpointError(f"two of its tensors have the same name {one_line(target, 80)} in this project")
-        renamed[target] = value
-    return renamed
 
 
 def _rpn_to_bbox_head(weights: Weights) -> Weights:
