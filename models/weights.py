@@ -80,11 +80,12 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: st
     report = _compare(checkpoint.format, label, weights, wanted)
     _check(report, [allow_missing] if isinstance(allow_missing, str) else list(allow_missing))
     refused = {name for name, _, _ in report.mismatched}
-    check_finite(f"{checkpoint.format} checkpoint {label}", weights, wanted.keys() & weights.keys() - refused)
+    taken = {name: weights[name].to(value.dtype) for name, value in wanted.items()
+             if name in weights and name not in refused}
+    check_finite(f"{checkpoint.format} checkpoint {label}", taken, taken)
     with torch.no_grad():
-        for name, value in wanted.items():
-            if name in weights and name not in refused:
-                value.copy_(weights[name])
+        for name, value in taken.items():
+            wanted[name].copy_(value)
     log.info(str(report))
     return report
 
@@ -102,11 +103,13 @@ def load_backbone_weights(backbone: nn.Module, source: str | os.PathLike | Mappi
 
 
 def check_finite(label: str, weights: Weights, names: Iterable[str]) -> None:
-    """Raise CheckpointError if one of the named weights has a value that is not finite."""
+    """Raise CheckpointError if one of the named weights has a value that is not finite, or a variance below zero."""
     broken = sorted(name for name in names if not torch.isfinite(weights[name]).all())
-    if broken:
-        raise CheckpointError(f"{label} has NaN or infinite values in {summary(broken)}: its training diverged, take "
-                              "an earlier checkpoint")
+    negative = sorted(name for name in names if name.endswith("running_var") and (weights[name] < 0).any())
+    if broken or negative:
+        what = "NaN or infinite values" if broken else "variances below zero"
+        raise CheckpointError(f"{label} has {what} in {summary(broken or negative)}: its training diverged, take an "
+                              "earlier checkpoint")
 
 
 def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None,

@@ -74,6 +74,9 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     own = checkpoint_classes(content.meta) if class_map is None else None
     if names is not None and own is not None and len(own) != len(names):
         raise ConfigError("", f"--classes gives {said(names)}, and {checkpoint} has {said(own)}: give as many names")
+    if names is not None and own is not None and list(names) != own:
+        log.warning(f"--classes gives other names than {checkpoint}: " + listed(
+            [f"{old} is called {new}" for old, new in zip(own, names) if old != new], ", "))
     names = own if names is None else names
     if names is None:
         names = annotated.names if annotated else selected_classes(content, count, class_map)

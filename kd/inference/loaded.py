@@ -1,5 +1,5 @@
 """A detector to call on photographs: `load_detector("runs/x/best.pth")("photo.jpg")`."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from data.images import read_image
 from data.inputs.files import make_sample
 from models import Detector
 
-from ..config import Config, load_config
+from ..config import Config, load_config, parse_config
+from ..exceptions import UsageError
 from .detectors import Classes, find_config, load_named
 from .predict import Predictor
 
@@ -48,23 +49,29 @@ class LoadedDetector:
         return found if several else found[0]
 
 
-def load_detector(checkpoint: str | Path, cfg: str | Path | Config | None = None, device: str | None = None,
+def load_detector(checkpoint: str | Path, cfg: str | Path | Mapping | None = None, device: str | None = None,
                   score_thr: float = 0.3) -> LoadedDetector:
     """A detector from a checkpoint, ready for photographs.
 
     Args:
         checkpoint: path, URL or `zoo:NAME`; one of our runs holds its configuration and the names of its classes.
-        cfg: the configuration, or its file, for a checkpoint that holds none.
+        cfg: the configuration, its tree, or its file, for a checkpoint that holds none.
         device: "cpu", "cuda" or "mps"; by default cuda if there is one, otherwise cpu.
         score_thr: detections with a lower score are left out.
     Raises:
-        ConfigError, CheckpointError: bad input.
+        ConfigError, CheckpointError, UsageError, ValueError: bad input.
     """
+    if not 0 <= score_thr <= 1:
+        raise ValueError(f"score_thr must be from 0 to 1, not {score_thr}")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for other names, and without a driver
+        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     if cfg is None:
         cfg = find_config(checkpoint)
     elif not isinstance(cfg, Config):
-        cfg = load_config(cfg)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cfg = parse_config(cfg) if isinstance(cfg, Mapping) else load_config(cfg)
     return LoadedDetector(*load_named(cfg, checkpoint, place), cfg, place, score_thr)
 
 
@@ -76,7 +83,10 @@ def pixels(photo: Photo) -> Tensor:
         photo = np.array(ImageOps.exif_transpose(photo).convert("RGB"))
     if isinstance(photo, np.ndarray):
         photo = torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1) if photo.ndim == 3 else photo))
-    if photo.dtype != torch.uint8 or photo.ndim != 3 or photo.shape[0] != 3:
+    if not isinstance(photo, Tensor):
+        raise ValueError("a photograph must be a path, a PIL image, an array or a tensor, not "
+                         f"{type(photo).__name__}")
+    if photo.dtype != torch.uint8 or photo.ndim != 3 or photo.shape[0] != 3 or not photo.numel():
         raise ValueError(f"a photograph must be uint8, as an array (H, W, 3) or a tensor (3, H, W), not "
                          f"{photo.dtype} {tuple(photo.shape)}")
     return photo

@@ -12,6 +12,7 @@ from data.errors import listed
 from data.output import OutputError, reason_of, writing
 from models import ConfigError
 from models.build import check_value
+from models.checkpoints.wrappers import check_size
 from models.weights import CheckpointError
 
 from ..exceptions import TrainingError
@@ -91,6 +92,7 @@ def read_plain(path: Path, form: str, name: str, what: str) -> dict:
                                 "and plain values") from None
     if not isinstance(state, dict) or state.get("format") != form or "step" not in state:
         raise CheckpointError(f"{name} {path} is not {what}")
+    check_size(state.get("config"))
     return state
 
 

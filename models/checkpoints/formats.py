@@ -9,21 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .classifiers import densenet_name, efficientnet_names
 from .unpickler import CheckpointError, one_line
-
-Weights = dict[str, Tensor]
+from .wrappers import Weights, check_size, find_weights
+from .wrappers import rename as _rename
 
 OUR_FORMAT = "densekd"
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs")  # mmdet; ours, detectron2; plain scripts; Detectron
-# What DistributedDataParallel, AveragedModel, Lightning modules and the like put before names, beside torch.compile's.
-_WRAPPERS = {"module", "model", "net", "network", "detector"}
 _PARTS = ("student", "teacher")
-_NOT_WEIGHTS = re.compile(r"pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+|data_preprocessor\.(mean|std)")
 
 
 @dataclass
@@ -44,7 +39,7 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     """
     if not isinstance(content, dict):
         raise CheckpointError(f"holds a {type(content).__name__} instead of weights")
-    weights = _find_weights(content)
+    weights = find_weights(content)
     weights, has_parts = _choose_part(weights, part, preferred)
     format_name, translate = _recognise(weights, content)
     if has_parts and format_name in ("mmdet2", "mmdet3", "state-dict"):
@@ -52,38 +47,8 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
     if format_name == OUR_FORMAT:
         meta |= {key: content[key] for key in ("classes", "config") if key in content}
+    check_size(meta.get("config"))
     return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
-
-
-def _find_weights(content: dict) -> Weights:
-    inner = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
-    weights = {}
-    for name, value in inner.items():
-        if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray)) and not name.endswith("_momentum"):
-            weights[name] = _as_tensor(name, value)
-    if not weights:
-        raise CheckpointError("holds no weights")
-    weights = _unwrap(weights)
-    return {name: value for name, value in weights.items() if not _NOT_WEIGHTS.fullmatch(name)}
-
-
-def _unwrap(weights: Weights) -> Weights:
-    """The weights without the names that wrappers put before them, as often as they did, or inside (`_orig_mod`)."""
-    weights = _rename(weights, lambda name: name.replace("_orig_mod.", ""))
-    while True:
-        inner = {name: value for name, value in weights.items() if "." in name}  # n_averaged is a wrapper's own
-        first = {name.partition(".")[0] for name in inner}
-        if len(first) != 1 or not first <= _WRAPPERS:
-            return weights
-        weights = {name.partition(".")[2]: value for name, value in inner.items()}
-
-
-def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if value.dtype.kind not in "biuf":
-        raise CheckpointError(f"{one_line(name, 80)} is an array of {value.dtype}, not of numbers")
-    return torch.from_numpy(np.array(value))
 
 
 def _choose_part(weights: Weights, part: str | None, preferred: str | None) -> tuple[Weights, bool]:
@@ -131,16 +96,6 @@ def _recognise(weights: Weights, content: dict) -> tuple[str, Callable[[Weights]
     if has(r"conv1\.weight$") and has(r"layer1\."):
         return "resnet-backbone", dict  # torchvision's, or caffe weights with the same names
     return "state-dict", _from_mmdet
-
-
-def _rename(weights: Weights, new_name: Callable[[str], str]) -> Weights:
-    renamed: Weights = {}
-    for name, value in weights.items():
-        target = new_name(name)
-        if target in renamed:
-            raise CheckpointError(f"two of its tensors have the same name {one_line(target, 80)} in this project")
-        renamed[target] = value
-    return renamed
 
 
 def _rpn_to_bbox_head(weights: Weights) -> Weights:

@@ -4,7 +4,7 @@ import http.client
 import os
 from contextlib import suppress
 from difflib import get_close_matches
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import quote, unquote, urlsplit
 from uuid import uuid4
 
 import torch
@@ -49,7 +49,7 @@ def local_path(source: str | os.PathLike) -> str:
     scheme, separator, name = source.partition("://")
     if not separator:
         return os.path.expanduser(source)
-    if scheme in ("http", "https"):
+    if scheme.lower() in ("http", "https"):
         return _download(source)
     if scheme == "torchvision":
         return _download(_torchvision_url(name))
@@ -157,8 +157,12 @@ def _cache_entry(url: str) -> tuple[str, str | None]:
     A name with a checksum is the file's own. Others (two different backbones are called R-50.pkl) lie in folders as on
     their server, and in one more for the query of the address (`?id=...`), which may choose the file.
     """
-    address = urlparse(url)
-    parts = [quote(part, safe=" +=@") for part in unquote(address.path).split("/") if part not in ("", ".", "..")]
+    try:
+        address = urlsplit(url)
+    except ValueError as error:
+        raise CheckpointError(f"{one_line(url)} is not an address: {error}") from None
+    # An escaped slash is part of a name; so is what comes after a semicolon, which may choose the file.
+    parts = [quote(part, safe=" +=@") for part in map(unquote, address.path.split("/")) if part not in ("", ".", "..")]
     if not parts:
         raise CheckpointError(f"no file name in {one_line(url)}")
     expected = checksum(parts[-1])

@@ -86,7 +86,9 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
     """A view of the flat tensor `storage`. The other arguments, requires_grad and hooks, are not restored."""
     size, stride = tuple(size), tuple(stride)
-    if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+    numbers = (offset, *size, *stride)
+    # Only Python's integers: numpy's would overflow in the sums below.
+    if len(size) != len(stride) or not all(type(number) is int for number in numbers) or min(numbers) < 0:
         raise CheckpointError("a tensor has an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if all(size) and last >= storage.numel():
@@ -181,10 +183,13 @@ def _from(kind: type, *sources: type) -> Callable:
     def make(*args: object) -> object:
         if not all(isinstance(arg, sources) for arg in args):
             raise CheckpointError(f"it makes a {kind.__name__} from a {type(args[0]).__name__}")
+        if any(isinstance(arg, str) and arg not in _ENCODINGS for arg in args[1:]):
+            raise CheckpointError(f"it makes a {kind.__name__} with the encoding {one_line(args[1], 40)}")
         return kind(*args)
     return make
 
 
+_ENCODINGS = ("latin1", "latin-1", "ascii", "utf-8")  # idna and punycode take hours for a long text
 _NUMBERS = (int, float, complex, str, np.generic)
 _PYTHON = {
     "dict": _pairs(dict), "set": _members(set), "frozenset": _members(frozenset),
@@ -241,6 +246,7 @@ class CheckpointUnpickler(pickle._Unpickler):  # Python's own implementation, wh
     def __init__(self, file: BinaryIO, size: int, storage: StorageReader | None = None) -> None:
         """`size` is that of the whole file, in bytes."""
         super().__init__(file, encoding="latin1")
+        self._file_read = lambda count: file.read(min(count, size))  # makes no room for more than there is
         self._storage = storage
         self._left = 2 ** 20 + 16 * size  # items and bytes that calls may get
         self._placeholders: dict[tuple[str, str], type] = {}
@@ -264,6 +270,10 @@ class CheckpointUnpickler(pickle._Unpickler):  # Python's own implementation, wh
         if self._left < 0:
             raise CheckpointError("its objects are larger than the file")
         return function(*args)
+
+    def load_bytearray8(self) -> None:
+        self.load_binbytes8()  # reads what there is, where pickle's own would first make as many zero bytes as it says
+        self.stack[-1] = bytearray(self.stack[-1])
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -313,7 +323,8 @@ class CheckpointUnpickler(pickle._Unpickler):  # Python's own implementation, wh
 
     for _opcode, _step in ((pickle.REDUCE, load_reduce), (pickle.BUILD, load_build), (pickle.SETITEM, load_setitem),
                            (pickle.SETITEMS, load_setitems), (pickle.DICT, load_dict),
-                           (pickle.ADDITEMS, load_additems), (pickle.FROZENSET, load_frozenset)):
+                           (pickle.ADDITEMS, load_additems), (pickle.FROZENSET, load_frozenset),
+                           (pickle.BYTEARRAY8, load_bytearray8)):
         dispatch[_opcode[0]] = _step
 
     def persistent_load(self, saved_id: object) -> Tensor:

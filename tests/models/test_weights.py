@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import build_detector
-from models.weights import CheckpointError, load_backbone_weights, load_weights
+from models.weights import CheckpointError, load_backbone_weights, load_weights, open_checkpoint
 
 
 def detector(head="RetinaHead", depth=18, classes=3, seed=0, **neck):
@@ -126,7 +126,16 @@ def test_wrapper_prefix(prefix):
     lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()},
     lambda state: {re.sub(r"^(backbone|neck|bbox_head)\.", r"\1._orig_mod.", name): v for name, v in state.items()},
     lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()}, "pytorch-lightning_version": "2.5"},
-], ids=["AveragedModel", "compiled parts", "Lightning"])
+    lambda state: {"state_dict": {f"model.{name}": v for name, v in state.items()} | {"criterion.w": torch.ones(2)}},
+    lambda state: {"epoch": 3, "model": {"state_dict": state}},
+    lambda state: {"epoch": 3, "ema": {f"module.{name}": v for name, v in state.items()}},
+    lambda state: {"module": {f"_forward_module.{name}": v for name, v in state.items()}},
+    lambda state: {re.sub(r"^backbone\.", "_fsdp_wrapped_module.backbone._fsdp_wrapped_module.", k): v
+                   for k, v in state.items()},
+    lambda state: {k.replace("layer1.", "layer1._checkpoint_wrapped_module."): v for k, v in state.items()},
+    lambda state: {re.sub(r"^backbone\.", "backbone.module.", k): v for k, v in state.items()},
+], ids=["AveragedModel", "compiled parts", "Lightning", "Lightning's criterion", "containers", "moving average",
+        "DeepSpeed", "FSDP", "activation checkpoints", "DDP inside"])
 def test_weights_from_wrappers(wrap):
     state = state_of(detector())
     model = detector(seed=1)
@@ -145,6 +154,28 @@ def test_weights_that_are_not_finite_are_refused(value):
     with pytest.raises(CheckpointError, match=rf"NaN or infinite values in 1 \({re.escape(name)}\): .*earlier"):
         load_weights(model, state)
     assert_loaded(model, before)
+
+
+@pytest.mark.parametrize("ending, value, what", [("conv1.weight", 1e300, "NaN or infinite values"),
+                                                 ("running_var", -5.0, "variances below zero")])
+def test_weights_that_become_infinite_or_nan_are_refused(ending, value, what):
+    """In the model's precision, or as soon as they are used."""
+    state = {name: tensor.double() for name, tensor in state_of(detector().float()).items()}
+    name = next(name for name in state if name.endswith(ending))
+    state[name].view(-1)[0] = value
+    with pytest.raises(CheckpointError, match=rf"{what} in 1 \({re.escape(name)}\): .*earlier"):
+        load_weights(detector(seed=1).float(), state)
+
+
+@pytest.mark.parametrize("shape", [lambda value: [value, value], lambda value: [value]], ids=["wide", "deep"])
+def test_a_configuration_that_is_endless_to_walk_is_refused(shape):
+    """A pickle stores forty lists, each of which holds the one before twice, in a few hundred bytes."""
+    value = 1
+    for _ in range(40 if len(shape(0)) == 2 else 5000):
+        value = shape(value)
+    content = {"format": "densekd", "model": {"a.weight": torch.ones(1)}, "config": {"model": value}}
+    with pytest.raises(CheckpointError, match="its configuration has more than 100000 entries, or is nested"):
+        open_checkpoint(content)
 
 
 def test_source_may_be_a_dict_and_model_keeps_its_dtype():

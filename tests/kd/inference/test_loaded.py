@@ -10,6 +10,7 @@ from data.images import read_image
 from kd import load_detector
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect_views
+from kd.exceptions import UsageError
 from kd.inference.detectors import load_with_data
 from models.weights import CheckpointError
 
@@ -54,6 +55,21 @@ def test_photographs_of_every_kind(run, tmp_path):
     for wrong in (array.astype(np.float32), array[..., 0], tensor[:1]):
         with pytest.raises(ValueError, match="a photograph must be uint8"):
             detect(wrong)
+    with pytest.raises(ValueError, match="a photograph must be uint8, .* not torch.uint8 .*3, 0, 96"):
+        detect(array[:0])
+    for wrong in (None, file.read_bytes(), {"photo": file}):
+        with pytest.raises(ValueError, match=f"must be a path, .* not {type(wrong).__name__}"):
+            detect(wrong)
+
+
+def test_arguments(run):
+    folder, cfg, path = run
+    with pytest.raises(UsageError, match="device 'gpu' cannot be used here: "):
+        load_detector(path, device="gpu")
+    for wrong in (2.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="score_thr must be from 0 to 1, not"):
+            load_detector(path, score_thr=wrong)
+    assert load_detector(path, cfg, device=CPU).cfg == parse_config(cfg)
 
 
 def test_a_checkpoint_without_a_configuration_needs_one(run, tmp_path):

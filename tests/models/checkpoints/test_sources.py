@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models.checkpoints import sources as checkpoint_sources
-from models.checkpoints.sources import local_path
+from models.checkpoints.sources import _cache_entry, local_path
 from models.weights import CheckpointError, load_backbone_weights, load_weights
 
 
@@ -130,6 +130,13 @@ def test_the_query_chooses_the_file(cache, server):
     """As download?id=... of many servers; the server here serves by the query."""
     assert_each_has_its_own(server, {f"by_query/{name}": f"teacher.pth?id={name}" for name in ("AAA", "BBB")})
     assert len(files(cache)) == 2
+
+
+def test_all_of_the_path_chooses_the_file(cache, server):
+    """Also what comes after a semicolon, and an escaped slash in a name."""
+    names = {"teacher.pth;v=1": "teacher.pth;v=1", "teacher.pth;v=2": "teacher.pth;v=2", "a/b.pth": "a/b.pth"}
+    assert_each_has_its_own(server, names)
+    assert len({_cache_entry(f"https://host/{path}")[0] for path in ("a/b.pth", "a%2Fb.pth", "a%252Fb.pth")}) == 3
 
 
 def test_a_cached_file_that_was_cut_off_is_downloaded_again(cache, server):
@@ -311,6 +318,8 @@ def test_plain_name_of_a_backbone(asked, tmp_path, monkeypatch):
         ("open-mmlab://vgg16_caffe", "unknown checkpoint open-mmlab://vgg16_caffe: known are .*resnet50_caffe"),
         ("s3://bucket/w.pth", "unknown kind of checkpoint address: s3://bucket/w.pth"),
         ("http://127.0.0.1", "no file name in"),
+        ("https://[::1/w.pth", r"https://\[::1/w.pth is not an address: Invalid IPv6 URL"),
+        ("HTTPS://127.0.0.1", "no file name in"),
     ],
 )
 def test_unknown_names(name, message):

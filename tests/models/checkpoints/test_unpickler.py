@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import types
 import warnings
 import zipfile
@@ -157,6 +158,13 @@ def test_tensors_stay_inside_their_storage(tmp_path, size, stride, offset):
 
     for name in FORMATS[:2]:
         assert "a tensor " in refusal(write(tmp_path, name, {"weight": Outside()}))
+
+
+def test_numpys_integers_are_no_shape(tmp_path):
+    """Their products overflow: 99 * 100 is negative in eight bits, as if the tensor ended before its storage."""
+    storage = torch.arange(4.0).__reduce_ex__(2)[1][0]
+    shape = Call(torch._utils._rebuild_tensor_v2, storage, 0, (np.int8(100),), (np.int8(100),), False, OrderedDict())
+    assert "a tensor has an impossible shape" in refusal(write(tmp_path, "zip.pth", {"weight": shape}))
 
 
 def test_arrays_of_objects_are_refused(tmp_path):
@@ -350,6 +358,8 @@ def nested(levels):
     (b"\x80\x02c__builtin__\nset\n]" + nested(34) + b"a\x85R.", "keys must be text or numbers"),
     (b"\x80\x02c__builtin__\nstr\n" + nested(34) + b"\x85R.", "it makes a str from a tuple"),
     (b"\x80\x02cnumpy\ndtype\n)K\x01K\x02s.", "it tries to change a"),
+    (b"\x80\x02c__builtin__\nbytes\n(X\x02\x00\x00\x00\xc3\xa9X\x08\x00\x00\x00punycodetR.", "encoding punycode"),
+    (b"\x80\x03c__builtin__\nstr\n(C\x01aX\x04\x00\x00\x00idnatR.", "encoding idna"),
     # A list of a thousand entries, copied ten thousand times.
     (b"\x80\x02c__builtin__\nlist\nq\x00](" + b"N" * 1000 + b"eq\x01]" + b"h\x00h\x01\x85Ra" * 10000 + b".",
      "larger than the file"),
@@ -357,3 +367,12 @@ def nested(levels):
 def test_small_files_do_not_fill_the_memory_or_take_forever(tmp_path, program, part):
     assert part in refusal(plain_pickle(tmp_path, program))
 
+
+
+def test_a_bytearray_is_read_before_it_is_made(tmp_path):
+    """Python's own unpickler makes as many zero bytes as the file promises: here three GiB."""
+    tracemalloc.start()
+    refusal(plain_pickle(tmp_path, b"\x80\x05\x96" + struct.pack("<Q", 3 << 30) + b"."))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 ** 20
