@@ -27,6 +27,8 @@ from ..work_dir.checkpoint import save_checkpoint
 from .average import WeightAverage
 from .finite import FiniteWatch
 
+FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
+
 
 @dataclass
 class Run:
@@ -181,6 +183,10 @@ def describe_run(run: Run) -> str:
              f"{run.device}",
              f"{'student' if run.distiller else 'detector'}: {brief(run.student, size)} on an image of "
              f"{size[0]} x {size[1]}"]
+    steps = run.cfg.train.epochs * run.steps_per_epoch
+    if steps < FEW_STEPS:
+        lines.append(f"WARNING: {counted(steps, 'step')} in total; detectors usually need some thousands: raise "
+                     "train.epochs and schedule.milestones")
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)
