@@ -12,7 +12,7 @@ from data.annotations import SIZES, load_coco_json
 from data.coco import read_annotated_image
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted, listed
-from data.images import read_image
+from data.inputs.images import read_image
 from data.problems import Problem, drop_reason, find_problems, image_problems
 from data.tables import text_table
 

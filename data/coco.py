@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from data.annotations import read_annotations
 from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage, counted
-from data.images import read_image
+from data.inputs.images import read_image
 from data.transforms import flip_boxes, flip_image, padded_size, resize_boxes, resize_image, resized_size
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable images in a row have a common cause

@@ -13,7 +13,7 @@ import pytest
 from runs import ROOT
 
 from data import generate_scenes
-from data.images import read_image
+from data.inputs.images import read_image
 
 TINY = ["train.epochs=1", "train.log_every=1", "train.check_images=2", "data.batch_size=4", "data.workers=0",
         "data.scale=[64, 64]", "data.train.first=8", "data.val.first=2", "schedule.warmup_steps=1"]

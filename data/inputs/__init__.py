@@ -1,1 +1,1 @@
-"""Images and videos without annotations."""
+"""Files of images and videos: reading and writing them."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.errors import UnreadableImage
-from data.images import read_image
+from data.inputs.images import read_image
 from data.transforms import padded_size, resize_image, resized_size
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.check import SplitCheck, check_split
 from data.config import Split
 from data.errors import MAX_LISTED, DataError, UnreadableImage, counted
-from data.images import read_image
+from data.inputs.images import read_image
 from data.output import write_text
 from data.problems import drop_reason, find_problems, image_problems
 from data.sources.formats import LabelledFolder, LabelledImage, raise_problems

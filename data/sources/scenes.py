@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from data.images import write_picture
+from data.inputs.images import write_picture
 from data.output import write_text
 from data.sources.shapes import SHAPES
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data import CocoDataset, build_loader, collate, generate_scenes
-from data.images import read_image, write_picture
+from data.inputs.images import read_image, write_picture
 from data.output import write_text
 from data.transforms import flip_image, resize_image, resized_size
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from data import CocoDataset, build_dataset, collate
-from data.images import read_image, write_picture
 from data.inputs.files import make_sample
+from data.inputs.images import read_image, write_picture
 from models import ConfigError, DenseHead, HeadOutputs
 from models.postprocess import TestConfig, postprocess
 from models.weights import CheckpointError, load_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data import CocoDataset, generate_scenes
-from data.images import write_picture
+from data.inputs.images import write_picture
 from data.output import write_text
 from data.tables import markdown_table, points
 from models import Detector

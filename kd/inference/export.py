@@ -18,8 +18,8 @@ from torch.export import Dim
 
 from data import build_dataset
 from data.extras import MissingExtra, need
-from data.images import read_image
 from data.inputs.files import Sample, make_sample
+from data.inputs.images import read_image
 from data.output import write_text, writing
 from models import ConfigError, Detector
 from models.deploy import DeployedDetector, suppress

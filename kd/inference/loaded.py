@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.images import read_image
 from data.inputs.files import make_sample
+from data.inputs.images import read_image
 from models import Detector
 from models.weights import CheckpointError, open_checkpoint
 

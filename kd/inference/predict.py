@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import DataError, collate
-from data.images import write_picture
 from data.inputs.files import ImageFiles, Sample, batches_of_one_size, make_sample
 from data.inputs.find import Source
+from data.inputs.images import write_picture
 from data.inputs.video import Video, VideoWriter, load_av
 from data.output import write_text, writing
 from models import Detector

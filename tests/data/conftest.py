@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data.images import write_picture
+from data.inputs.images import write_picture
 
 
 def make_image(path, size, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import CocoDataset, DataConfig, DataError, Split, build_dataset, build_loader
-from data.images import read_image, write_picture
+from data.inputs.images import read_image, write_picture
 
 
 def assert_one_line(caught, *parts):

@@ -10,9 +10,9 @@ import torch
 from odd_images import UPRIGHT, pixels, write_png16, write_rotated
 from PIL import Image
 
-import data.images
+import data.inputs.images
 from data import CocoDataset, DataError, UnreadableImage
-from data.images import read_image, write_picture
+from data.inputs.images import read_image, write_picture
 
 
 def read(path):
@@ -99,8 +99,8 @@ def test_a_bmp_or_tiff_cut_anywhere_is_an_error(tmp_path, name):
 def decoder(request, monkeypatch):
     """The two decoders of JPEG, of which the second is optional."""
     if request.param == "Pillow":
-        monkeypatch.setattr(data.images, "simplejpeg", None)
-    elif data.images.simplejpeg is None:
+        monkeypatch.setattr(data.inputs.images, "simplejpeg", None)
+    elif data.inputs.images.simplejpeg is None:
         pytest.skip("needs the extra jpeg")
     return request.param
 

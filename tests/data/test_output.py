@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import ROOT, run_script
 
-from data.images import write_picture
+from data.inputs.images import write_picture
 from data.inputs.video import VideoWriter
 from data.output import OutputError, no_room, write_bytes, write_text, writing
 from data.sources import download

@@ -14,7 +14,7 @@ from small_models import HEADS
 
 import kd.inference.export
 from data import generate_scenes
-from data.images import read_image
+from data.inputs.images import read_image
 from data.sources.scenes import CLASSES
 from data.transforms import resize_image, resized_size
 from kd.config import parse_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import ROOT, run_script
 
-from data.images import read_image
+from data.inputs.images import read_image
 
 
 def test_generate_data(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from runs import config, model, run_script, write_config
 from small_models import make_batch, small_distiller
 
 from data import generate_scenes
-from data.images import read_image
+from data.inputs.images import read_image
 from kd import build_distiller
 from kd.evaluation.heatmaps import COLOURS, bars, colour, overlay
 from kd.evaluation.visualize import run_all, views_of

@@ -7,7 +7,7 @@ import pytest
 from run_folders import TEACHER, run_config, write_run
 from runs import run_script
 
-from data.images import read_image
+from data.inputs.images import read_image
 from kd.experiments.compare import compare
 from kd.work_dir.records import read_runs
 

@@ -6,7 +6,7 @@ from PIL import Image
 from runs import config, write_checkpoint, write_config
 
 from data import generate_scenes
-from data.images import read_image
+from data.inputs.images import read_image
 from kd import load_detector
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect_views

@@ -7,7 +7,7 @@ import torch
 from runs import config, run_script, write_checkpoint, write_config
 
 from data import CocoDataset, generate_scenes
-from data.images import read_image, write_picture
+from data.inputs.images import read_image, write_picture
 from data.transforms import flip_boxes
 from kd.config import EvalConfig, TTAConfig, parse_config
 from kd.evaluation import evaluate
