@@ -215,6 +215,18 @@ def test_the_commands_of_own_data(tmp_path, monkeypatch, capsys):
     assert (workspace / "student.onnx").is_file() and list((workspace / "pictures").glob("*_detections.png"))
 
 
+def test_the_configurations_without_a_gpu_stand_in_for_the_others(tmp_path, monkeypatch, capsys):
+    """As the page says: other names in the three lines that write configurations, and the same commands."""
+    workspace = make_workspace(tmp_path, monkeypatch)
+    lines = [re.sub(r"(configs/own_data/\w+)\.yaml", r"\1_cpu.yaml", line) for line in commands(PAGES["own_data.md"])]
+    assert sum("_cpu.yaml" in line for line in lines) == 3
+    for line in lines[:next(i for i, line in enumerate(lines) if "compare.py" in line)]:
+        run_command(line, monkeypatch)
+    assert load_config("photos/crosskd.yaml").model.backbone["base_channels"] == 16
+    assert "detectors usually need some thousands" in capsys.readouterr().out
+    assert (workspace / "runs" / "crosskd" / "last.pth").is_file()
+
+
 def test_own_data_outside_of_the_checkout(tmp_path, tmp_path_factory, monkeypatch, capsys):
     """The page says to write another path instead of `photos`, and that the folder can be moved."""
     outside = tmp_path_factory.mktemp("somewhere") / "pictures"

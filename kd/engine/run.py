@@ -31,6 +31,7 @@ from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
 from .finite import FiniteWatch
 
+FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
 # What a checkpoint of a run holds. What earlier versions did not write may be missing.
 STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
@@ -228,6 +229,10 @@ def describe_run(run: Run) -> str:
     world, batch, times = distributed.world_size(), run.cfg.data.batch_size, run.cfg.train.accumulate
     lines.append(f"learning rate {run.optimizer.defaults['lr']:g}, with {counted(world * batch * times, 'image')} per "
                  f"step: {counted(world, 'process')} x {batch} per batch x {counted(times, 'batch')}")
+    steps = run.cfg.train.epochs * run.steps_per_epoch
+    if steps < FEW_STEPS:
+        lines.append(f"WARNING: {counted(steps, 'step')} in total; detectors usually need some thousands: raise "
+                     "train.epochs and schedule.milestones")
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)

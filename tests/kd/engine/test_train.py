@@ -262,6 +262,20 @@ def test_a_class_without_boxes_is_named(scenes, tmp_path):
     assert line not in describe_run(build_run(parse_config(config(scenes)), tmp_path, CPU))
 
 
+def test_a_run_of_few_steps_is_warned_about(scenes, tmp_path):
+    """From a thousand steps on, not any more."""
+    def warned(epochs):
+        cfg = config_with(config(scenes), train={"epochs": epochs})
+        text = describe_run(build_run(parse_config(cfg), tmp_path, CPU))
+        return [line for line in text.splitlines() if line.startswith("WARNING")]
+
+    per_epoch = build_run(parse_config(config(scenes)), tmp_path, CPU).steps_per_epoch
+    last = -(-1000 // per_epoch) - 1
+    assert warned(last) == [f"WARNING: {last * per_epoch} steps in total; detectors usually need some thousands: raise "
+                            "train.epochs and schedule.milestones"]
+    assert warned(last + 1) == []
+
+
 def test_a_signal_during_evaluation_stops_a_run_at_once(scenes, tmp_path, monkeypatch):
     """In another folder than the one that the run was resumed from, too."""
     cfg = config_with(config(scenes, 2), eval={"batch_size": 1})
