@@ -11,7 +11,7 @@ from kd import load_detector
 from kd.config import parse_config
 from kd.evaluation.evaluate import detect_views
 from kd.exceptions import UsageError
-from kd.inference.detectors import load_with_data
+from kd.inference.detectors import load_named, load_with_data
 from models.weights import CheckpointError
 
 CPU = torch.device("cpu")
@@ -79,3 +79,16 @@ def test_a_checkpoint_without_a_configuration_needs_one(run, tmp_path):
         load_detector(bare)
     found = load_detector(bare, write_config(tmp_path / "cfg.yaml", cfg), "cpu", 0.05)(folder / "scenes/val/000000.jpg")
     assert len(found["boxes"])
+
+
+def test_other_names_than_the_checkpoints_are_said(run, caplog):
+    """In another order they would label all boxes wrongly."""
+    folder, cfg, path = run
+    own = load_named(parse_config(cfg), path, CPU)[1].names
+    caplog.clear()
+    names = [own[1], own[0], *own[2:]]
+    assert load_named(parse_config(cfg), path, CPU, names=names)[1].names == names
+    assert f"--classes gives other names than {path}: disc is called ring, ring is called disc" in caplog.text
+    caplog.clear()
+    load_named(parse_config(cfg), path, CPU, names=own)
+    assert "--classes" not in caplog.text
