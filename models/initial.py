@@ -133,9 +133,9 @@ def names_of(checkpoint: Checkpoint, count: int, said: Sequence[str] | None) -> 
     """The names of `count` classes, and where they are from."""
     if said is not None:
         if len(said) != count:
-            raise ConfigError("train.init_classes", f"has {len(said)} name{'s' * (len(said) != 1)}, and the checkpoint {count} "
-                                                    f"class{'es' * (count != 1)}: give one name for each, in the "
-                                                    "checkpoint's order")
+            names, classes = f"name{'s' * (len(said) != 1)}", f"class{'es' * (count != 1)}"
+            raise ConfigError("train.init_classes", f"has {len(said)} {names}, and the checkpoint {count} {classes}: "
+                                                    "give one name for each, in the checkpoint's order")
         return list(said), "the names in train.init_classes"
     its = "class, give its name" if count == 1 else f"{count} classes, give their names"
     return known_classes(checkpoint, count) or (

@@ -109,7 +109,8 @@ def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[
 def _category_problems(categories: list[dict]) -> list[Problem]:
     """Names that cannot be printed, and names that two classes share: results are reported by name."""
     names = [str(category["name"]) for category in categories]
-    wrong = [f"category {c['id']}: wrong name {_show(c['name'])}" for c in categories if not _is_text(str(c["name"]))]
+    wrong = [f"category {c['id']}: wrong name {_show(c['name'])}" for c in categories
+             if not (isinstance(c["name"], (str, int, float)) and _is_text(str(c["name"])))]
     wrong += [f"categories name {name!r} occurs {count} times" for name, count in Counter(names).items() if count > 1]
     return [Problem("class names", text) for text in wrong]
 
