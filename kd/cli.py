@@ -126,6 +126,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str], *needed: str,
     return load_config(path, overrides)
 
 
+def check_runs(paths: Sequence[Path]) -> None:
+    """Raise UsageError, before PyTorch is imported, if none of the runs exists."""
+    if not any(path.exists() for path in paths):
+        raise UsageError(f"no run among {', '.join(map(str, paths))}: give work dirs of train.py")
+
+
 def choose_device(name: str | None) -> "torch.device":
     """The named device, by default CUDA if available, otherwise the CPU; UsageError if the device is not available."""
     import torch

@@ -223,7 +223,7 @@ def _check_sequence(value: Any, hint: Any, key: str) -> Sequence:
     items = get_args(hint)
     if get_origin(hint) is tuple and items[-1] is not Ellipsis:
         if len(value) != len(items):
-            raise ConfigError(key, f"must have {len(items)} entries, not {len(value)}")
+            raise ConfigError(key, f"must have {len(items)} entr{'y' if len(items) == 1 else 'ies'}, not {len(value)}")
     else:
         items = items[:1] * len(value)
     read = [check_value(item, item_hint, f"{key}.{i}") for i, (item, item_hint) in enumerate(zip(value, items))]

@@ -71,7 +71,8 @@ def load_initial(model: Detector, source: str | os.PathLike | Mapping, classes: 
     classifier = (f"{name}.weight", f"{name}.bias")
     whole = [name for name, value in wanted.items()
              if name not in classifier and name in weights and weights[name].shape == value.shape]
-    check_finite(label, weights, [*whole, *(name for name in classifier if name in weights)])
+    used = [*whole, *(name for name in classifier if name in weights)]
+    check_finite(label, {name: weights[name].to(wanted[name].dtype) for name in used}, used)
     given, about = classes_of(checkpoint, [weights.get(name) for name in classifier], model, source_classes)
     matches = match_classes(classes, given)
 
@@ -132,11 +133,13 @@ def names_of(checkpoint: Checkpoint, count: int, said: Sequence[str] | None) -> 
     """The names of `count` classes, and where they are from."""
     if said is not None:
         if len(said) != count:
-            raise ConfigError("train.init_classes", f"has {len(said)} names, and the checkpoint {count} classes: give "
-                                                    "one name for each, in the checkpoint's order")
+            names, classes = f"name{'s' * (len(said) != 1)}", f"class{'es' * (count != 1)}"
+            raise ConfigError("train.init_classes", f"has {len(said)} {names}, and the checkpoint {count} {classes}: "
+                                                    "give one name for each, in the checkpoint's order")
         return list(said), "the names in train.init_classes"
+    its = "class, give its name" if count == 1 else f"{count} classes, give their names"
     return known_classes(checkpoint, count) or (
-        [], f"the checkpoint does not name its {count} classes, give their names with train.init_classes")
+        [], f"the checkpoint does not name its {its} with train.init_classes")
 
 
 def copy_rows(ours: nn.Parameter, theirs: Tensor, matches: Sequence[int | None], count: int) -> None:

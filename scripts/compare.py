@@ -12,6 +12,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="FILE",
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
     args = parser.parse_args()
+    cli.check_runs(args.runs)
     from kd.experiments.compare import compare, explain, format_rows, save_rows
     from kd.work_dir.records import read_runs
 

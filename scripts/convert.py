@@ -9,6 +9,7 @@ def main() -> None:
                         help="torchvision: for RetinaNet; student: the student of an FGD checkpoint, in mmdet's format")
     parser.add_argument("--out", required=True, help="file to write")
     args = parser.parse_args()
+    cli.check_early(None, (), checkpoint=args.checkpoint)
     from models.checkpoints.convert import convert_checkpoint
 
     print(convert_checkpoint(args.checkpoint, args.to, args.out, args.part))

@@ -13,6 +13,7 @@ def main() -> None:
                         runs={"help": "work dirs of train.py, or metrics.jsonl files from them"})
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
     args = parser.parse_args()
+    cli.check_runs(args.runs)
     from kd.experiments.compare import compare
     from kd.experiments.plot import plot_runs
     from kd.work_dir.records import read_runs

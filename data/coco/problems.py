@@ -117,8 +117,8 @@ def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[
 def _name_problems(categories: list[dict]) -> list[Problem]:
     """Names that cannot be printed, and names that two classes share: results are reported by name."""
     names = [str(category["name"]) for category in categories]
-    wrong = [f"category {_show(c['id'])}: wrong name {_show(name)}" for c, name in zip(categories, names)
-             if not _is_text(name)]
+    wrong = [f"category {_show(c['id'])}: wrong name {_show(c['name'])}" for c in categories
+             if not (isinstance(c["name"], (str, int, float)) and _is_text(str(c["name"])))]
     wrong += [f"categories name {_show(name)} occurs {count} times" for name, count in Counter(names).items()
               if count > 1]
     return [Problem("class names", text) for text in wrong]

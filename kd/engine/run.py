@@ -35,7 +35,8 @@ FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
 # What a checkpoint of a run holds. What earlier versions did not write may be missing.
 STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
-         "config": dict | None, "classes": list[str] | None, "averaged": Number | None}
+         "config": dict | None, "classes": list[str] | None, "averaged": Number | None, "waited": Number | None,
+         "init": dict | None}
 
 
 @dataclass

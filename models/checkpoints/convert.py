@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.output import writing
 
-from ..weights import open_checkpoint
+from ..weights import check_finite, open_checkpoint
 from .formats import Weights
 from .unpickler import CheckpointError, one_line
 
@@ -26,6 +26,7 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
     if to == "student":
         part = part or "student"
     label, checkpoint = open_checkpoint(source, part)
+    check_finite(f"{checkpoint.format} checkpoint {label}", checkpoint.weights, checkpoint.weights)
     if to == "torchvision":
         content: dict[str, Any] = to_torchvision(checkpoint.weights)
     elif to in ("mmdet", "student"):

@@ -47,7 +47,7 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     meta = dict(content["meta"]) if isinstance(content.get("meta"), dict) else {}
     if format_name == OUR_FORMAT:
         meta |= {key: content[key] for key in ("classes", "config") if key in content}
-    check_size(meta.get("config"))
+    check_size(meta)
     return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
 
 

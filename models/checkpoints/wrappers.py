@@ -11,7 +11,7 @@ from .unpickler import CheckpointError, one_line
 
 Weights = dict[str, Tensor]
 
-MAX_ENTRIES = 100_000  # of a configuration
+MAX_ENTRIES = 100_000  # of a checkpoint's configuration and names
 # mmdet; ours and detectron2; plain scripts; Detectron; DeepSpeed and other scripts; moving averages come last.
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "blobs", "module", "net", "network", "detector", "weights",
                "ema", "model_ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict")
@@ -69,8 +69,9 @@ def rename(weights: Weights, new_name: Callable[[str], str]) -> Weights:
     return renamed
 
 
-def check_size(config: Any) -> None:
-    """Raise CheckpointError if a configuration, whose lists a pickle may use again and again, is endless to walk."""
+def check_size(meta: Any) -> None:
+    """Raise CheckpointError if a file's configuration or names, whose lists may occur again and again, are endless to
+    walk."""
     known: dict[int, int] = {}
 
     def entries(value: Any) -> int:
@@ -81,8 +82,9 @@ def check_size(config: Any) -> None:
         return known[id(value)]
 
     try:
-        count = entries(config)
+        count = entries(meta)
     except RecursionError:
         count = MAX_ENTRIES + 1
     if count > MAX_ENTRIES:
-        raise CheckpointError(f"its configuration has more than {MAX_ENTRIES} entries, or is nested too deeply")
+        raise CheckpointError(f"its configuration or names have more than {MAX_ENTRIES} entries, or are nested too "
+                              "deeply")

@@ -109,6 +109,7 @@ def test_missing_annotation_file_and_image_folder(source, tmp_path):
         ("categories", "id", "2", "categories id '2' is not an id"),
         ("categories", "name", "cat", "categories name 'cat' occurs 2 times"),
         ("categories", "name", "two\nlines", "category 2: wrong name 'two\\nlines'"),
+        ("categories", "name", None, "category 2: wrong name None"),
     ],
 )
 def test_bad_entry(source, section, key, value, part):

@@ -104,6 +104,19 @@ def test_no_script_imports_pytorch_for_its_arguments():
     assert codes == {path.name: [2, False] for path in (ROOT / "scripts").glob("*.py")}
 
 
+def test_missing_runs_and_checkpoints_are_found_before_pytorch_is_imported():
+    """In scripts without a configuration."""
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\nfor name, arguments in "
+            "(('compare', 'a'), ('plot', 'a --out b'), ('convert', '--checkpoint a --to mmdet --out b')):\n"
+            "    sys.argv = [name, *arguments.split()]\n    try:\n"
+            f"        runpy.run_path({str(ROOT / 'scripts')!r} + f'/{{name}}.py', run_name='__main__')\n"
+            "    except SystemExit as end:\n        print(end.code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.stdout == "2 False\n" * 3
+    runs = "error: no run among a: give work dirs of train.py"
+    assert done.stderr.splitlines() == [runs, runs, "error: no such checkpoint file: a"]
+
+
 @pytest.mark.parametrize("package", [kd, data])
 def test_names_of_packages(package):
     """Names that are imported when they are used are all there, and others are not."""

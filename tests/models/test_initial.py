@@ -118,6 +118,12 @@ def test_classes_that_nothing_names_are_new(count, content):
     assert torch.equal(model.bbox_head.gfl_reg.weight, source.bbox_head.gfl_reg.weight)
 
 
+def test_one_class_is_not_called_1_classes():
+    source = {"format": "densekd", "model": detector(classes=1, seed=1).state_dict()}
+    report = str(load_initial(detector(), source, OURS))
+    assert "the checkpoint does not name its class, give its name with train.init_classes" in report
+
+
 def test_names_that_are_said_win():
     source, model = detector(classes=4, seed=1), detector()
     before = copy.deepcopy(model)
@@ -126,6 +132,8 @@ def test_names_that_are_said_win():
     assert "classes found among the names in train.init_classes: 2 (cat, newt)" in str(report)
     with pytest.raises(ConfigError, match="train.init_classes: has 3 names, and the checkpoint 4 classes: give one"):
         load_initial(model, own(source, THEIRS), OURS, OURS)
+    with pytest.raises(ConfigError, match="train.init_classes: has 1 name, and the checkpoint 4 classes: give one"):
+        load_initial(model, own(source, THEIRS), OURS, ["cat"])
     with pytest.raises(ConfigError, match="cannot be used, the checkpoint has no bbox_head.gfl_cls"):
         load_initial(model, own(detector("RetinaHead"), OURS), OURS, OURS)
 

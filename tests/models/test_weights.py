@@ -173,9 +173,11 @@ def test_a_configuration_that_is_endless_to_walk_is_refused(shape):
     value = 1
     for _ in range(40 if len(shape(0)) == 2 else 5000):
         value = shape(value)
-    content = {"format": "densekd", "model": {"a.weight": torch.ones(1)}, "config": {"model": value}}
-    with pytest.raises(CheckpointError, match="its configuration has more than 100000 entries, or is nested"):
-        open_checkpoint(content)
+    weights = {"a.weight": torch.ones(1)}
+    for content in ({"format": "densekd", "model": weights, "config": {"model": value}},
+                    {"state_dict": weights, "meta": {"CLASSES": value}}):
+        with pytest.raises(CheckpointError, match="its configuration or names have more than 100000 entries, or are"):
+            open_checkpoint(content)
 
 
 def test_source_may_be_a_dict_and_model_keeps_its_dtype():

@@ -245,10 +245,18 @@ def test_names_in_yaml_stay_as_they_are_written(scenes, tmp_path, text):
     assert read_labelled("yolo", tmp_path / "in").classes == ["yes", "no", "on", "010", "1_000", "~"]
 
 
-def test_two_classes_of_one_name_are_refused(scenes, tmp_path):
+@pytest.mark.parametrize("name, text, reason", [
+    ("data.yaml", "names: [a, b, a, c, d, e]", "the class name 'a' occurs twice"),
+    ("data.yaml", "names: [a, 'a ']", "the class name 'a' occurs twice"),
+    ("data.yaml", "names: [a, ' ']", "class 1 has no name"),
+    ("classes.txt", "a\n\nb\n", "class 1 has no name"),  # without the line, b would be class 1
+    ("data.yaml", "names: {0: a, 2: b}", "names has no class 1: number its 2 classes from 0, without a gap")])
+def test_wrong_class_names_are_refused(scenes, tmp_path, name, text, reason):
     write_yolo(tmp_path / "in", scenes)
-    (tmp_path / "in" / "data.yaml").write_text("names: [a, b, a, c, d, e]")
-    with pytest.raises(DataError, match="the class name 'a' occurs twice"):
+    for file in [*(tmp_path / "in").glob("*.yaml"), *(tmp_path / "in").glob("classes.txt")]:
+        file.unlink()
+    (tmp_path / "in" / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: {reason}"):
         read_labelled("yolo", tmp_path / "in")
 
 

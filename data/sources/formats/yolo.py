@@ -123,10 +123,14 @@ def _read_names(source: Source) -> list[str]:
             except yaml.YAMLError as error:
                 raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
             listed = content.get("names") if isinstance(content, dict) else None
-            if isinstance(listed, dict) and set(listed) == set(map(str, range(len(listed)))):
+            if isinstance(listed, dict):
+                absent = [k for k in range(len(listed)) if str(k) not in listed]
+                if absent:
+                    raise DataError(f"{file}: names has no class {absent[0]}: number its "
+                                    f"{counted(len(listed), 'class')} from 0, without a gap")
                 listed = [listed[str(k)] for k in range(len(listed))]
         else:
-            listed = [line.strip() for line in text.splitlines() if line.strip()]
+            listed = text.rstrip().splitlines()
         if isinstance(listed, list) and listed:
             return _checked_names(listed, file)
     raise DataError(f"the class names are not known: {source.names or source.folder} has no YAML file with names, no "
@@ -136,6 +140,9 @@ def _read_names(source: Source) -> list[str]:
 def _checked_names(names: list, file: Path) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"{file}: the class names must be texts, not lists or mappings")
+    names = [name.strip() for name in names]
+    if "" in names:
+        raise DataError(f"{file}: class {names.index('')} has no name; the classes count from 0")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{file}: the class name {twice[0]!r} occurs twice; give each class a name of its own")
     return names

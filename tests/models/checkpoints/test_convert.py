@@ -124,6 +124,14 @@ def test_to_torchvision_is_for_retinanet_only():
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
+def test_weights_that_are_not_finite_are_not_converted(tmp_path):
+    state = detector().state_dict()
+    state["bbox_head.gfl_cls.bias"][0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"has NaN or infinite values in 1 \(bbox_head.gfl_cls.bias\)"):
+        convert_checkpoint({"state_dict": state}, "mmdet", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_script(tmp_path, monkeypatch, capsys):
     student, _ = fgd_file(tmp_path / "fgd.pth")
     assert run_script(monkeypatch, "convert.py", "--checkpoint", tmp_path / "fgd.pth", "--to", "student", "--out",
