@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from runs import ROOT
 
 from data import generate_scenes
 from data.images import read_image
+from kd.benchmark.run import run_benchmark
 
 TINY = ["train.epochs=1", "train.log_every=1", "train.check_images=2", "data.batch_size=4", "data.workers=0",
         "data.scale=[64, 64]", "data.train.first=8", "data.val.first=2", "schedule.warmup_steps=1"]
@@ -51,6 +53,8 @@ def make_workspace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("kd.experiments.sweep.start", lambda job, slot, at_once, device: RunHere(job.command(device),
                                                                                             monkeypatch))
     monkeypatch.setattr("data.sources.download.prepare_coco", download_nothing)
+    monkeypatch.setattr("kd.benchmark.run.run_benchmark", lambda paths, device, work, *rest, **options: run_benchmark(
+        paths, device, replace(work, warmup=1, profiled=1, input_images=2), *rest, **options))
     scenes = generate_scenes(folder / "generated", train=8, val=4, size=(64, 96))
     write_coco(scenes, folder / "datasets" / "coco")
     write_voc(scenes, folder / "datasets" / "BCCD_Dataset" / "BCCD")

@@ -57,8 +57,8 @@ def test_other_widths_get_an_adapter_that_learns(method, kernel):
     falls(model)
     still = [key for key, value in model.methods.named_parameters()
              if "weight" in key and key in adapters and torch.equal(value, adapters[key])]
-    # CWD compares positions, and the two coarsest levels of this batch have very few.
-    assert len(still) <= (2 if method["type"] == "CWD" else 0), still
+    # CWD compares positions, and the two coarsest levels of this batch have very few; MGD may mask all of the last one.
+    assert len(still) <= {"CWD": 2, "MGD": 1}.get(method["type"], 0), still
     assert not any("adapter" in key or "align" in key for key in model.student.state_dict())
 
 
