@@ -72,12 +72,12 @@ def test_torchvision():
     """A whole detector with random weights gives torchvision's detections, also if a stride is not the nominal one."""
     from torchvision.models.detection import retinanet_resnet50_fpn
     torch.manual_seed(0)
-    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=160, max_size=224).eval()
+    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=160, max_size=224).eval().double()
     with torch.no_grad():  # so that scores are neither saturated nor equal
         theirs.head.classification_head.cls_logits.weight.normal_(std=0.002)
         theirs.head.classification_head.cls_logits.bias.fill_(-2)
     cfg = load_config(ROOT / "configs/torchvision/retinanet_r50.yaml", ["model.backbone.norm_cfg.eps=1e-5"])
-    ours = build_detector(cfg["model"]).eval()
+    ours = build_detector(cfg["model"]).eval().double()
     report = load_weights(ours, theirs.state_dict())
     assert report.matched == report.total and not report.unexpected
 
@@ -86,11 +86,14 @@ def test_torchvision():
     targets = [{"image_size": tuple(p.shape[1:]), "original_size": tuple(p.shape[1:])} for p in pictures]
     batch, _ = collate(list(zip(pictures, targets)))
     with torch.no_grad():
-        expected = theirs([picture / 255 for picture in pictures])
-        found = ours.predict(ours.preprocess(batch, targets), targets)
+        expected = theirs([picture.double() / 255 for picture in pictures])
+        found = ours.predict(ours.preprocess(batch, targets, torch.float64), targets)
     for detections, reference in zip(found, expected):
         assert len(reference["scores"]) == len(detections["scores"]) > 50
-        torch.testing.assert_close(detections["scores"], reference["scores"], rtol=1e-4, atol=1e-4)
-        same = detections["labels"] == reference["labels"]
-        assert same.float().mean() > 0.97  # nearly equal scores may change their order
-        torch.testing.assert_close(detections["boxes"][same], reference["boxes"][same], rtol=1e-3, atol=0.05)
+        mine, others = (torch.cat([d["boxes"], 1e3 * d["scores"][:, None], 1e3 * d["labels"][:, None]], 1)
+                        for d in (detections, reference))
+        off = (mine[:, None] - others).abs().amax(2)
+        # torchvision keeps boxes that lie outside of the image and so have no area; ours are others in their place.
+        sized = (reference["boxes"][:, 2:] > reference["boxes"][:, :2]).all(1)
+        off = off[:sized.sum(), sized]  # in pixels and thousandths
+        assert off.amin(0).max() < 1e-6 and off.amin(1).max() < 1e-6
