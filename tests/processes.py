@@ -1,5 +1,6 @@
 """Processes that work together, for tests. They are forked from a server that has already imported torch."""
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+THREADS = int(os.environ["OMP_NUM_THREADS"])  # from conftest.py, of every process: sums depend on their number
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "torchvision", "pycocotools.cocoeval", "kd.engine.train"])
 
@@ -41,7 +43,7 @@ def together(function: Callable, world: int, folder: Path, *arguments, timeout: 
 
 
 def _work(function: Callable, rank: int, world: int, folder: Path, arguments: tuple) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         torch.save(function(*arguments), folder / f"{rank}.result")

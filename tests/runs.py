@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import context
+from processes import THREADS, context
 from small_models import CLASSES as NUM_CLASSES
 from small_models import enliven, without_weights
 
@@ -72,7 +72,7 @@ def script(log: Path, name: str, *arguments: object) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     sys.argv = [name, *map(str, arguments)]
     runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 

@@ -1,6 +1,5 @@
 """Other systems: modules, functions and signals that Windows lacks, and the number format that a Mac's GPU lacks."""
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -75,7 +74,6 @@ def main():
     from kd.exceptions import WorkDirError
     from kd.processes.memory import in_gib, peak_resident
     from kd.work_dir.lock import open_work_dir
-    torch.set_num_threads(1)
     cfg, work_dir = json.load(sys.stdin)
     with contextlib.redirect_stdout(io.StringIO()):
         train(cfg, pathlib.Path(work_dir), torch.device("cpu"))
@@ -102,7 +100,7 @@ def test_everything_is_imported_and_a_run_trains_where_windows_functions_are_mis
     (tmp_path / "program.py").write_text(WINDOWS, encoding="utf-8")
     given = [config_with(cfg, data={"workers": 1, "worker_start": "spawn"}), str(tmp_path / "windows")]
     done = subprocess.run([sys.executable, tmp_path / "program.py"], cwd=ROOT, input=json.dumps(given), text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found, codes, locked, memory = json.loads(done.stdout)
     files = [path for room in ("data", "losses", "models", "kd") for path in (ROOT / room).rglob("*.py")]
