@@ -30,3 +30,14 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 problem`, `2 boxes`; `many` is given where an ending does not do: "image is", "images are"."""
     many = many or f"{one}{'es' if one.endswith(('s', 'x', 'tch')) else 's'}"
     return f"{count} {one if count == 1 else many}"
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Text on one line and cut to `limit` characters, because what a file holds may be any text."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """A value for a message, see `one_line`."""
+    return one_line(repr(value))

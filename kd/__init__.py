@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from .methods.base import Method
 
 __all__ = ["METHODS", "Distiller", "Method", "build_distiller", "load_config", "load_detector"]
-_MODULES = {"METHODS": "methods", "Distiller": "distiller", "Method": "methods.base", "build_distiller": "build",
-            "load_config": "config", "load_detector": "inference.loaded"}
+_MODULES = {"build": ["build_distiller"], "config": ["load_config"], "distiller": ["Distiller"],
+            "inference.loaded": ["load_detector"], "methods": ["METHODS"], "methods.base": ["Method"]}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

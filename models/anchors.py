@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from data.errors import counted
 from data.ranges import Count, Factor, Few, Positive, Share, Some
 
 from .build import ConfigError
@@ -73,7 +74,7 @@ class AnchorGenerator:
     def __call__(self, sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Priors:
         """Anchors for feature maps of the given (height, width), cached for later batches of the same shape."""
         if len(sizes) != len(self.strides):
-            raise ConfigError("head.anchor_generator.strides", f"gives {len(self.strides)} levels, but the "
+            raise ConfigError("head.anchor_generator.strides", f"gives {counted(len(self.strides), 'level')}, but the "
                                                                f"features have {len(sizes)}")
         key = (tuple(map(tuple, sizes)), dtype, device)
         if key not in self._cache:

@@ -13,21 +13,15 @@ from functools import cache
 from sys import float_info
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from data.errors import one_line, shown
 from data.ranges import OneOf, Table
 from losses import LOSSES
 
 FLOAT32 = 1.2e-38, 3.4e38  # the range of PyTorch's numbers, apart from 0: others become 0 or infinite
-LONGEST = 200  # characters of a value in a message
 LONGEST_PROBLEM = 2000
 
 # Short spellings of the references' argument names.
 ALIASES = {"norm": "norm_cfg", "act": "act_cfg", "upsample": "upsample_cfg"}
-
-
-def one_line(text: str, longest: int = LONGEST) -> str:
-    """Text from a file for a message: without line breaks, and cut if it is long."""
-    text = " ".join(text.splitlines())
-    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class ConfigError(ValueError):
@@ -129,11 +123,6 @@ def split_options(cfg: dict, common: type | None) -> tuple[dict, dict]:
     shared = set(parameters(common)) if common is not None else set()
     return ({k: v for k, v in cfg.items() if k in shared},
             {k: v for k, v in cfg.items() if k not in shared and k != "type"})
-
-
-def shown(value: Any) -> str:
-    """A value in one line, cut if it is long."""
-    return one_line(repr(value))
 
 
 def describe(value: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.errors import counted
 from data.ranges import AllOr, Count, Few, Number, Positive, Some
 
 from .build import ConfigError, read_section
@@ -53,7 +54,7 @@ class FPN(nn.Module):
             wrong = "start_level" if start_level > last else "end_level"
             raise ConfigError(wrong, f"levels {start_level}..{end_level} are not among the backbone's 0..{last}")
         if num_outs < levels or (end_level < last and num_outs != levels):
-            raise ConfigError("num_outs", f"{num_outs} outputs cannot be made from backbone levels "
+            raise ConfigError("num_outs", f"{counted(num_outs, 'output')} cannot be made from backbone levels "
                                                f"{start_level}..{end_level} of 0..{last}")
         self.start_level, self.end_level, self.num_outs = start_level, end_level, num_outs
         self.in_channels = list(in_channels)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data.errors import one_line
+
 from .build import ConfigError
 from .checkpoints.classes import known_classes, match_classes
 from .checkpoints.formats import Checkpoint
-from .checkpoints.unpickler import one_line
 from .detector import Detector
 from .weights import CheckpointError, align, check_finite, is_optional, open_checkpoint, summary
 

@@ -17,10 +17,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from data.errors import one_line
+
 from .checkpoints.formats import Checkpoint, Weights, parse_checkpoint
 from .checkpoints.reader import read_checkpoint
 from .checkpoints.sources import is_address, local_path
-from .checkpoints.unpickler import CheckpointError, one_line
+from .checkpoints.unpickler import CheckpointError
 
 __all__ = ["CheckpointError", "LoadReport", "load_backbone_weights", "load_weights", "open_checkpoint",
            "read_checkpoint", "summary"]

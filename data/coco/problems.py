@@ -3,6 +3,8 @@ from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from data.errors import shown
+
 MAX_COORDINATE = 1e9  # pixels; no real box has a larger coordinate, and float32 could make it infinite
 
 CATEGORY_KEYS = ("id", "name")
@@ -84,12 +86,6 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _show(value: object) -> str:
-    """The value as the JSON reader returned it, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def _missing_keys(entries: list, name: str, keys: tuple[str, ...]) -> list[Problem]:
     problems = []
     for position, entry in enumerate(entries):
@@ -108,18 +104,18 @@ def _wrong_ids(entries: list[dict], name: str, kinds: tuple[type, ...]) -> list[
     def is_id(value: object) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool)
 
-    wrong = [f"{name} id {_show(entry['id'])} is not an id" for entry in entries if not is_id(entry["id"])]
+    wrong = [f"{name} id {shown(entry['id'])} is not an id" for entry in entries if not is_id(entry["id"])]
     counts = Counter(entry["id"] for entry in entries if is_id(entry["id"]))
-    wrong += [f"{name} id {_show(key)} occurs {count} times" for key, count in counts.items() if count > 1]
+    wrong += [f"{name} id {shown(key)} occurs {count} times" for key, count in counts.items() if count > 1]
     return [Problem("ids", text) for text in wrong]
 
 
 def _name_problems(categories: list[dict]) -> list[Problem]:
     """Names that cannot be printed, and names that two classes share: results are reported by name."""
     names = [str(category["name"]) for category in categories]
-    wrong = [f"category {_show(c['id'])}: wrong name {_show(c['name'])}" for c in categories
+    wrong = [f"category {shown(c['id'])}: wrong name {shown(c['name'])}" for c in categories
              if not (isinstance(c["name"], (str, int, float)) and _is_text(str(c["name"])))]
-    wrong += [f"categories name {_show(name)} occurs {count} times" for name, count in Counter(names).items()
+    wrong += [f"categories name {shown(name)} occurs {count} times" for name, count in Counter(names).items()
               if count > 1]
     return [Problem("class names", text) for text in wrong]
 
@@ -129,31 +125,31 @@ def image_problems(image: dict) -> list[Problem]:
     problems = []
     size, name = (image["width"], image["height"]), image["file_name"]
     if not all(_is_finite(edge) and edge >= 1 and edge == int(edge) for edge in size):
-        problems.append(Problem("image sizes", f"image {_show(image['id'])} has wrong width and height {_show(size)}"))
+        problems.append(Problem("image sizes", f"image {shown(image['id'])} has wrong width and height {shown(size)}"))
     if not _is_text(name):
-        problems.append(Problem("file names", f"image {_show(image['id'])} has wrong file_name {_show(name)}"))
+        problems.append(Problem("file names", f"image {shown(image['id'])} has wrong file_name {shown(name)}"))
     # The same names are valid on every system. On Windows, backslashes could lead out of the folder.
     elif any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
-        text = f"image {_show(image['id'])} has file_name {_show(name)}, which leads out of the image folder"
+        text = f"image {shown(image['id'])} has file_name {shown(name)}, which leads out of the image folder"
         problems.append(Problem("file names", text))
     return problems
 
 
 def _annotation_problems(annotation: dict, image_ids: set, category_ids: set) -> list[Problem]:
-    box, name = annotation["bbox"], f"annotation {_show(annotation['id'])}"
+    box, name = annotation["bbox"], f"annotation {shown(annotation['id'])}"
     problems = []
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
-        problems.append(Problem("boxes", f"{name} has bbox {_show(box)}, not four finite numbers{_wrong_value(box)}"))
+        problems.append(Problem("boxes", f"{name} has bbox {shown(box)}, not four finite numbers{_wrong_value(box)}"))
     elif box[2] < 0 or box[3] < 0:
         problems.append(Problem("boxes", f"{name} has bbox {box} with negative width or height: are corners swapped?"))
     area = annotation.get("area", 0)
     if not isinstance(area, (int, float)) or not abs(area) < MAX_COORDINATE ** 2:
-        problems.append(Problem("boxes", f"{name} has wrong area {_show(area)}"))
+        problems.append(Problem("boxes", f"{name} has wrong area {shown(area)}"))
     for key in ("iscrowd", "ignore"):
         if annotation.get(key, 0) not in (0, 1):  # a string counts as true, even "0"
-            problems.append(Problem("flags", f"{name} has {key} {_show(annotation[key])}, not 0 or 1"))
+            problems.append(Problem("flags", f"{name} has {key} {shown(annotation[key])}, not 0 or 1"))
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
         value = annotation[key]
         if not isinstance(value, (int, str)) or value not in known:
-            problems.append(Problem("unknown ids", f"{name} has the unknown {key} {_show(value)}"))
+            problems.append(Problem("unknown ids", f"{name} has the unknown {key} {shown(value)}"))
     return problems

@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from data import find_data
+from data.errors import one_line, shown
 from data.output import reason_of
 from models import ConfigError
-from models.build import describe, nearest, one_line, shown
+from models.build import describe, nearest
 
 from .config import Config, parse_config
 

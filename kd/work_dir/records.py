@@ -9,9 +9,9 @@ from pathlib import Path
 from sys import float_info
 
 from data import DataError
-from data.errors import counted
+from data.errors import counted, one_line, shown
 from models import ConfigError
-from models.build import check_value, one_line, shown
+from models.build import check_value
 
 from ..config import TrainConfig, parse_config
 

@@ -5,11 +5,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from data.errors import one_line
 from data.extras import need
 from data.ranges import Count, Number, Some
 
 from ..build import ConfigError
-from ..checkpoints.unpickler import CheckpointError, one_line
+from ..checkpoints.unpickler import CheckpointError
 from ..layers import keep_in_eval
 from ..weights import load_backbone_weights
 from .torchvision import PROBE, as_map, layout

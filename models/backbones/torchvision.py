@@ -7,10 +7,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from data.errors import one_line
 from data.ranges import Some
 
 from ..build import ConfigError, nearest
-from ..checkpoints.unpickler import one_line
 from ..layers import keep_in_eval
 from ..weights import load_backbone_weights
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import one_line
 from data.output import writing
 
 from ..weights import check_finite, open_checkpoint
 from .formats import Weights
-from .unpickler import CheckpointError, one_line
+from .unpickler import CheckpointError
 
 
 def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLike, part: str | None = None) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import one_line
+
 from .classifiers import densenet_name, efficientnet_names
-from .unpickler import CheckpointError, one_line
+from .unpickler import CheckpointError
 from .wrappers import Weights, check_size, find_weights
 from .wrappers import rename as _rename
 

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import one_line
+
 from .sources import check_file
-from .unpickler import CheckpointError, CheckpointUnpickler, one_line
+from .unpickler import CheckpointError, CheckpointUnpickler
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in files from torch before version 1.6
 _LEGACY_PROTOCOL = 1001

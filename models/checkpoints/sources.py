@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 
 from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
+from data.errors import one_line
 from data.output import OutputError, no_room, reason_of
 
-from .unpickler import CheckpointError, one_line
+from .unpickler import CheckpointError
 from .zoo import PREFIX, checksum, published
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"

@@ -24,17 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import one_line
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, is not safe to read, or does not fit the model. The message is one line."""
 
     exit_code = 2
-
-
-def one_line(text: object, limit: int = 200) -> str:
-    """`text` on one line and cut to `limit` characters, because names in files may contain any characters."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
 class _Builder:

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .unpickler import CheckpointError, one_line
+from data.errors import one_line
+
+from .unpickler import CheckpointError
 
 Weights = dict[str, Tensor]
 

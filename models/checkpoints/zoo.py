@@ -4,7 +4,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from .unpickler import CheckpointError, one_line
+from data.errors import one_line
+
+from .unpickler import CheckpointError
 
 PREFIX = "zoo:"
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/"

@@ -133,8 +133,9 @@ def test_files_that_cannot_be_read(write, tmp_path):
         with pytest.raises(ConfigError, match=rf"^_base_: must be a path or a list of paths, not .*g{i}\.yaml\)$"):
             load_config(write(f"g{i}.yaml", f"_base_: {base}\n"))
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
-    for name, reason in [("loop.yaml", "Too many levels"), ("a\0b", "embedded null byte"), ("", "Is a directory")]:
-        with pytest.raises(ConfigError, match=f"^configuration file .*{name} cannot be read: {reason}"):
+    for name, said, reason in [("loop.yaml", "loop.yaml", "Too many levels"), ("a\0b", "a b", "embedded null byte"),
+                               ("", "", "Is a directory")]:
+        with pytest.raises(ConfigError, match=f"^configuration file .*{said} cannot be read: {reason}"):
             load_config(tmp_path / name)
     with pytest.raises(ConfigError, match="keys and values at its top level"):
         load_config(write("d.yaml", "- 1\n"))
