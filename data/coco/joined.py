@@ -1,6 +1,5 @@
 """Several data sets as one: classes united by name, and how often each image is shown in an epoch."""
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from itertools import count
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from data.coco.dataset import CocoDataset
 from data.errors import DataError
+from data.names import folded
 
 PER_IMAGE = ("file_names", "origins", "sizes", "boxes", "labels", "ignored_boxes", "repeats")
 
@@ -21,19 +21,14 @@ def unite_classes(classes_of: Mapping[str, Sequence[str]]) -> list[str]:
     """
     first: dict[str, str] = {}  # the data set in which a name appears first
     for where, classes in classes_of.items():
-        spelled = {spelling(name): name for name in first}
+        spelled = {folded(name): name for name in first}
         for name in classes:
-            known = spelled.get(spelling(name), name)
+            known = spelled.get(folded(name), name)
             if name not in first and name != known:
                 raise DataError(f'{where} has the class "{name}", and {first[known]} has "{known}": spell the name in '
                                 "the same way in both files")
         first |= {name: where for name in classes if name not in first}
     return list(first)
-
-
-def spelling(name: str) -> str:
-    """A name without what people spell differently."""
-    return re.sub(r"[\s_-]", "", name).casefold()
 
 
 def use_classes(dataset: CocoDataset, classes: Sequence[str]) -> None:

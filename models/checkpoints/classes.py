@@ -1,7 +1,8 @@
 """The names of a checkpoint's classes, and which of them are those of some data."""
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+
+from data.names import folded
 
 from .formats import Checkpoint
 
@@ -53,8 +54,3 @@ def match_classes(wanted: Sequence[str], given: Sequence[str | None]) -> list[in
         if found[i] is None and rest.count(name) == 1 and free.count(name) == 1:
             found[i] = free.index(name)
     return found
-
-
-def folded(name: str) -> str:
-    """`Traffic_Light` and `traffic light` as one word."""
-    return re.sub(r"[\s_-]+", "", name.casefold())
