@@ -130,7 +130,7 @@ def test_anchor_generator_refuses(args, key):
 
 
 def test_levels_must_fit_the_features():
-    with pytest.raises(ConfigError, match="1 levels, but the features have 2"):
+    with pytest.raises(ConfigError, match="gives 1 level, but the features have 2"):
         AnchorGenerator([8], [1.0], scales=[1])([(2, 2), (1, 1)], torch.float32, CPU)
 
 
