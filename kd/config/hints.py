@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from torch import nn
 
 from models import Detector
-from models.build import ALIASES, OneOf, parameters
+from models.build import ALIASES, OneOf, parameters, split_options
 
 
 def leaves(hint: Any) -> Iterator[Any]:
@@ -69,9 +69,10 @@ def _filled(value: Any, hint: Any) -> Any:
     for leaf in leaves(hint):
         if isinstance(leaf, OneOf):
             kind = {"type": value.get("type", leaf.default)}
-            common = with_defaults(leaf.common, {}) if leaf.common else {}
+            options, own = split_options(value, leaf.common)
+            common = with_defaults(leaf.common, options) if leaf.common else {}
             known = leaf.table.get(kind["type"])
-            return kind | common | (with_defaults(known, value, leaf) if known else value)
+            return kind | common | (with_defaults(known, own, leaf) if known else own)
         if is_section(leaf):
             return with_defaults(leaf, value)
     return dict(value)

@@ -68,7 +68,7 @@ def collect(root: Callable) -> Places:
             for leaf in leaves(hint):
                 if isinstance(leaf, OneOf):
                     _, paths = places.tables.setdefault(id(leaf.table), (leaf, []))
-                    inner = leaf.table.values()
+                    inner = [*leaf.table.values(), *filter(None, [leaf.common])]
                 elif is_section(leaf):
                     paths, inner = places.sections.setdefault(leaf, []), [leaf]
                 else:

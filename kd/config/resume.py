@@ -67,6 +67,8 @@ RULES: dict[str, Rule] = {
     "distill.teacher.shard": TAKE,
     "distill.methods": REFUSE,              # their number: the checkpoint has the adapters of each
     "distill.methods.*": WARN,
+    "distill.methods.weight.gradient_share": WARN,  # what was measured so far holds for the new share, too
+    "distill.methods.weight.gradient_share_every": WARN,
     "distill.methods.type": REFUSE,
     "distill.methods.levels": REFUSE,       # these decide which adapters there are
     "distill.methods.student_modules": REFUSE,

@@ -73,6 +73,19 @@ def test_losses_do_not_wait(method, head):
     assert not found
 
 
+def test_measured_weights_do_not_wait():
+    """The gradients themselves need a driver; here is what becomes of their norms."""
+    cfg = config("FGD", "GFLHead")
+    cfg["distill"]["methods"][0]["weight"] = {"gradient_share": 0.3}
+    with pretended_gpu() as found:
+        shares = build_distiller(cfg).gradient_shares
+        norms = torch.ones(2, device="cuda")
+        found.clear()
+        shares.update(norms)
+        assert shares.weigh("FGD0", 0.3).device.type == "cuda"
+    assert not found
+
+
 def test_the_average_of_the_weights_does_not_wait(monkeypatch):
     with pretended_gpu() as found:
         student, other = (build_distiller(config("FGD", "GFLHead")).student for _ in range(2))

@@ -93,12 +93,15 @@ def teacher_in_ddp():
 
 def teacher_in_shards():
     """A sharded teacher compared with a whole one: losses, gradients of the student, and the share in this process."""
-    methods = [METHODS["CrossKD"], METHODS["FGD"], {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
+    measured = {"weight": {"gradient_share": 0.3, "gradient_share_every": 1}}
+    methods = [METHODS["CrossKD"] | measured, METHODS["FGD"] | measured,
+               {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
     distiller = small_distiller(*methods, teacher=teacher_entry(width=24))
     rank, (images, targets) = distributed.rank(), make_batch(SIZES, COUNTS)
 
     def step():
         distiller.zero_grad()
+        distiller.advance(distiller.step + 1, 10, 10)  # so that it measures
         values = distiller(images[rank:][:2], targets[rank:][:2])
         sum(values.values()).backward()
         return values | {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
