@@ -8,7 +8,7 @@ from losses import LOSSES, at_least_float32
 from models import Detector, DetectorPass
 from models.build import OneOf, build_loss
 
-from .base import Method, check_same_predictions, levels_with_positives, link, to_anchors
+from .base import Method, check_same_predictions, levels_with_positives, to_anchors
 
 SCORES, BOXES = ("logits of both sides",), ("boxes",)
 
@@ -53,12 +53,9 @@ class BCKD(Method):
                                             avg_factor=assignment.avg_factor),
                 "loss_reg_kd": self.loss_score_kd(own, other, box_weight, avg_factor=assignment.avg_factor)}
 
-    def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
-        return [link("class scores", student.outputs.cls, "class scores", teacher.outputs.cls),
-                link("decoded boxes", student.outputs.box, "decoded boxes", teacher.outputs.box)]
-
 
 @torch.no_grad()
 def score_difference(own: Tensor, other: Tensor) -> Tensor:
     """Largest difference (N, P) among the class scores of two predictions, from their logits (N, P, C)."""
-    return (at_least_float32(other).sigmoid() - at_least_float32(own).sigmoid()).abs().amax(-1)
+    difference = at_least_float32(other).sigmoid()
+    return difference.sub_(at_least_float32(own).sigmoid()).abs_().amax(-1)  # in place: RetinaNet has many scores
