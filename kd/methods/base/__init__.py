@@ -2,7 +2,18 @@
 from .features import FeaturePairs, adapter
 from .method import BarChart, HeatMap, Method, link
 from .options import GradientShare, MethodOptions
-from .predictions import BoxLoss, CenternessLoss, ScoreLoss, build_mimic_losses, check_same_predictions, mimic
+from .predictions import (
+    BoxLoss,
+    CenternessLoss,
+    ScoreLoss,
+    build_mimic_losses,
+    check_same_predictions,
+    level_sums,
+    levels_with_positives,
+    mimic,
+    to_anchors,
+)
 
 __all__ = ["BarChart", "BoxLoss", "CenternessLoss", "FeaturePairs", "GradientShare", "HeatMap", "Method",
-           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "link", "mimic"]
+           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "level_sums",
+           "levels_with_positives", "link", "mimic", "to_anchors"]
