@@ -73,3 +73,9 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,
             avg_factor=assignment.avg_factor)
     return found
+
+
+def split_levels(values: Tensor, outputs: HeadOutputs) -> list[Tensor]:
+    """Values (N, cells) of the cells of all levels as maps (N, H, W), one for each level."""
+    levels = values.split([h * w for h, w in outputs.sizes], dim=1)
+    return [level.unflatten(1, size) for level, size in zip(levels, outputs.sizes)]

@@ -11,7 +11,8 @@ from models import ConfigError
 HEADS = ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"]
 METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "CrossKD", "reused_teacher_head_idx": 0},
            {"type": "Mimic"}, {"type": "KD", "T": 2.0}, {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"},
-           {"type": "CWD"}, {"type": "CWD", "on": "logits", "name": "logits"}, {"type": "FitNet"}]
+           {"type": "CWD"}, {"type": "CWD", "on": "logits", "name": "logits"}, {"type": "FitNet"},
+           {"type": "PGD"}, {"type": "FRS"}]
 NEVER = -200.0
 
 

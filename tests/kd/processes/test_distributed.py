@@ -28,9 +28,12 @@ SIZES, COUNTS = ((64, 96), (50, 70), (60, 90), (33, 65)), (4, 2, 0, 0)
 HEADS = ("GFLHead", "RetinaHead", "FCOSHead", "ATSSHead")
 METHODS = {"CrossKD": {"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_stats": True},
            "CrossKD, its own statistics": {"type": "CrossKD", "reused_teacher_head_idx": 1},
-           "FGD": {"type": "FGD"}, "PKD": {"type": "PKD", "sync_stats": True}}
+           "FGD": {"type": "FGD"}, "PKD": {"type": "PKD", "sync_stats": True},
+           "PGD": {"type": "PGD", "topk": 5}, "FRS": {"type": "FRS"},
+           "CWD": {"type": "CWD", "norm": True, "sync_stats": True}}
 CASES = [(head, method) for head in HEADS for method in ("plain", "CrossKD", "FGD")]
-CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD")]
+CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD"), ("ATSSHead", "PGD"), ("RetinaHead", "FRS"),
+          ("FCOSHead", "CWD")]
 
 
 def build(head, method):
