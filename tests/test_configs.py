@@ -13,7 +13,8 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 HEAD_LOSSES = {"GFLHead": {"loss_dfl"}, "ATSSHead": {"loss_centerness"}, "FCOSHead": {"loss_centerness"},
                "RetinaHead": set()}
 METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"},
-                 "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}}
+                 "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}, "MGD": {"loss_mgd"},
+                 "CWD": {"loss_cwd"}, "PGD": {"loss_pgd_cls", "loss_pgd_reg"}, "FRS": {"loss_frs_feat", "loss_frs_cls"}}
 
 
 def expected_losses(cfg: dict) -> set[str]:
