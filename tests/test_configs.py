@@ -14,7 +14,8 @@ HEAD_LOSSES = {"GFLHead": {"loss_dfl"}, "ATSSHead": {"loss_centerness"}, "FCOSHe
                "RetinaHead": set()}
 METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"},
                  "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}, "MGD": {"loss_mgd"},
-                 "CWD": {"loss_cwd"}, "BCKD": {"loss_cls_kd", "loss_reg_kd"}}
+                 "CWD": {"loss_cwd"}, "BCKD": {"loss_cls_kd", "loss_reg_kd"}, "PGD": {"loss_pgd_cls", "loss_pgd_reg"},
+                 "FRS": {"loss_frs_feat", "loss_frs_cls"}}
 
 
 def expected_losses(cfg: dict) -> set[str]:

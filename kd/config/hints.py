@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from torch import nn
 
 from models import Detector
-from models.build import ALIASES, OneOf, parameters, split_options
+from models.build import OneOf, full_name, parameters, split_options
 
 
 def leaves(hint: Any) -> Iterator[Any]:
@@ -49,7 +49,7 @@ def with_defaults(call: Callable, given: Mapping, choice: OneOf | None = None) -
     Args:
         choice: the table of types that lists `call`.
     """
-    given = {ALIASES.get(name, name): value for name, value in given.items()}
+    given = {full_name(name, parameters(call)): value for name, value in given.items()}
     hints = {name: hint for name, (hint, _) in parameters(call).items()
              if name in given or not (choice and name in choice.derived)}
     values = {name: default_of(call, name) for name in hints} | given

@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "distill.methods.adapter_kernel": REFUSE,
     "distill.methods.on": REFUSE,
     "distill.methods.reused_teacher_head_idx": REFUSE,
+    "distill.methods.tower_convs": REFUSE,
     "distill.eval_teacher": WARN,
     "distill.init_student": REFUSE,         # has an effect only at the start
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd import METHODS, build_distiller
 from kd.engine.average import WeightAverage
 
-ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD", "BCKD", "GI")
+ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD", "BCKD", "GI", "PGD", "FRS")
 CASES = [(method, head) for method in ON_ALL_HEADS for head in HEADS] + [("LD", "GFLHead"), ("DKD", "GFLHead")]
 
 

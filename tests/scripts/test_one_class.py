@@ -14,7 +14,7 @@ from kd.inference.detectors import load_named, load_with_data
 
 METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 0}, {"type": "LD"}, {"type": "KD"},
            {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"}, {"type": "CWD"}, {"type": "FitNet"}, {"type": "GI"},
-           {"type": "BCKD"}]
+           {"type": "BCKD"}, {"type": "PGD"}, {"type": "FRS"}]
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from .predictions import (
     level_sums,
     levels_with_positives,
     mimic,
+    split_levels,
     to_anchors,
 )
 
 __all__ = ["BarChart", "BoxLoss", "CenternessLoss", "FeaturePairs", "GradientShare", "HeatMap", "Method",
            "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "level_sums",
-           "levels_with_positives", "link", "mimic", "to_anchors"]
+           "levels_with_positives", "link", "mimic", "split_levels", "to_anchors"]

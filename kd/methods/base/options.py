@@ -1,8 +1,10 @@
 """When a method runs, and the weight of its losses."""
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from data.ranges import Count, NonNegative, Positive, Range
+from data.ranges import Count, NonNegative, Positive, Range, Share
+from models.build import ConfigError
 
 
 @dataclass
@@ -21,9 +23,14 @@ class MethodOptions:
     name: str | None = None     # distinguishes its losses from those of another method of the same type
     weight: NonNegative | GradientShare = 1.0  # multiplies all its losses; with 0 they are only shown
     warmup_epochs: NonNegative = 0.0  # the weight rises linearly from zero over this many epochs
-    decay: Literal["none", "linear"] = "none"  # linear: the weight falls to zero by stop_epoch, or the last epoch
+    decay: Literal["none", "linear", "cosine"] = "none"  # how the weight falls until stop_epoch, or the last epoch
+    decay_to: Share = 0.0       # share of the weight that is left at the end of the decay
     stop_epoch: Positive | None = None  # epochs after which it no longer runs
     every: Count = 1            # it runs once in this many steps; its losses are not multiplied to compensate
+
+    def __post_init__(self):
+        if self.decay_to and self.decay == "none":
+            raise ConfigError("decay_to", "says where a decay ends, and there is none: set decay: linear or cosine")
 
     @property
     def measured(self) -> bool:
@@ -52,4 +59,5 @@ class MethodOptions:
         """
         rise = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         end = epochs if self.stop_epoch is None else self.stop_epoch
-        return self.constant * rise * (1 - epoch / end if self.decay == "linear" else 1.0)
+        left = {"none": 1.0, "linear": 1 - epoch / end, "cosine": (1 + math.cos(math.pi * epoch / end)) / 2}[self.decay]
+        return self.constant * rise * (self.decay_to + (1 - self.decay_to) * left)

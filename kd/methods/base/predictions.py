@@ -94,3 +94,9 @@ def levels_with_positives(assignment: Assignment) -> Tensor:
     """
     positive = assignment.positive
     return (level_sums(positive, assignment.priors.level_sizes) > 0).to(positive.dtype)
+
+
+def split_levels(values: Tensor, outputs: HeadOutputs) -> list[Tensor]:
+    """Values (N, cells) of the cells of all levels as maps (N, H, W), one for each level."""
+    levels = values.split([h * w for h, w in outputs.sizes], dim=1)
+    return [level.unflatten(1, size) for level, size in zip(levels, outputs.sizes)]

@@ -12,7 +12,7 @@ HEADS = ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"]
 METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "CrossKD", "reused_teacher_head_idx": 0},
            {"type": "Mimic"}, {"type": "KD", "T": 2.0}, {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"},
            {"type": "CWD"}, {"type": "CWD", "on": "logits", "name": "logits"}, {"type": "FitNet"},
-           {"type": "BCKD", "name": "BCKD"}, {"type": "GI"}]
+           {"type": "BCKD", "name": "BCKD"}, {"type": "GI"}, {"type": "PGD"}, {"type": "FRS"}]
 NEVER = -200.0
 
 

@@ -33,10 +33,13 @@ METHODS = {"CrossKD": {"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_st
            # LD's loss on boxes is a sum over the batch of each process, as in the original; its weight is 0 here.
            "LD's classes": {"type": "LD", "loss_weight": 0.0, "loss_kd": KL, "loss_kd_vlr": KL},
            # With the defaults, cells are chosen from the batch of each process. Here all cells are.
-           "GI": {"type": "GI", "top": 400, "iou_threshold": 1.0, "only_levels_with_positives": False}}
+           "GI": {"type": "GI", "top": 400, "iou_threshold": 1.0, "only_levels_with_positives": False},
+           "PGD": {"type": "PGD", "topk": 5}, "FRS": {"type": "FRS"},
+           "CWD": {"type": "CWD", "norm": True, "sync_stats": True}}
 CASES = [(head, method) for head in HEADS for method in ("plain", "CrossKD", "FGD")]
 CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD"), ("GFLHead", "BCKD"), ("FCOSHead", "BCKD"),
-          ("GFLHead", "LD's classes"), ("GFLHead", "GI")]
+          ("GFLHead", "LD's classes"), ("GFLHead", "GI"), ("ATSSHead", "PGD"), ("RetinaHead", "FRS"),
+          ("FCOSHead", "CWD")]
 
 
 def build(head, method):
