@@ -1,5 +1,6 @@
 """Draw what is distilled: ground truth, teacher, student and cross-head predictions side by side, score maps of every
-level and, with FGD among the methods, its attention and foreground mask. One PNG file of each kind for each image."""
+level and, with FGD, PGD or FRS among the methods, the weights that these give to the cells. One PNG file of each kind
+for each image."""
 import sys
 from pathlib import Path
 

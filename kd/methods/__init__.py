@@ -13,5 +13,5 @@ from .mimic import Mimic
 from .pgd import PGD
 from .pkd import PKD
 
-METHODS = {method.__name__: method for method in (CrossKD, Mimic, BCKD, LD, GI, KD, DKD, FGD, PKD, MGD, CWD, FitNet, PGD,
-                                                  FRS)}
+METHODS = {method.__name__: method for method in (
+    CrossKD, Mimic, BCKD, LD, GI, KD, DKD, FGD, PKD, MGD, CWD, FitNet, PGD, FRS)}

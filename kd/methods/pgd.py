@@ -155,9 +155,9 @@ class PGD(Method):
         if not all("boxes" in target for target in student.targets):
             return {}
         cls, reg, _ = (split_levels(weight, teacher.outputs) for weight in self.regions(student, teacher))
-        return {"key regions": [[HeatMap(f"level {i}, {kind}: weight up to {float(weight[0].max()):.2f}", weight[0])
-                                 for kind, weight in (("classes", of_cls), ("boxes", of_reg))]
-                                for i, (of_cls, of_reg) in enumerate(zip(cls, reg))]}
+        return {"regions": [[HeatMap(f"level {i}, regions for {kind}: up to {float(weight[0].max()):.2f}", weight[0])
+                             for kind, weight in (("classes", of_cls), ("boxes", of_reg))]
+                            for i, (of_cls, of_reg) in enumerate(zip(cls, reg))]}
 
 
 def check_heads(student: nn.Module, teacher: nn.Module, tower_convs: int) -> None:

@@ -53,7 +53,7 @@ def content(root, split):
 def test_training_with_every_method(root):
     step, evaluation = map(json.loads, (root / "run" / "metrics.jsonl").read_text().splitlines())
     losses = {key: value for key, value in step.items() if key.startswith("loss_")}
-    assert len(losses) == 3 + 2 + 8 + 2 and all(np.isfinite(value) and value > 0 for value in losses.values())
+    assert len(losses) == 3 + 2 + 8 + 2 + 2 + 2 and all(np.isfinite(value) and value > 0 for value in losses.values())
     assert evaluation["per_class"] == {"thing": evaluation["AP"]}
     log = (root / "run" / "train.log").read_text()
     assert "4 training images, 1 class," in log and "thing" not in log.split("on data.val, in points")[1]
@@ -91,9 +91,9 @@ def test_predictions_are_those_of_evaluation(root, command, tmp_path):
 
 def test_pictures(command, tmp_path):
     assert len(command("visualize.py", "--count", "1", "--out", tmp_path, cfg="cfg.yaml",
-                       checkpoint="run/last.pth").splitlines()) == 2 + 3
+                       checkpoint="run/last.pth").splitlines()) == 2 + 5
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"000000_{kind}.png" for kind in ("detections", "scores", "attention")}
+        f"000000_{kind}.png" for kind in ("detections", "scores", "attention", "regions", "richness")}
 
 
 def test_checking_the_data(root, command):
