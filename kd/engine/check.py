@@ -9,6 +9,7 @@ from data.errors import counted, listed
 
 from ..config import Config, parse_config
 from ..exceptions import TrainingError
+from ..inference.detectors import knowledge
 from ..inference.precision import autocast
 from ..processes import distributed
 from ..processes.memory import in_gib, peak_memory
@@ -68,6 +69,8 @@ def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> lis
         for i, (teacher, (_, entries)) in enumerate(zip(teachers, plan)):
             for method, name, factor in entries:
                 weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
-                lines.append(f"{name} ({type(method).__name__}) from teacher {i}: times {factor:g} now; {weights}")
+                knows = knowledge(teacher.detector, run.train_loader.dataset.classes)
+                lines.append(f"{name} ({type(method).__name__}) from teacher {i}{knows}: times {factor:g} now; "
+                             f"{weights}")
                 lines += [f"  {line}" for line in method.links(student, teacher)]
     return lines

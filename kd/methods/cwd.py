@@ -1,4 +1,6 @@
 """CWD: channel-wise knowledge distillation (Shu et al., arXiv:2011.13256)."""
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -7,7 +9,7 @@ from data.ranges import NonNegative, Number, Positive, Some
 from losses import channel_wise_divergence
 from models import Detector, DetectorPass
 
-from .base import Method, check_same_predictions, link
+from .base import Method, check_same_predictions, known_scores, link
 
 
 class CWD(Method):
@@ -19,6 +21,8 @@ class CWD(Method):
         on: "features" compares feature maps, "logits" the class scores of each level.
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
+
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
                  on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,
@@ -33,9 +37,13 @@ class CWD(Method):
         else:
             self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
 
+    @classmethod
+    def compares_predictions(cls, arguments: Mapping[str, object]) -> bool:
+        return arguments.get("on") == "logits"
+
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         if self.teacher_head:
-            pairs = list(zip(student.outputs.cls_maps(), teacher.outputs.cls_maps()))
+            pairs = self.score_maps(student, teacher)
         else:
             pairs = self.pairs(student, teacher)
         losses = [channel_wise_divergence(own, other, self.tau) for own, other in pairs]
@@ -44,6 +52,11 @@ class CWD(Method):
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         if not self.teacher_head:
             return super().links(student, teacher)
-        maps = zip(student.outputs.cls_maps(), teacher.outputs.cls_maps())
         return [link(f"class scores of level {i}", own, f"class scores of level {i}", other)
-                for i, (own, other) in enumerate(maps)]
+                for i, (own, other) in enumerate(self.score_maps(student, teacher))]
+
+    @staticmethod
+    def score_maps(student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
+        """The class scores of each level as maps (N, A*K, H, W), of the K classes that the teacher knows."""
+        return list(zip(*(replace(seen.outputs, cls=known_scores(seen.outputs.cls, teacher.head)).cls_maps()
+                          for seen in (student, teacher))))

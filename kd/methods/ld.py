@@ -11,7 +11,7 @@ from models.assigners import pairwise_overlap
 from models.build import ConfigError
 from models.targets import pad_targets
 
-from .base import Method, check_same_predictions, link
+from .base import Method, check_same_predictions, known_anchors, link
 
 
 class LD(Method):
@@ -29,6 +29,7 @@ class LD(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 0.25, T: Temperature = 10.0,
                  class_reduction: Literal["mean", "sum"] = "mean", vlr_weight: NonNegative = 0.0,
@@ -47,19 +48,22 @@ class LD(Method):
         own = head.comparable_boxes(student.outputs, assignment.priors)
         other = head.comparable_boxes(teacher.outputs, assignment.priors)
         weight = at_least_float32(student.outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
+        weight = known_anchors(weight, assignment.labels, teacher.head)
         losses = {"loss_ld": self.main(own, other, weight.unsqueeze(-1), avg_factor=4.0)}
         if self.vlr is not None:
-            losses["loss_ld_vlr"] = self.vlr(own, other, self.valuable_region(student).unsqueeze(-1), avg_factor=16.0)
+            near = self.valuable_region(student, teacher)
+            losses["loss_ld_vlr"] = self.vlr(own, other, near.unsqueeze(-1), avg_factor=16.0)
         return losses
 
     @torch.no_grad()
-    def valuable_region(self, student: DetectorPass) -> Tensor:
+    def valuable_region(self, student: DetectorPass, teacher: DetectorPass | None = None) -> Tensor:
         """IoU (N, P) of almost positive anchors with their box; zero for all other anchors (algorithm 1).
 
         Their DIoU with the box is below the threshold for positives, but at least `vlr_gamma` times this threshold. The
         paper's DIoU is the IoU minus `center_distance`. The authors' code, from which the published figures come,
         divides the intersection by the area of the anchor there. So a small anchor inside a box has 1 instead of a
-        small IoU. The threshold and the returned values are IoUs in both.
+        small IoU. The threshold and the returned values are IoUs in both. Boxes of classes that the teacher does not
+        know have no such region.
         """
         priors = student.assignment.priors
         truth = pad_targets(student.targets, priors.boxes.dtype, priors.boxes.device)
@@ -71,7 +75,8 @@ class LD(Method):
             overlap = pairwise_overlap(priors.boxes, truth.boxes, "iof").transpose(-1, -2)
         diou = overlap - center_distance(truth.boxes, priors.boxes)
         near = (diou < threshold) & (diou >= self.vlr_gamma * threshold)
-        return (iou * (near & truth.real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
+        real = truth.real if teacher is None else known_anchors(truth.real, truth.labels, teacher.head)
+        return (iou * (near & real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         return [link("box distributions of positives", student.outputs.box, "box distributions", teacher.outputs.box)]

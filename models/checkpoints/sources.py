@@ -37,7 +37,8 @@ def local_path(source: str | os.PathLike) -> str:
     Downloads come over https; http is for servers on this machine only. Besides URLs it knows these names:
     - `zoo:gfl_r101_2x` and the other published detectors of `zoo.ZOO`;
     - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
-      configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
+      configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`, and
+      detectors such as `fasterrcnn_resnet50_fpn_v2`);
       `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
     - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
     - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
@@ -53,7 +54,7 @@ def local_path(source: str | os.PathLike) -> str:
     if scheme.lower() in ("http", "https"):
         return _download(source)
     if scheme == "torchvision":
-        return _download(_torchvision_url(name))
+        return _download(torchvision_url(name))
     if scheme == "detectron2":
         return _download(_DETECTRON2 + name)
     if scheme == "open-mmlab":
@@ -77,14 +78,16 @@ def check_file(source: str | os.PathLike) -> None:
         raise CheckpointError(f"no such checkpoint file: {source}")
 
 
-def _torchvision_url(name: str) -> str:
+def torchvision_url(name: str) -> str:
+    """The address of torchvision's weights `MODEL` or `MODEL/VERSION`, of a classification model or a detector."""
     import torchvision  # here, because a local file does not need its models
 
     model, _, version = name.partition("/")
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = [each for module in (torchvision.models, torchvision.models.detection)
+             for each in torchvision.models.list_models(module=module)]
     if model not in known:
         near = get_close_matches(model, known, 1) or known
-        raise CheckpointError(f"torchvision has no classification model {one_line(model, 60)!r}; known: "
+        raise CheckpointError(f"torchvision has no classification model or detector {one_line(model, 60)!r}; known: "
                               f"{', '.join(near)}")
     versions = torchvision.models.get_model_weights(model).__members__  # DEFAULT is among them, as an alias
     version = version or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in versions else "DEFAULT")
