@@ -108,7 +108,7 @@ class TeacherConfig:
     def source(self) -> str | None:
         """The path or address of its weights."""
         if self.torchvision is not None and self.checkpoint == "DEFAULT":
-            return f"torchvision://{self.torchvision}/DEFAULT"
+            return f"torchvision-detector://{self.torchvision}/DEFAULT"
         return self.checkpoint
 
 

@@ -104,8 +104,10 @@ def torchvision_features(name: str, checkpoint: str | None, key: str) -> tuple[F
     """
     check_torchvision(name, key)
     detector = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-    published = torchvision_url(f"{name}/COCO_V1")
-    if name in WITHOUT_EPS and checkpoint and os.path.basename(checkpoint) in ("COCO_V1", os.path.basename(published)):
+    scheme, _, rest = (checkpoint or "").partition("://")
+    address = torchvision_url(rest, detector=True) if scheme == "torchvision-detector" else checkpoint or ""
+    published = torchvision_url(f"{name}/COCO_V1", detector=True)
+    if name in WITHOUT_EPS and os.path.basename(address) == os.path.basename(published):
         for module in detector.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 0.0
