@@ -48,7 +48,7 @@ class DetectorPass:
     images: Tensor                # (N, 3, H, W), normalised for this detector
     targets: list[dict]
     features: list[Tensor]        # neck outputs (N, C, H_l, W_l), finest first
-    outputs: HeadOutputs | None   # None if no method needs this detector's head
+    outputs: HeadOutputs | None   # None if no method needs this detector's head, or if it has none
     assignment: Assignment | None  # what every anchor learns; None if targets are not assigned
     modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the requested modules, by name
 
@@ -74,14 +74,15 @@ class DetectorPass:
 class Detector(nn.Module):
     """Backbone, optional neck, dense head and pixel statistics.
 
-    `forward` gives losses in training and detections in evaluation; `loss` and `predict` do the same by name.
+    `forward` gives losses in training and detections in evaluation; `loss` and `predict` do the same by name. A teacher
+    may have no head (`bbox_head` is None): it gives feature maps only, by `run` and `extract_features`.
     """
 
     precision: Precision | None = None  # of its convolutions; None: that of the surrounding code
     sharded: bool = False               # whether its weights are spread over processes; they stay where they are
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead, preprocess: Preprocess,
-                 test: TestConfig):
+    def __init__(self, backbone: nn.Module, neck: nn.Module | None, head: DenseHead | None,
+                 preprocess: Preprocess, test: TestConfig):
         super().__init__()
         self.preprocess, self.backbone, self.neck, self.bbox_head, self.test = preprocess, backbone, neck, head, test
 
@@ -89,6 +90,12 @@ class Detector(nn.Module):
     def feature_channels(self) -> list[int]:
         """Channels of each of `extract_features`' maps."""
         return (self.backbone if self.neck is None else self.neck).out_channels
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels per cell of each of `extract_features`' maps."""
+        strides = self.backbone.out_strides
+        return strides if self.neck is None else self.neck.out_strides(strides)
 
     def autocast(self) -> AbstractContextManager:
         """A context in which this detector's own precision holds."""
@@ -110,12 +117,12 @@ class Detector(nn.Module):
         Args:
             cuts: tower layers whose features are kept, see `DenseHead.run_from`.
             modules: names of submodules whose outputs are kept.
-            with_head: run the head too.
+            with_head: run the head too, if there is one.
             assign: assign the targets to the anchors too, which losses need.
         """
         with self.autocast(), self._watch(modules) as seen:
             features = self.extract_features(images)
-            outputs = self.bbox_head(features, cuts) if with_head else None
+            outputs = self.bbox_head(features, cuts) if with_head and self.bbox_head is not None else None
         assignment = self.bbox_head.assign(outputs, targets) if assign else None
         return DetectorPass(self, images, targets, features, outputs, assignment, seen)
 

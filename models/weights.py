@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data.errors import one_line
 
-from .checkpoints.formats import Checkpoint, Weights, parse_checkpoint
+from .checkpoints.formats import Checkpoint, Weights, foreign, parse_checkpoint
 from .checkpoints.reader import read_checkpoint
 from .checkpoints.sources import is_address, local_path
 from .checkpoints.unpickler import CheckpointError
@@ -61,7 +61,7 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: str | None = None,
-                 allow_missing: str | Iterable[str] = ()) -> LoadReport:
+                 allow_missing: str | Iterable[str] = (), names: Callable[[str], str] | None = None) -> LoadReport:
     """Copies the weights of a checkpoint into `model`, in the model's own precision; logs and returns a report.
 
     Args:
@@ -70,13 +70,15 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping, part: st
         part: `student` or `teacher` of an FGD checkpoint.
         allow_missing: patterns (as in fnmatch) for names of the model that may be missing from the file, or have
             another shape there.
+        names: for a model that is not of this project: translates the names in the file to the model's; the file's
+            format is then not looked for.
 
     The format is detected automatically. A backbone's file fills the backbone of a detector; the rest of it is then
     missing. Raises `CheckpointError`, in one line and before the model is changed, if the file cannot be read, if
     it asks for anything that weights do not need, or if a parameter or running statistic of the model is missing or has
     another shape and no pattern covers it.
     """
-    label, checkpoint = open_checkpoint(source, part)
+    label, checkpoint = open_checkpoint(source, part, names=names)
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     weights = align(checkpoint.weights, wanted)
     report = _compare(checkpoint.format, label, weights, wanted)
@@ -115,9 +117,10 @@ def check_finite(label: str, weights: Weights, names: Iterable[str]) -> None:
 
 
 def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None,
-                    preferred: str | None = None) -> tuple[str, Checkpoint]:
-    """A label for messages, and the checkpoint behind `source` with its weights under our names. Errors as in
-    `load_weights`; `preferred` is the part of a file that has two if `part` chooses none."""
+                    preferred: str | None = None, names: Callable[[str], str] | None = None
+                    ) -> tuple[str, Checkpoint]:
+    """A label for messages, and the checkpoint behind `source` with its weights under our names. Errors and `names` are
+    as in `load_weights`; `preferred` is the part of a file that has two if `part` chooses none."""
     if isinstance(source, Mapping):
         label, content = "(given as a dict)", dict(source)
     else:
@@ -131,7 +134,7 @@ def open_checkpoint(source: str | os.PathLike | Mapping, part: str | None = None
             text = f"{error}; it was downloaded from {label}: delete the file to download it again"
             raise CheckpointError(text) from None
     try:
-        return label, parse_checkpoint(content, part, preferred)
+        return label, parse_checkpoint(content, part, preferred) if names is None else foreign(content, names)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {label}: {error}") from None
 
@@ -147,6 +150,9 @@ def align(weights: Weights, wanted: Mapping[str, Tensor]) -> Weights:
 
     candidates = [weights, renamed(lambda name: f"backbone.{name}")]
     candidates += [renamed(lambda name, prefix=prefix: name.removeprefix(prefix)) for prefix in _SUBMODULES]
+    first = {name.partition(".")[0] for name in wanted}
+    if len(first) == 1:  # a model in a wrapper, whose name the reader takes away
+        candidates.append(renamed(lambda name: f"{next(iter(first))}.{name}"))
     return max(candidates, key=matches)  # the first of equals: the names as they are
 
 

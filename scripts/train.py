@@ -15,12 +15,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true",
                         help="show what would be trained and distilled, take two steps, write nothing, and exit")
     parser.add_argument("--replay", type=Path, metavar="FILE",
-                        help="repeat a step whose loss was not finite and show where it broke; needs no --cfg")
+                        help="repeat a step whose loss was not finite and show where it broke; needs --cfg only for "
+                             "a teacher with a factory")
     args = parser.parse_intermixed_args()
     if args.replay:
+        trusted = None if args.cfg is None else cli.load_config(args.cfg, args.overrides)
         from kd.engine.replay import replay
 
-        print(replay(args.replay, cli.choose_device(args.device)))
+        print(replay(args.replay, cli.choose_device(args.device), trusted))
         return
     if args.cfg is None:
         parser.error("--cfg is required, except with --replay")

@@ -86,16 +86,23 @@ def shrunk(model: dict) -> dict:
                     "head": model["head"] | {"feat_channels": 32, "num_classes": NUM_CLASSES}}
 
 
+def shrunk_teacher(entry: dict) -> dict:
+    """The same teacher, narrow and without weights; it knows some classes if it did, and otherwise all."""
+    assert entry["checkpoint"]
+    small = {"model": shrunk(load_config(ROOT / entry["cfg"])["model"]), "checkpoint": None}
+    if "class_map" in entry:
+        some = None in entry["class_map"]
+        assert some or len(entry["class_map"]) == 80
+        small["class_map"] = [0, None, 1] if some else list(range(NUM_CLASSES))
+    return entry | small | {"cfg": None}
+
+
 def built(cfg: dict) -> Distiller | Detector:
     """The detector or distiller of a configuration, shrunk and without weights."""
     cfg["model"] = shrunk(cfg["model"])
     if cfg.get("distill"):
-        teacher = cfg["distill"]["teacher"]
-        assert teacher["checkpoint"]
-        cfg["distill"]["teacher"] = {"model": shrunk(load_config(ROOT / teacher["cfg"])["model"]), "checkpoint": None}
-        if "class_map" in teacher:
-            assert len(teacher["class_map"]) == 80
-            cfg["distill"]["teacher"]["class_map"] = list(range(NUM_CLASSES))
+        said = cfg["distill"]["teacher"]
+        cfg["distill"]["teacher"] = [shrunk_teacher(entry) for entry in (said if isinstance(said, list) else [said])]
     return (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).train()
 
 

@@ -90,7 +90,8 @@ def small_distiller(*methods: dict, head: str = "GFLHead", teacher: dict | list 
     model = build_distiller({"model": small_config(head, **(student or {})),
                              "distill": {"teacher": teacher, "methods": list(methods), **distill}})
     for i, detector in enumerate([model.student, *model.teachers]):
-        enliven(detector, seed + i)
+        if detector.bbox_head is not None:
+            enliven(detector, seed + i)
     return model.to(dtype).train()
 
 

@@ -20,11 +20,13 @@ METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_
 
 def expected_losses(cfg: dict) -> set[str]:
     expected = {"loss_cls", "loss_bbox"} | HEAD_LOSSES[cfg["model"]["head"]["type"]]
-    for method in cfg.get("distill", {}).get("methods", []):
-        expected |= METHOD_LOSSES[method["type"]]
-        expected |= {"loss_center_kd"} & method.keys()
-        expected |= {"loss_kd", "loss_kd_vlr"} & method.keys() if method["type"] == "LD" else set()
-        expected |= {"loss_ld_vlr"} if method.get("vlr_weight") else set()
+    distill = cfg.get("distill", {"teacher": {}, "methods": []})
+    several = [teacher["name"] for teacher in distill["teacher"]] if isinstance(distill["teacher"], list) else []
+    for i, method in enumerate(distill["methods"]):
+        found = METHOD_LOSSES[method["type"]] | ({"loss_center_kd"} & method.keys())
+        found |= {"loss_kd", "loss_kd_vlr"} & method.keys() if method["type"] == "LD" else set()
+        found |= {"loss_ld_vlr"} if method.get("vlr_weight") else set()
+        expected |= {f"{loss}/{name}/{method['type']}{i}" for name in several for loss in found} if several else found
     return expected
 
 
@@ -33,10 +35,10 @@ def test_config(path):
     cfg = load_config(path)
     if cfg["model"]["backbone"]["type"] == "TimmBackbone":
         pytest.importorskip("timm", reason="needs the extra timm")
-    model = built(cfg)
+    expected, model = expected_losses(cfg), built(cfg)
     images, targets = make_batch(dtype=torch.float32)
     losses = model.loss(images, targets)
-    assert set(losses) == expected_losses(cfg)
+    assert set(losses) == expected
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

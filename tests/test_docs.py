@@ -1,6 +1,7 @@
 """What the pages of docs/ show runs as it stands there, and what pages name exists."""
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,3 +287,15 @@ def test_a_teacher_with_more_classes(monkeypatch):
         head={"num_classes": load_config(ROOT / entry.cfg).model.head["num_classes"]}), "model"))
     distiller = kd.build_distiller({"model": model, "distill": section})
     assert distiller.teacher.bbox_head.num_classes == 2
+
+
+def test_a_network_of_ones_own_teaches(tmp_path, monkeypatch):
+    (tmp_path / "my_teacher.py").write_text(blocks("teachers.md", "python")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    several, published, own = (parse_yaml(block, "page")["distill"] for block in blocks("teachers.md", "yaml")[1:])
+    assert several["teacher"] == load_config(ROOT / "configs/demo/crosskd_specialists.yaml")["distill"]["teacher"]
+    assert published["teacher"]["checkpoint"] == "DEFAULT"
+    torch.save(run((tmp_path / "my_teacher.py").read_text())["build"](64).state_dict(), tmp_path / "my_teacher.pth")
+    distiller = kd.build_distiller({"model": small_config(), "distill": own}).train()
+    assert distiller.teacher.strides == [8, 16, 32, 64] and distiller.loss(*make_batch(dtype=torch.float32))["loss_fgd"]

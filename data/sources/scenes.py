@@ -5,6 +5,7 @@ them within minutes: a few opaque shapes lie on a pale background, in all of COC
 border or covered by others, among thin lines of no class. The shape alone says the class: any may have any colour.
 """
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ JPEG_QUALITY = 92
 
 
 def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tuple[int, int] = (160, 160),
-                    seed: int = 0) -> Path:
+                    seed: int = 0, classes: Sequence[str] = CLASSES) -> Path:
     """Write a data set of rendered scenes: `root/{train,val}/*.jpg` and `root/annotations/{train,val}.json`.
 
     The same arguments give the same bytes, and an image depends only on the seed, its split, its number and the size.
@@ -41,6 +42,7 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
         train, val: number of images per split.
         size: (h, w) of the images in pixels.
         seed: of everything drawn.
+        classes: shapes that have boxes; the others are drawn, too, but are background.
     Returns: `root`.
     """
     root = Path(root)
@@ -52,10 +54,12 @@ def generate_scenes(root: str | Path, train: int = 400, val: int = 100, size: tu
             write_picture(root / split / name, torch.from_numpy(image), JPEG_QUALITY)
             images.append({"id": number + 1, "file_name": name, "width": size[1], "height": size[0]})
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
+                if CLASSES[label] not in classes:
+                    continue
                 w, h = x2 - x1, y2 - y1
                 annotations.append({"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1,
                                     "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
-        categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+        categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES) if name in classes]
         content = {"images": images, "annotations": annotations, "categories": categories}
         write_text(root / "annotations" / f"{split}.json", json.dumps(content))
     return root

@@ -59,6 +59,10 @@ RULES: dict[str, Rule] = {
     "distill.teacher.checkpoint": WARN,     # files may have moved
     "distill.teacher.cfg": WARN,
     "distill.teacher.model.*": WARN,        # adapters that do not fit are refused
+    "distill.teacher.torchvision": WARN,
+    "distill.teacher.factory": WARN,
+    "distill.teacher.arguments.*": WARN,
+    "distill.teacher.preprocess.*": WARN,
     "distill.teacher.part": WARN,
     "distill.teacher.name": WARN,
     "distill.teacher.weight": WARN,

@@ -1,10 +1,13 @@
 """The sections of a configuration that kd defines itself."""
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from data.errors import shown
 from data.ranges import Count, Few, NonNegative, Number, Positive, Seed, Share, Some
-from models import ModelConfig, Precision
+from models import ConfigError, ModelConfig, Precision
 from models.build import OneOf
+from models.preprocess import Preprocess
 
 from ..methods import METHODS
 from ..methods.base import MethodOptions
@@ -58,17 +61,55 @@ class EvalConfig:
 
 @dataclass
 class TeacherConfig:
-    """A teacher: its model, from a configuration file or given here, and its weights."""
+    """A teacher and its weights: a detector from a configuration file or given here, or a network of another project
+    that gives feature maps only.
+    """
 
     checkpoint: str | None     # path or URL; null only for an untrained teacher
     cfg: str | None = None     # a configuration file with the teacher's `model` section
     model: ModelConfig | None = None
+    torchvision: str | None = None  # a detector of torchvision with an FPN; methods on feature maps can use it
+    factory: str | None = None  # module:function, whose code runs; the network it returns gives feature maps
+    arguments: dict | None = None  # of the factory
+    preprocess: Preprocess | None = None  # pixel statistics of torchvision or factory; null: the network's own
     part: Literal["student", "teacher"] | None = None  # which model of an FGD checkpoint
     name: str | None = None    # distinguishes its losses from those of other teachers
     weight: NonNegative = 1.0  # multiplies the losses of all methods with this teacher
-    class_map: Some[Number] | None = None  # for each class of the student, the teacher's; null: the same
+    class_map: Some[Number | None] | None = None  # for each class of the student, the teacher's, or null if it has none
     precision: Precision | None = None  # of its convolutions; null: as the student's
     shard: bool = False        # for a teacher too large for one device: training spreads its weights over the processes
+
+    def __post_init__(self):
+        if self.class_map is not None and not any(k is not None for k in self.class_map):
+            raise ConfigError("class_map", "is null for every class: name those that the teacher knows")
+        if self.arguments is not None and self.factory is None:
+            raise ConfigError("arguments", "are those of factory, which is missing")
+        if not self.features_only:
+            if self.preprocess is not None:
+                raise ConfigError("preprocess", "is for torchvision or factory; the model section of another teacher "
+                                                "has its own")
+            return
+        key = "torchvision" if self.factory is None else "factory"
+        if sum(value is not None for value in (self.cfg, self.model, self.torchvision, self.factory)) > 1:
+            raise ConfigError(key, "describes the teacher, and so do others of cfg, model, torchvision and factory: "
+                                   "keep one")
+        for name in ("class_map", "part"):
+            if getattr(self, name) is not None:
+                raise ConfigError(name, f"makes no sense with {key}, which gives feature maps only: remove it")
+        if self.factory is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.factory):
+            raise ConfigError("factory", f"must be module:function, not {shown(self.factory)}")
+
+    @property
+    def features_only(self) -> bool:
+        """Whether this teacher gives feature maps and no predictions."""
+        return self.torchvision is not None or self.factory is not None
+
+    @property
+    def source(self) -> str | None:
+        """The path or address of its weights."""
+        if self.torchvision is not None and self.checkpoint == "DEFAULT":
+            return f"torchvision-detector://{self.torchvision}/DEFAULT"
+        return self.checkpoint
 
 
 @dataclass

@@ -9,6 +9,7 @@ from data.errors import counted, listed
 
 from ..config import Config, parse_config
 from ..exceptions import TrainingError
+from ..inference.detectors import knowledge
 from ..inference.precision import autocast
 from ..processes import distributed
 from ..processes.memory import in_gib, peak_memory
@@ -72,6 +73,7 @@ def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> lis
             for method, name, factor in entries:
                 weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
                 times = f"times {factor:g}" if name not in measured else f"a share of {factor:g} of the gradient"
-                lines.append(f"{name} ({type(method).__name__}) from teacher {i}: {times} now; {weights}")
+                knows = knowledge(teacher.detector, run.train_loader.dataset.classes)
+                lines.append(f"{name} ({type(method).__name__}) from teacher {i}{knows}: {times} now; {weights}")
                 lines += [f"  {line}" for line in method.links(student, teacher)]
     return lines

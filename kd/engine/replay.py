@@ -8,7 +8,7 @@ from data.ranges import Count, Number
 from models.weights import CheckpointError
 
 from ..build import build_model
-from ..config import parse_config
+from ..config import Config, parse_config
 from ..distiller import Distiller
 from ..processes import distributed
 from ..work_dir.checkpoint import WEIGHTS, check_entries, read_plain, write_whole
@@ -31,18 +31,26 @@ def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, lis
                        "gradient_shares": shares})
 
 
-def replay(path: Path, device: torch.device) -> str:
+def replay(path: Path, device: torch.device, trusted: Config | None = None) -> str:
     """Repeat the step in a file from `save_replay`, without an optimiser.
 
+    Args:
+        trusted: a configuration of the user; only its teachers may be made by a `factory`, because the file may be from
+            somebody else, and a factory runs code.
     Returns:
         Text for people: all losses, the first modules with outputs that are not finite, and parameters whose gradients
         are not finite.
     Raises:
-        CheckpointError: the file does not exist, or is not a replay file.
+        CheckpointError: the file does not exist, or is not a replay file, or wants to run code that is not `trusted`.
     """
     state = read_plain(path, FORMAT, "file", "a replay file, which a run writes when a loss is not finite")
     check_entries(state, STATE | {key: WEIGHTS for key in ("gradient_shares",) if key in state}, f"file {path}")
     cfg = parse_config(state["config"])
+    calls = [(entry.factory, entry.arguments) for entry in cfg.teachers if entry.factory is not None]
+    allowed = [] if trusted is None else [(entry.factory, entry.arguments) for entry in trusted.teachers]
+    if any(call not in allowed for call in calls):
+        raise CheckpointError(f"file {path} calls {calls[0][0]}, which runs code: give your configuration with this "
+                              "factory and the same arguments, too (--cfg)")
     model = build_model(cfg, pretrained=False).to(device).train()
     student = model.student if isinstance(model, Distiller) else model
     try:

@@ -22,7 +22,7 @@ from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
-from ..inference.detectors import by_name, said, with_classes
+from ..inference.detectors import TEACHERS_MAP, by_name, knowledge, said, with_classes
 from ..inference.precision import memory_format
 from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
@@ -144,9 +144,11 @@ def check_teachers_classes(cfg: Config, classes: list[str]) -> None:
     """
     for entry in cfg.teachers:
         path = entry.checkpoint
-        if (entry.class_map is None and path is not None and (is_address(path) or Path(path).is_file())
+        if entry.features_only or entry.class_map is not None or path is None:
+            continue
+        if ((is_address(path) or Path(path).is_file())
                 and teacher_model(entry).head.get("num_classes") in (None, len(classes))):
-            key = "distill.teacher.class_map"
+            key = TEACHERS_MAP
             names, class_map = by_name(path, entry.part, classes, key)
             if class_map is not None:
                 raise ConfigError(key, f"missing: {path} has {said(names)}, and the data {said(classes)}: say "
@@ -242,7 +244,8 @@ def describe_run(run: Run) -> str:
     if run.distiller:
         for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
             names = ", ".join(type(method).__name__ for method in methods)
-            lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}")
+            lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}"
+                         f"{knowledge(teacher, data.classes)}")
     found = set(np.concatenate(data.labels).tolist())
     if absent := [name for label, name in enumerate(data.classes) if label not in found]:
         lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")

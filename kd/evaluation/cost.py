@@ -21,14 +21,15 @@ PARTS = ("backbone", "neck", "bbox_head")
 
 
 class Maps(nn.Module):
-    """A detector up to its head's outputs."""
+    """A detector up to its head's outputs, or to its feature maps if it has no head."""
 
     def __init__(self, detector: Detector):
         super().__init__()
         self.detector = detector
 
-    def forward(self, images: Tensor) -> HeadOutputs:
-        return self.detector.bbox_head(self.detector.extract_features(images))
+    def forward(self, images: Tensor) -> HeadOutputs | list[Tensor]:
+        features, head = self.detector.extract_features(images), self.detector.bbox_head
+        return features if head is None else head(features)
 
 
 @dataclass
@@ -111,7 +112,7 @@ def run_counted(detector: Detector, size: tuple[int, int]) -> tuple[list[tuple[i
         for hook in hooks:
             hook.remove()
     counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    return outputs.sizes, counts
+    return [tuple(x.shape[-2:]) for x in outputs] if detector.bbox_head is None else outputs.sizes, counts
 
 
 def flops_of(counts: dict[str, int], module: nn.Module, name: str) -> int:
@@ -177,6 +178,8 @@ def blank(detector: Detector, size: tuple[int, int]) -> Tensor:
 def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
     """Stride, map and anchors of every level."""
     head, found = detector.bbox_head, []
+    if head is None:
+        return [Level(stride, size, "features only") for stride, size in zip(detector.strides, sizes, strict=True)]
     ranges = getattr(head.assigner, "regress_ranges", None)
     for i, (stride, size) in enumerate(zip(head.prior_generator.strides, sizes, strict=True)):
         if ranges is not None:
@@ -197,10 +200,18 @@ def levels(detector: Detector, sizes: list[tuple[int, int]]) -> list[Level]:
 
 
 def brief(detector: Detector, size: tuple[int, int]) -> str:
-    """The cost in one line; only the parameters for a sharded detector, which cannot run without numbers."""
+    """The cost in one line; only the parameters for a sharded detector, which cannot run without numbers.
+
+    The code of a teacher from a user's factory may not run without numbers, either.
+    """
     if detector.sharded:
         return f"{count_parameters(detector) / 1e6:.2f} M parameters in shards"
-    flops, activations = measure(detector, size)
+    try:
+        flops, activations = measure(detector, size)
+    except Exception as error:
+        if detector.bbox_head is not None:
+            raise
+        return f"{count_parameters(detector) / 1e6:.2f} M parameters, GFLOPs unknown ({type(error).__name__})"
     line = f"{count_parameters(detector) / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOPs"
     return line if activations is None else f"{line} and {mebibytes(activations)} of activations"
 

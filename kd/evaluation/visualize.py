@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data import CocoDataset, build_dataset, collate
+from data.errors import counted
 from data.images import read_image, write_picture
 from data.inputs.files import make_sample
 from models import ConfigError, DenseHead, HeadOutputs
@@ -16,7 +17,7 @@ from models.weights import CheckpointError, load_weights
 from ..build import build_distiller
 from ..config import Config
 from ..distiller import Distiller, Passes
-from ..inference.detectors import with_classes
+from ..inference.detectors import knowledge, with_classes
 from ..inference.draw import WIDTH, captioned, draw_boxes, mosaic
 from ..methods.base import BarChart, HeatMap
 from ..work_dir.checkpoint import read_checkpoint
@@ -83,10 +84,11 @@ def visualize(cfg: Config, checkpoint: str, out: Path, device: torch.device, ima
         for kind, picture in pictures.items():
             files.append(out / f"{name}_{kind}.png")
             write_picture(files[-1], picture)
+    notes = notes_on_teachers(model, dataset.classes)
     if not trained and any(m.crosses_heads and has_weights(m) for of_teacher in model.methods for m in of_teacher):
-        return files, [f"no cross-head predictions: {checkpoint} does not hold the trained convolutions that bring the "
-                       "student's towers to the teacher's width; a checkpoint of the distilling run does"]
-    return files, []
+        notes.append(f"no cross-head predictions: {checkpoint} does not hold the trained convolutions that bring the "
+                     "student's towers to the teacher's width; a checkpoint of the distilling run does")
+    return files, notes
 
 
 def load_methods(model: Distiller, checkpoint: str) -> bool:
@@ -118,10 +120,31 @@ def run_all(model: Distiller, image: Tensor, target: dict, device: torch.device)
     return model.passes(batch, targets, model.whole_plan(), with_heads=True, assign=False)
 
 
+def teacher_names(count: int) -> list[str]:
+    return ["teacher"] if count == 1 else [f"teacher {i}" for i in range(count)]
+
+
+def share_of_classes(head: DenseHead) -> str:
+    """What a title says about a teacher that knows only some classes."""
+    return "" if head.known is None else f" ({len(head.known.numbers)} of {counted(head.num_classes, 'class')})"
+
+
+def notes_on_teachers(model: Distiller, classes: Sequence[str]) -> list[str]:
+    """Lines for what the pictures do not show because teachers do not give it."""
+    lines = []
+    for name, teacher in zip(teacher_names(len(model.teachers)), model.teachers):
+        if teacher.bbox_head is None:
+            lines.append(f"no detections and scores of {name}: it gives feature maps only")
+        elif teacher.bbox_head.known is not None:
+            lines.append(f"no other detections of {name}{knowledge(teacher, classes)}")
+    return lines
+
+
 def views_of(passes: Passes, trained: bool) -> list[View]:
-    """The views of teachers and student, and of the teachers' heads on the student's features."""
-    names = ["teacher"] if len(passes.teachers) == 1 else [f"teacher {i}" for i in range(len(passes.teachers))]
-    views = [View(name, seen.head, seen.outputs, seen.detector.test) for name, seen in zip(names, passes.teachers)]
+    """The views of teachers with a head and of the student, and of the teachers' heads on the student's features."""
+    names = teacher_names(len(passes.teachers))
+    views = [View(name + share_of_classes(seen.head), seen.head, seen.outputs, seen.detector.test)
+             for name, seen in zip(names, passes.teachers) if seen.head is not None]
     student = passes.student
     views.append(View("student", student.head, student.outputs, student.detector.test))
     for name, seen, (_, entries) in zip(names, passes.teachers, passes.plan):

@@ -116,7 +116,7 @@ def is_teacher(config: Config, teacher: Path) -> bool:
 
 def check_teachers(config: Config, cfg: Path) -> None:
     for entry in config.teachers:
-        checkpoint = entry.checkpoint
+        checkpoint = entry.source
         if checkpoint is not None and not is_address(checkpoint) and not Path(checkpoint).is_file():
             raise ConfigError("distill.teacher.checkpoint", f"{checkpoint} does not exist ({cfg}): train it first, or "
                                                             "give its configuration with --teacher")

@@ -1,5 +1,6 @@
 """Detectors with their weights and the names of their classes."""
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from models.weights import CheckpointError, load_weights, open_checkpoint
 
 from ..config import Config, load_config, override_config, parse_config
 from .precision import memory_format
+
+TEACHERS_MAP = "distill.teacher.class_map"
 
 log = logging.getLogger("densekd")
 
@@ -163,13 +166,25 @@ def by_name(checkpoint: str | Path, part: str | None, classes: Sequence[str], ke
         return names, None
     if set(classes) <= set(names) and len(set(names)) == len(names):
         return names, [names.index(name) for name in classes]
-    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: train it on the "
-                           f"data's classes, or say with {key} which of its classes stands for each of the data's")
+    advice = f"train it on the data's classes, or say with {key} which of its classes stands for each of the data's"
+    if key == TEACHERS_MAP and set(classes) & set(names):
+        found = [names.index(name) if names.count(name) == 1 else None for name in classes]
+        advice += f"; {key}={json.dumps(found, separators=(',', ':'))} lets it teach only the classes that it knows"
+    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: {advice}")
 
 
 def said(classes: Sequence[str]) -> str:
     """`2 classes (cat, dog)`, without the last names of a long list."""
     return f"{counted(len(classes), 'class')} ({listed(classes, ', ')})"
+
+
+def knowledge(detector: Detector, classes: Sequence[str]) -> str:
+    """What to say after a teacher that does not know all of these classes; otherwise nothing."""
+    known = None if detector.bbox_head is None else detector.bbox_head.known
+    if known is None:
+        return ""
+    names = listed([classes[k] for k in known.numbers], ", ")
+    return f", which knows {len(known.numbers)} of {counted(len(classes), 'class')} ({names})"
 
 
 def annotated_classes(cfg: Config) -> Classes | None:

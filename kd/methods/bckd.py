@@ -8,7 +8,14 @@ from losses import LOSSES, at_least_float32
 from models import Detector, DetectorPass
 from models.build import OneOf, build_loss
 
-from .base import Method, check_same_predictions, levels_with_positives, to_anchors
+from .base import (
+    Method,
+    check_same_predictions,
+    compared_scores,
+    known_anchors,
+    levels_with_positives,
+    to_anchors,
+)
 
 SCORES, BOXES = ("logits of both sides",), ("boxes",)
 
@@ -30,6 +37,7 @@ class BCKD(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector,
                  loss_kd: Annotated[dict, OneOf(LOSSES, takes=SCORES)] = {
@@ -48,9 +56,9 @@ class BCKD(Method):
         if self.only_levels_with_positives:
             weight = weight * to_anchors(levels_with_positives(assignment), assignment.priors.level_sizes)
         own, other = (seen.head.boxes(seen.outputs, seen.head.priors(seen.outputs)) for seen in (student, teacher))
-        box_weight = weight * score_difference(student.outputs.cls, teacher.outputs.cls)
-        return {"loss_cls_kd": self.loss_kd(student.outputs.cls, teacher.outputs.cls, weight,
-                                            avg_factor=assignment.avg_factor),
+        own_scores, other_scores = compared_scores(student, teacher)
+        box_weight = known_anchors(weight, assignment.labels, teacher.head) * score_difference(own_scores, other_scores)
+        return {"loss_cls_kd": self.loss_kd(own_scores, other_scores, weight, avg_factor=assignment.avg_factor),
                 "loss_reg_kd": self.loss_score_kd(own, other, box_weight, avg_factor=assignment.avg_factor)}
 
 

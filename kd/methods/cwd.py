@@ -1,4 +1,6 @@
 """CWD: channel-wise knowledge distillation (Shu et al., arXiv:2011.13256), also of normalised maps."""
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -8,7 +10,7 @@ from losses import at_least_float32, channel_wise_divergence, normalised_channel
 from models import Detector, DetectorPass
 from models.build import ConfigError
 
-from .base import Method, check_same_predictions, link
+from .base import Method, check_same_predictions, known_scores, link
 
 
 class CWD(Method):
@@ -26,6 +28,8 @@ class CWD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
 
+    some_classes = True
+
     def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
                  on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,
                  student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,
@@ -42,9 +46,13 @@ class CWD(Method):
         else:
             self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)
 
+    @classmethod
+    def compares_predictions(cls, arguments: Mapping[str, object]) -> bool:
+        return arguments.get("on") == "logits"
+
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         if self.teacher_head:
-            pairs = list(zip(student.outputs.cls_maps(), teacher.outputs.cls_maps()))
+            pairs = self.score_maps(student, teacher)
         else:
             pairs = self.pairs(student, teacher)
         if self.norm:
@@ -55,6 +63,11 @@ class CWD(Method):
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         if not self.teacher_head:
             return super().links(student, teacher)
-        maps = zip(student.outputs.cls_maps(), teacher.outputs.cls_maps())
         return [link(f"class scores of level {i}", own, f"class scores of level {i}", other)
-                for i, (own, other) in enumerate(maps)]
+                for i, (own, other) in enumerate(self.score_maps(student, teacher))]
+
+    @staticmethod
+    def score_maps(student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
+        """The class scores of each level as maps (N, A*K, H, W), of the K classes that the teacher knows."""
+        return list(zip(*(replace(seen.outputs, cls=known_scores(seen.outputs.cls, teacher.head)).cls_maps()
+                          for seen in (student, teacher))))

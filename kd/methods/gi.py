@@ -10,7 +10,7 @@ from losses import at_least_float32, mean_over_processes
 from models import Detector, DetectorPass
 from models.assigners import pairwise_overlap
 
-from .base import Method, check_same_predictions, levels_with_positives
+from .base import Method, check_same_predictions, compared_scores, levels_with_positives
 
 
 class GI(Method):
@@ -32,6 +32,7 @@ class GI(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 2.0, top: Few = 10,
                  iou_threshold: Share = 0.3, only_levels_with_positives: bool = True,
@@ -61,7 +62,7 @@ class GI(Method):
             Their indices (L, top) among the level's anchors of all images, image after image; and (L, top) 1 where
             there is such an anchor, else 0.
         """
-        own, other = (at_least_float32(seen.outputs.cls).sigmoid() for seen in (student, teacher))
+        own, other = (at_least_float32(scores).sigmoid() for scores in compared_scores(student, teacher))
         score, label = (other - own).abs().max(-1)
         teacher_wins = (other - own).gather(-1, label.unsqueeze(-1)) >= 0
         own, other = (seen.head.boxes(seen.outputs, seen.head.priors(seen.outputs)) for seen in (student, teacher))

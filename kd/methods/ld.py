@@ -11,7 +11,7 @@ from models.assigners import pairwise_overlap
 from models.build import ConfigError, OneOf, build_loss
 from models.targets import pad_targets
 
-from .base import Method, check_same_predictions, level_sums, link, to_anchors
+from .base import Method, check_same_predictions, compared_scores, known_anchors, level_sums, link, to_anchors
 
 DISTRIBUTIONS = ("distributions of both sides",)
 ClassLoss = Annotated[dict, OneOf(LOSSES, takes=DISTRIBUTIONS)] | None
@@ -35,6 +35,7 @@ class LD(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 0.25, T: Temperature = 10.0,
                  class_reduction: Literal["mean", "sum"] = "mean", vlr_weight: NonNegative = 0.0,
@@ -48,9 +49,12 @@ class LD(Method):
         self.vlr_gamma, self.vlr_overlap = vlr_gamma, vlr_overlap
         self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
         self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None
+        known = teacher.bbox_head.known
+        classes = student.bbox_head.num_classes if known is None else len(known.numbers)
         for name, cfg in (("loss_kd", loss_kd), ("loss_kd_vlr", loss_kd_vlr)):
-            if cfg is not None and student.bbox_head.num_classes < 2:
-                raise ConfigError(name, "compares classes with one another, and there is only one: remove this loss")
+            if cfg is not None and classes < 2:
+                what = "there is only one" if known is None else "the teacher knows only one"
+                raise ConfigError(name, f"compares classes with one another, and {what}: remove this loss")
             setattr(self, name, None if cfg is None else build_loss(cfg, name, DISTRIBUTIONS))
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
@@ -58,12 +62,13 @@ class LD(Method):
         own = head.comparable_boxes(student.outputs, assignment.priors)
         other = head.comparable_boxes(teacher.outputs, assignment.priors)
         weight = at_least_float32(student.outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
+        weight = known_anchors(weight, assignment.labels, teacher.head)
         losses = {"loss_ld": self.main(own, other, weight.unsqueeze(-1), avg_factor=4.0)}
         if self.loss_kd is not None:
             losses["loss_kd"] = self.class_loss(self.loss_kd, student, teacher, assignment.positive)
         if self.vlr is None and self.loss_kd_vlr is None:
             return losses
-        region = self.valuable_region(student)
+        region = self.valuable_region(student, teacher)
         if self.vlr is not None:
             losses["loss_ld_vlr"] = self.vlr(own, other, region.unsqueeze(-1), avg_factor=16.0)
         if self.loss_kd_vlr is not None:
@@ -74,22 +79,26 @@ class LD(Method):
     def class_loss(loss: nn.Module, student: DetectorPass, teacher: DetectorPass, chosen: Tensor) -> Tensor:
         """Loss between softmaxes over the classes: the mean over the chosen anchors of each level, summed over levels.
 
+        If the teacher knows only some classes, the softmaxes are over these, and anchors of other classes have no loss.
+
         Args:
             chosen: (N, P), 1 for the anchors that count and 0 for the others.
         """
         sizes = student.assignment.priors.level_sizes
         number = mean_over_processes(level_sums(chosen, sizes), least=1)
         weight = chosen * student.assignment.label_weights / to_anchors(number, sizes)
-        return loss(student.outputs.cls, teacher.outputs.cls, weight, reduction="sum")
+        weight = known_anchors(weight, student.assignment.labels, teacher.head)
+        return loss(*compared_scores(student, teacher), weight, reduction="sum")
 
     @torch.no_grad()
-    def valuable_region(self, student: DetectorPass) -> Tensor:
+    def valuable_region(self, student: DetectorPass, teacher: DetectorPass | None = None) -> Tensor:
         """IoU (N, P) of almost positive anchors with their box; zero for all other anchors (algorithm 1).
 
         Their DIoU with the box is below the threshold for positives, but at least `vlr_gamma` times this threshold. The
         paper's DIoU is the IoU minus `center_distance`. The authors' code, from which the published figures come,
         divides the intersection by the area of the anchor there. So a small anchor inside a box has 1 instead of a
-        small IoU. The threshold and the returned values are IoUs in both.
+        small IoU. The threshold and the returned values are IoUs in both. Boxes of classes that the teacher does not
+        know have no such region.
         """
         priors = student.assignment.priors
         truth = pad_targets(student.targets, priors.boxes.dtype, priors.boxes.device)
@@ -101,7 +110,8 @@ class LD(Method):
             overlap = pairwise_overlap(priors.boxes, truth.boxes, "iof").transpose(-1, -2)
         diou = overlap - center_distance(truth.boxes, priors.boxes)
         near = (diou < threshold) & (diou >= self.vlr_gamma * threshold)
-        return (iou * (near & truth.real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
+        real = truth.real if teacher is None else known_anchors(truth.real, truth.labels, teacher.head)
+        return (iou * (near & real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         lines = [link("box distributions of positives", student.outputs.box, "box distributions", teacher.outputs.box)]

@@ -6,7 +6,7 @@ from losses import binary_kd_loss, dkd_loss
 from models import Detector, DetectorPass
 from models.build import ConfigError
 
-from .base import Method, check_same_predictions, link
+from .base import Method, check_same_predictions, compared_scores, known_anchors, link
 
 
 class KD(Method):
@@ -21,6 +21,7 @@ class KD(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, T: Positive = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
@@ -29,18 +30,19 @@ class KD(Method):
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         assignment = student.assignment
-        loss = binary_kd_loss(student.outputs.cls, teacher.outputs.cls, assignment.label_weights, self.T,
-                              avg_factor=assignment.avg_factor)
+        own, other = compared_scores(student, teacher)
+        loss = binary_kd_loss(own, other, assignment.label_weights, self.T, avg_factor=assignment.avg_factor)
         return {"loss_kd": self.loss_weight * loss}
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
-        return [link("class scores", student.outputs.cls, "class scores", teacher.outputs.cls)]
+        return super().links(student, teacher)[:1]
 
 
 class DKD(Method):
     """Decoupled mimicking (Zhao et al., arXiv:2203.08679, eq. 7): true class against the rest, and within the rest.
 
-    It needs a true class, so only positive anchors count. A softmax over the classes turns their logits into scores.
+    It needs a true class, so only positive anchors count. A softmax over the classes turns their logits into scores. If
+    the teacher knows only some classes, the softmax is over these, and only anchors of these classes count.
 
     Args:
         alpha, beta: weights of the true class against the rest, and of the others among themselves.
@@ -49,21 +51,27 @@ class DKD(Method):
     """
 
     teacher_head = True
+    some_classes = True
 
     def __init__(self, student: Detector, teacher: Detector, alpha: NonNegative = 1.0, beta: NonNegative = 8.0,
                  T: Positive = 4.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "DKD", boxes=False)
-        if student.bbox_head.num_classes < 2:
-            raise ConfigError("", "DKD compares classes with one another, and there is only one; use KD")
+        known = teacher.bbox_head.known
+        if student.bbox_head.num_classes < 2 or (known is not None and len(known.numbers) < 2):
+            what = "there is only one" if known is None else "the teacher knows only one"
+            raise ConfigError("", f"DKD compares classes with one another, and {what}; use KD")
         self.alpha, self.beta, self.T, self.loss_weight = alpha, beta, T, loss_weight
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
-        assignment = student.assignment
-        labels = assignment.labels.clamp(max=student.head.num_classes - 1)  # the background's weight is zero
-        loss = dkd_loss(student.outputs.cls, teacher.outputs.cls, labels, assignment.positive, self.alpha, self.beta,
-                        self.T, avg_factor=assignment.avg_factor)
+        assignment, known = student.assignment, teacher.head.known
+        own, other = compared_scores(student, teacher)
+        labels = assignment.labels if known is None else known.labels(assignment.labels)
+        labels = labels.clamp(min=0, max=own.shape[-1] - 1)  # the weight of the background and of other classes is zero
+        weight = known_anchors(assignment.positive, assignment.labels, teacher.head)
+        loss = dkd_loss(own, other, labels, weight, self.alpha, self.beta, self.T, avg_factor=assignment.avg_factor)
         return {"loss_dkd": self.loss_weight * loss}
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
-        return [link("class scores", student.outputs.cls, "class scores of positives", teacher.outputs.cls)]
+        own, other = compared_scores(student, teacher)
+        return [link("class scores", own, "class scores of positives", other)]

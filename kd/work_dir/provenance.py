@@ -19,7 +19,7 @@ def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
     Args:
         init: SHA-256 of `train.init` by path, or nothing.
     """
-    paths = [teacher.checkpoint for teacher in cfg.teachers]
+    paths = [teacher.source for teacher in cfg.teachers]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
         "commit": commit(),

@@ -53,6 +53,13 @@ def parse_checkpoint(content: Any, part: str | None = None, preferred: str | Non
     return Checkpoint(format_name, _rpn_to_bbox_head(translate(weights)), meta)
 
 
+def foreign(content: Any, names: Callable[[str], str]) -> Checkpoint:
+    """Finds the weights of a model that is not of this project; `names` translates the file's names to the model's."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__} instead of weights")
+    return Checkpoint("state-dict", _rename(find_weights(content), names))
+
+
 def _choose_part(weights: Weights, part: str | None, preferred: str | None) -> tuple[Weights, bool]:
     """The weights of one part, without its prefix, and whether the file has parts."""
     present = [name for name in _PARTS if any(key.startswith(f"{name}.") for key in weights)]

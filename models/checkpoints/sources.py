@@ -39,6 +39,7 @@ def local_path(source: str | os.PathLike) -> str:
     - `torchvision://resnet50`, or any other classification model there: its `IMAGENET1K_V1` weights, as in mmdet's
       configurations, and torchvision's default ones where it has no such version (`regnet_y_128gf`, `vit_h_14`);
       `torchvision://resnet50/IMAGENET1K_V2` and `torchvision://resnet50/DEFAULT` say which;
+    - `torchvision-detector://fasterrcnn_resnet50_fpn_v2`, with or without a version, for its detectors;
     - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
     - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
     Raises `CheckpointError` for an unknown name, a plain http address, and if the download fails or does not have the
@@ -52,8 +53,8 @@ def local_path(source: str | os.PathLike) -> str:
         return os.path.expanduser(source)
     if scheme.lower() in ("http", "https"):
         return _download(source)
-    if scheme == "torchvision":
-        return _download(_torchvision_url(name))
+    if scheme in ("torchvision", "torchvision-detector"):
+        return _download(torchvision_url(name, detector=scheme == "torchvision-detector"))
     if scheme == "detectron2":
         return _download(_DETECTRON2 + name)
     if scheme == "open-mmlab":
@@ -77,15 +78,17 @@ def check_file(source: str | os.PathLike) -> None:
         raise CheckpointError(f"no such checkpoint file: {source}")
 
 
-def _torchvision_url(name: str) -> str:
+def torchvision_url(name: str, detector: bool = False) -> str:
+    """The address of torchvision's weights `MODEL` or `MODEL/VERSION`, of a classification model or of a detector."""
     import torchvision  # here, because a local file does not need its models
 
     model, _, version = name.partition("/")
-    known = torchvision.models.list_models(module=torchvision.models)
+    module = torchvision.models.detection if detector else torchvision.models
+    known = torchvision.models.list_models(module=module)
     if model not in known:
         near = get_close_matches(model, known, 1) or known
-        raise CheckpointError(f"torchvision has no classification model {one_line(model, 60)!r}; known: "
-                              f"{', '.join(near)}")
+        raise CheckpointError(f"torchvision has no {'detector' if detector else 'classification model'} "
+                              f"{one_line(model, 60)!r}; known: {', '.join(near)}")
     versions = torchvision.models.get_model_weights(model).__members__  # DEFAULT is among them, as an alias
     version = version or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in versions else "DEFAULT")
     if version not in versions:

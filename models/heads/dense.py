@@ -1,4 +1,5 @@
 """The base of all dense heads: two towers of convolutions, the assignment, and what distillation needs from a head."""
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -6,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from data.errors import one_line
 from data.ranges import Count, FewOrNone, OrMinusOne
 from losses import LOSSES, mean_over_processes
 
@@ -15,6 +17,7 @@ from ..build import ConfigError, OneOf, build
 from ..coders import CODERS
 from ..layers import ConvModule, NormCfg, normal_init
 from ..targets import Assignment, pad_targets
+from .known import UNKNOWN_LOGIT, KnownClasses
 
 Maps = Sequence[Tensor]
 # The types of a head's parts; its other parts are losses.
@@ -79,6 +82,7 @@ class DenseHead(nn.Module):
                  allowed_border: OrMinusOne = -1, restrict_to_pad: bool = True):
         super().__init__()
         self.num_classes, self.stacked_convs = num_classes, stacked_convs
+        self.known: KnownClasses | None = None  # None: it knows all classes
         self.pos_weight, self.allowed_border, self.restrict_to_pad = pos_weight, allowed_border, restrict_to_pad
 
         def tower() -> nn.ModuleList:
@@ -103,18 +107,23 @@ class DenseHead(nn.Module):
                 normal_init(module, bias=prior if module is getattr(self, self.classifier) else 0.0)
 
     @torch.no_grad()
-    def select_classes(self, class_map: Sequence[int]) -> None:
+    def select_classes(self, class_map: Sequence[int | None]) -> None:
         """Keep only some classes: from now on, class k is the former class `class_map[k]`.
 
+        Where the entry is None, the head does not know class k: its scores are zero, and it is not in `known`.
+
         Raises:
-            ConfigError: `class_map` is empty, or an entry is not a class of this head.
+            ConfigError: `class_map` is empty or all None, or an entry is not a class of this head.
         """
-        if not class_map or not all(0 <= k < self.num_classes for k in class_map):
-            raise ConfigError("class_map", f"must name classes among 0..{self.num_classes - 1}, not {list(class_map)}")
-        conv = getattr(self, self.classifier)
-        rows = torch.arange(conv.out_channels).view(-1, self.num_classes)[:, list(class_map)].flatten()
+        check_class_map(class_map, self.num_classes, "class_map")
+        conv, known = getattr(self, self.classifier), [k is not None for k in class_map]
+        rows = torch.arange(conv.out_channels).view(-1, self.num_classes)[:, [k or 0 for k in class_map]].flatten()
         conv.weight, conv.bias = nn.Parameter(conv.weight[rows]), nn.Parameter(conv.bias[rows])
         conv.out_channels, self.num_classes = len(rows), len(class_map)
+        if not all(known):
+            unknown = ~torch.tensor(known).repeat(len(rows) // len(known)).to(conv.bias.device)
+            conv.weight[unknown], conv.bias[unknown] = 0.0, UNKNOWN_LOGIT
+            self.known = KnownClasses(known).to(conv.bias.device)
 
     # --- forward ---
 
@@ -236,6 +245,13 @@ class DenseHead(nn.Module):
                 loss: nn.Module) -> Tensor:
         """Loss between two predictions in `comparable_boxes`, weighted by (N, P), with this head's normaliser."""
         return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
+
+
+def check_class_map(class_map: Sequence[int | None], count: int, key: str) -> None:
+    """Raise ConfigError if a class map names none of a head's `count` classes, or a class that it does not have."""
+    named = [k for k in class_map if k is not None]
+    if not named or not all(0 <= k < count for k in named):
+        raise ConfigError(key, f"must name classes among 0..{count - 1}, not {one_line(json.dumps(list(class_map)))}")
 
 
 def flatten(maps: Maps, channels: int) -> Tensor:

@@ -12,6 +12,7 @@ from kd import load_config
 from kd.build import check_files
 
 STUDENT, CROSSKD = "configs/bccd/student_gfl_r18w16.yaml", "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml"
+FGD = "configs/bccd/fgd_gfl_r18w16_r18w32.yaml"
 BAD = [  # configuration, overrides, and what is needed
     ("none.yaml", [], (), None), (STUDENT, ["train.epohcs=3"], (), None), (STUDENT, ["data.flip=2"], (), None),
     (STUDENT, ["data.train_augment=ligth"], (), None),
@@ -30,7 +31,13 @@ BAD = [  # configuration, overrides, and what is needed
     (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None),
     (CROSSKD, ["distill.teacher.checkpoint=zoo:none"], (), None), (STUDENT, ["train.init=none.pth"], ("init",), None),
     (STUDENT, ["train.init=zoo:none"], ("init",), None), (STUDENT, ["train.init_classes=[a]"], (), None),
-    (CROSSKD, ["train.init=a.pth", "distill.init_student=true"], (), None)]
+    (CROSSKD, ["train.init=a.pth", "distill.init_student=true"], (), None),
+    (CROSSKD, ["distill.teacher.class_map=[null,null]"], (), None),
+    (CROSSKD, ["distill.teacher.class_map=[0,null,1]"], (), None),
+    (CROSSKD, ["distill.teacher={torchvision: fcos_resnet50_fpn, checkpoint: DEFAULT}"], (), None),
+    (CROSSKD, ["distill.teacher={factory: no_such_module.teachers:build, checkpoint: null}"], (), None),
+    (CROSSKD, ["distill.teacher={factory: build, checkpoint: null}"], (), None),
+    (FGD, ["distill.teacher={torchvision: fcos_resnet50_fpn, checkpoint: none.pth}"], (), None)]
 # Runs in a new process: reads cases as JSON, and writes the message of each, and what was imported.
 ALL_EARLY = """
 import json, sys

@@ -57,15 +57,17 @@ def on_gpu(targets: list[dict]) -> list[dict]:
     return [{k: v.to("cuda", non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
 
 
-def config(method: str, head: str) -> dict:
-    teacher = teacher_entry(head, preprocess={"channel_order": "bgr"})
+def config(method: str, head: str, **more: object) -> dict:
+    teacher = teacher_entry(head, preprocess={"channel_order": "bgr"}) | more
     return {"model": small_config(head), "distill": {"teacher": teacher, "methods": [entry(method)]}}
 
 
-@pytest.mark.parametrize("method, head", CASES)
-def test_losses_do_not_wait(method, head):
+@pytest.mark.parametrize("method, head, more", [
+    *((*case, {}) for case in CASES),
+    *((method, "GFLHead", {"class_map": [1, None, 2]}) for method in ("CrossKD", "Mimic", "KD", "DKD", "LD", "CWD"))])
+def test_losses_do_not_wait(method, head, more):
     with pretended_gpu() as found:
-        distiller = build_distiller(config(method, head)).train()
+        distiller = build_distiller(config(method, head, **more)).train()
         images, targets = make_batch(dtype=torch.float32, ignored=1)
         images, targets = images.to("cuda"), on_gpu(targets)
         with torch.no_grad():  # no backward without a driver

@@ -8,6 +8,9 @@ from .predictions import (
     ScoreLoss,
     build_mimic_losses,
     check_same_predictions,
+    compared_scores,
+    known_anchors,
+    known_scores,
     level_sums,
     levels_with_positives,
     mimic,
@@ -16,5 +19,6 @@ from .predictions import (
 )
 
 __all__ = ["BarChart", "BoxLoss", "CenternessLoss", "FeaturePairs", "GradientShare", "HeatMap", "Method",
-           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "level_sums",
-           "levels_with_positives", "link", "mimic", "split_levels", "to_anchors"]
+           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "compared_scores",
+           "known_anchors", "known_scores", "level_sums", "levels_with_positives", "link", "mimic", "split_levels",
+           "to_anchors"]

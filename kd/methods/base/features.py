@@ -3,7 +3,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from data.errors import counted
 from models import ConfigError, Detector, DetectorPass
 from models.build import nearest
 
@@ -12,7 +11,8 @@ class FeaturePairs(nn.Module):
     """Pairs of maps. Where the channels differ, a convolution takes the student's map to the teacher's channels.
 
     Args:
-        levels: numbers of the neck outputs to compare; all by default.
+        levels: numbers of the student's neck outputs to compare, each with the teacher's map of the same stride; by
+            default, all for which the teacher has one.
         student_modules, teacher_modules: names of modules whose outputs are compared pair by pair, in place of neck
             outputs, for example `neck.fpn_convs.0.conv`; teacher_modules is student_modules by default.
         adapter_kernel: kernel size of the convolutions, 1 or 3.
@@ -24,21 +24,23 @@ class FeaturePairs(nn.Module):
         super().__init__()
         self.student_modules = tuple(student_modules or ())
         self.teacher_modules = tuple(teacher_modules or self.student_modules)
+        self.unpaired: list[int] = []  # strides of the student's maps for which the teacher has none
         if self.student_modules:
             if levels is not None or len(self.student_modules) != len(self.teacher_modules):
                 raise ConfigError("student_modules", "give these or levels, not both, and as many as teacher_modules")
-            self.levels = ()
+            self.levels = self.teacher_levels = ()
             self.student_channels = [module_channels(student, n, "student_modules") for n in self.student_modules]
             self.teacher_channels = [module_channels(teacher, n, "teacher_modules") for n in self.teacher_modules]
         else:
-            own, other = len(student.feature_channels), len(teacher.feature_channels)
-            if levels is None and own != other:
-                raise ConfigError("levels", f"the student has {counted(own, 'feature level')} and the teacher {other}: "
-                                            "say which to use")
-            self.levels = tuple(range(own) if levels is None else levels)
-            check_levels(self.levels, student, teacher)
+            own, other = student.strides, teacher.strides
+            if levels is None:
+                levels = [level for level, stride in enumerate(own) if stride in other]
+                self.unpaired = [stride for stride in own if stride not in other]
+            check_levels(levels, own, other)
+            self.levels = tuple(levels)
+            self.teacher_levels = tuple(other.index(own[level]) for level in levels)
             self.student_channels = [student.feature_channels[level] for level in self.levels]
-            self.teacher_channels = [teacher.feature_channels[level] for level in self.levels]
+            self.teacher_channels = [teacher.feature_channels[level] for level in self.teacher_levels]
         self.adapters = nn.ModuleList(adapter(own, other, adapter_kernel) for own, other in zip(
             self.student_channels, self.teacher_channels))
 
@@ -46,7 +48,8 @@ class FeaturePairs(nn.Module):
         """The names of each pair's maps, in the student and in the teacher."""
         if self.student_modules:
             return list(zip(self.student_modules, self.teacher_modules))
-        return [(f"neck output {level}",) * 2 for level in self.levels]
+        return [(f"neck output {own}", f"neck output {other}")
+                for own, other in zip(self.levels, self.teacher_levels)]
 
     def maps(self, student: DetectorPass, teacher: DetectorPass) -> list[tuple[Tensor, Tensor]]:
         """The pairs before the convolutions: maps (N, C_s, H, W) and (N, C_t, H, W).
@@ -63,7 +66,8 @@ class FeaturePairs(nn.Module):
             pairs = [(student.modules[own], teacher.modules[other])
                      for own, other in zip(self.student_modules, self.teacher_modules)]
         else:
-            pairs = [(student.features[level], teacher.features[level]) for level in self.levels]
+            pairs = [(student.features[own], teacher.features[other])
+                     for own, other in zip(self.levels, self.teacher_levels)]
         for (own, other), (name, other_name) in zip(pairs, self.places()):
             are_maps = all(isinstance(x, Tensor) and x.dim() == 4 for x in (own, other))  # (N, C, H, W)
             if not are_maps or own.shape[-2:] != other.shape[-2:]:
@@ -85,16 +89,20 @@ def adapter(student_channels: int, teacher_channels: int, kernel: int | None) ->
     return nn.Conv2d(student_channels, teacher_channels, kernel, padding=kernel // 2)
 
 
-def check_levels(levels: Sequence[int], student: Detector, teacher: Detector) -> None:
-    """Raise ConfigError for levels that do not exist, or whose strides differ."""
-    own, other = student.bbox_head.prior_generator.strides, teacher.bbox_head.prior_generator.strides
+def check_levels(levels: Sequence[int], student: Sequence[int], teacher: Sequence[int]) -> None:
+    """Raise ConfigError for levels that do not exist, or whose strides the teacher does not have.
+
+    Args:
+        student, teacher: strides of the maps.
+    """
+    if not levels:
+        raise ConfigError("levels", f"none: the student's maps have strides {student} and the teacher's {teacher}")
     for level in levels:
-        if not 0 <= level < min(len(own), len(other)) or levels.count(level) > 1:
-            raise ConfigError("levels", f"must be among 0..{min(len(own), len(other)) - 1}, each once, not "
-                                        f"{list(levels)}")
-        if own[level] != other[level]:
-            raise ConfigError("levels", f"level {level} has stride {own[level]} in the student and {other[level]} in "
-                                        "the teacher")
+        if not 0 <= level < len(student) or levels.count(level) > 1:
+            raise ConfigError("levels", f"must be among 0..{len(student) - 1}, each once, not {list(levels)}")
+        if student[level] not in teacher:
+            raise ConfigError("levels", f"level {level} has stride {student[level]} in the student, and the teacher's "
+                                        f"strides are {teacher}")
 
 
 def module_channels(detector: Detector, name: str, key: str) -> int:

@@ -1,4 +1,5 @@
 """The base class of distillation methods."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 from models import Detector, DetectorPass, HeadOutputs
 
 from .features import FeaturePairs
+from .predictions import compared_scores
 
 
 @dataclass
@@ -39,7 +41,13 @@ class Method(nn.Module):
     teacher_modules: tuple[str, ...] = ()
     teacher_head: bool = False             # whether it needs the teacher's own predictions
     crosses_heads: bool = False            # whether it has `cross_head`
+    some_classes: bool = False             # whether it leaves out the classes that a teacher's head does not know
     pairs: FeaturePairs                    # only in methods that compare maps, see `pair_features`
+
+    @classmethod
+    def compares_predictions(cls, arguments: Mapping[str, object]) -> bool:
+        """Whether the method needs a teacher with a head, if it is built with these arguments."""
+        return cls.teacher_head
 
     def pair_features(self, student: Detector, teacher: Detector, *choice: object) -> None:
         """Compare the maps that `FeaturePairs(student, teacher, *choice)` picks."""
@@ -61,7 +69,8 @@ class Method(nn.Module):
             return [link(own, own_map, other, other_map) for (own, other), (own_map, other_map)
                     in zip(self.pairs.places(), self.pairs.maps(student, teacher))]
         if self.teacher_head:
-            return [link("class scores", student.outputs.cls, "class scores", teacher.outputs.cls),
+            own, other = compared_scores(student, teacher)
+            return [link("class scores", own, "class scores", other),
                     link("boxes", student.outputs.box, "boxes", teacher.outputs.box)]
         return [link(f"neck output {i}", own, f"neck output {i}", other)
                 for i, (own, other) in enumerate(zip(student.features, teacher.features))]

@@ -28,10 +28,33 @@ def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, 
         meaning["boxes are predicted as"] = (student.box_form, teacher.box_form)
     for what, (own, other) in meaning.items():
         if own != other:
-            advice = "; give the teacher a class_map" if "classes" in what else ""
+            advice = "; give the teacher a class_map, with null for classes that it does not know"
+            advice = advice if "classes" in what else ""
             raise ConfigError("", f"{method} compares predictions one by one, and those of the student's "
                                   f"{type(student).__name__} and the teacher's {type(teacher).__name__} do not mean "
                                   f"the same: the student's {what} {own}, the teacher's {other}{advice}")
+
+
+def known_scores(cls: Tensor, teacher: DenseHead) -> Tensor:
+    """The columns of class scores (..., C) whose classes a teacher's head knows, (..., K); usually all of them.
+
+    Losses on these columns have no gradient in the others, whatever the loss.
+    """
+    return cls if teacher.known is None else teacher.known.scores(cls)
+
+
+def compared_scores(student: DetectorPass, teacher: DetectorPass) -> tuple[Tensor, Tensor]:
+    """The class scores of both passes in the columns that the teacher knows, see `known_scores`."""
+    own, other = (known_scores(seen.outputs.cls, teacher.head) for seen in (student, teacher))
+    return own, other
+
+
+def known_anchors(weight: Tensor, labels: Tensor, teacher: DenseHead) -> Tensor:
+    """A weight for each anchor, zero where the class of the anchor's object is one that a teacher's head does not know.
+
+    Anchors of the background keep their weight.
+    """
+    return weight if teacher.known is None else weight * (teacher.known.labels(labels) >= 0)
 
 
 def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | None, loss_reg_kd: dict | None,
@@ -55,23 +78,29 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
 
     The class loss covers all anchors that the student's assignment does not ignore. The box loss covers the same
-    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors.
+    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. With a teacher
+    that knows some classes only, the class loss covers these, and the others leave out anchors of other classes. The
+    normalisers of the class and centerness losses stay those of all classes, so the class losses of two teachers that
+    share the classes add up to that of one teacher with all of them.
 
     Args:
         outputs: predictions of `head` from the student's features.
     """
     assignment, target = student.assignment, teacher.outputs
-    weight = at_least_float32(target.cls).amax(-1).sigmoid() * (assignment.label_weights != 0)
+    scores, wanted = (known_scores(made.cls, teacher.head) for made in (outputs, target))
+    weight = at_least_float32(wanted).amax(-1).sigmoid() * (assignment.label_weights != 0)
+    weight = known_anchors(weight, assignment.labels, teacher.head)
     # Heads of different types can be compared only by decoded boxes.
     form = "comparable_boxes" if head.box_form == teacher.head.box_form else "boxes"
     own, other = (getattr(made_by, form)(made, made_by.priors(made))
                   for made_by, made in ((head, outputs), (teacher.head, target)))
-    found = {"loss_cls_kd": losses["loss_cls_kd"](outputs.cls, target.cls, assignment.label_weights,
+    found = {"loss_cls_kd": losses["loss_cls_kd"](scores, wanted, assignment.label_weights,
                                                   avg_factor=student.head.kd_normalizer(assignment)),
              "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
-            outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,
+            outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(),
+            known_anchors(assignment.positive, assignment.labels, teacher.head),
             avg_factor=assignment.avg_factor)
     return found
 

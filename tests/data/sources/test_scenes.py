@@ -1,4 +1,5 @@
 import hashlib
+import json
 
 import numpy as np
 from runs import run_script
@@ -17,6 +18,13 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert len(first) == 4 + 3 + 2
     assert digests(generate_scenes(tmp_path / "b", train=4, val=3, seed=1)) == first
     assert len(set(first.values())) == len(first)  # splits and images differ
+    some = generate_scenes(tmp_path / "some", train=4, val=3, seed=1, classes=["ring", "star"])
+    content, whole = (json.loads((root / "annotations" / "train.json").read_text()) for root in (some, tmp_path / "a"))
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert list(names.values()) == ["ring", "star"] and content["images"] == whole["images"]
+    boxes = [(a["image_id"], a["category_id"], a["bbox"]) for a in whole["annotations"] if a["category_id"] in names]
+    assert [(a["image_id"], a["category_id"], a["bbox"]) for a in content["annotations"]] == boxes != []
+    assert (some / "train" / "000000.jpg").read_bytes() == (tmp_path / "a" / "train" / "000000.jpg").read_bytes()
     other = digests(generate_scenes(tmp_path / "c", train=4, val=3, seed=2))
     assert not set(other.values()) & set(first.values())
     longer = digests(generate_scenes(tmp_path / "d", train=6, val=3, seed=1))

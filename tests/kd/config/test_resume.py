@@ -13,8 +13,8 @@ from kd.config.resume import REFUSE, RULES, TAKE, WARN, changes, rule_of
 from models.build import parameters
 
 # Whole subtrees with one rule: architecture, post-processing, and what an outer key decides.
-SUBTREES = {"model.*", "model.test.*", "data.train_augment.*", "distill.teacher.model.*", "distill.methods.*",
-            "eval.tta.*"}
+SUBTREES = {"model.*", "model.test.*", "data.train_augment.*", "distill.teacher.model.*",
+            "distill.teacher.arguments.*", "distill.teacher.preprocess.*", "distill.methods.*", "eval.tta.*"}
 ALWAYS_THERE = {"data", "optimizer", "schedule", "train", "eval", "eval.tta"}
 
 
