@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from losses import total_loss, widest_float
 from models import ConfigError, Detector, DetectorPass
+from models.targets import count_labelled
 
 from .methods.base import Method, MethodOptions
 
@@ -114,8 +115,12 @@ class Distiller(nn.Module):
         """
         plan = self.plan() if plan is None else plan
         student = self.run_student(images, targets, plan, assign)
-        return Passes(student, [self.run_teacher(teacher, entries, images, targets, with_heads)
-                                for teacher, entries in plan], plan)
+        labelled = count_labelled(targets) if assign else len(targets)
+        teachers = []
+        for teacher, entries in plan:
+            count = labelled if all(entry.method.needs_labels for entry in entries) else len(targets)
+            teachers.append(self.run_teacher(teacher, entries, images[:count], targets[:count], with_heads))
+        return Passes(student, teachers, plan)
 
     def run_student(self, images: Tensor, targets: list[dict], plan: Plan, assign: bool = True) -> DetectorPass:
         """The student's pass, with everything that the methods of a plan need from it."""
@@ -137,7 +142,8 @@ class Distiller(nn.Module):
 
         Args:
             images: (N, 3, H, W), normalised by the student's `preprocess`.
-            targets: a dict per image.
+            targets: a dict per image. Unlabelled images come last; their dicts have `unlabelled: True`. Only methods
+                with `needs_labels = False` see them.
         """
         return self.loss_and_pass(images, targets)[0]
 
@@ -147,7 +153,8 @@ class Distiller(nn.Module):
         losses, found = self.student.losses(student), {}
         for teacher, (_, entries) in zip(teachers, plan):
             for method, name, factor in entries:
-                found |= {(key, name): factor * value for key, value in method(student, teacher).items()}
+                found |= {(key, name): factor * value for key, value in
+                          method(*seen_by(method, student, teacher)).items()}
         self.reported |= found.keys()
         return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
 
@@ -196,6 +203,11 @@ class Distiller(nn.Module):
         if not self.training:
             return self.predict(images, targets)
         return self.loss_and_pass(images, targets) if with_pass else self.loss(images, targets)
+
+
+def seen_by(method: Method, student: DetectorPass, teacher: DetectorPass) -> tuple[DetectorPass, DetectorPass]:
+    """The passes that a method gets: without the unlabelled images if it needs labels."""
+    return (student.labelled, teacher.labelled) if method.needs_labels else (student, teacher)
 
 
 def union(methods: list[Method], attribute: str) -> tuple:

@@ -8,6 +8,7 @@ from data.coco.check import check_augmentation
 from data.errors import counted, listed
 
 from ..config import Config, parse_config
+from ..distiller import seen_by
 from ..exceptions import TrainingError
 from ..inference.precision import autocast
 from ..processes import distributed
@@ -69,5 +70,5 @@ def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> lis
             for method, name, factor in entries:
                 weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
                 lines.append(f"{name} ({type(method).__name__}) from teacher {i}: times {factor:g} now; {weights}")
-                lines += [f"  {line}" for line in method.links(student, teacher)]
+                lines += [f"  {line}" for line in method.links(*seen_by(method, student, teacher))]
     return lines

@@ -20,6 +20,10 @@ class CWD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
 
+    needs_labels = False
+    needs = ("features",)
+    needs_with = {"on: logits": ("scores", "same heads", "same classes")}
+
     def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
                  on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,
                  student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,

@@ -1,11 +1,15 @@
 """The base class of distillation methods."""
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from models import Detector, DetectorPass, HeadOutputs
 
 from .features import FeaturePairs
+
+Need = Literal["features", "scores", "boxes", "same heads", "same classes"]
 
 
 @dataclass
@@ -39,6 +43,9 @@ class Method(nn.Module):
     teacher_modules: tuple[str, ...] = ()
     teacher_head: bool = False             # whether it needs the teacher's own predictions
     crosses_heads: bool = False            # whether it has `cross_head`
+    needs_labels: bool = True              # False: it gets images without labels, too, see `docs/new_method.md`
+    needs: tuple[Need, ...] = ()           # what else it needs, for the table of all methods; (): it does not say
+    needs_with: Mapping[str, tuple[Need, ...]] = {}  # the same with another setting, such as "on: logits"
     pairs: FeaturePairs                    # only in methods that compare maps, see `pair_features`
 
     def pair_features(self, student: Detector, teacher: Detector, *choice: object) -> None:

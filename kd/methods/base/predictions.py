@@ -54,7 +54,8 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
 
     The class loss covers all anchors that the student's assignment does not ignore. The box loss covers the same
-    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors.
+    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. Unlabelled
+    images have no positives: the normalisers count as many per image as the labelled ones have.
 
     Args:
         outputs: predictions of `head` from the student's features.
@@ -71,5 +72,5 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,
-            avg_factor=assignment.avg_factor)
+            avg_factor=assignment.labelled_factor)
     return found
