@@ -111,7 +111,9 @@ def place_data(cfg: dict, folder: Path) -> None:
     If none exists, the list becomes its first path, which the error then names. Of data.unlabelled, all paths are used.
     """
     data = cfg.get("data")
-    for name, split in data.items() if isinstance(data, dict) else ():
+    splits = [(name, split) for name, value in (data.items() if isinstance(data, dict) else ())
+              for split in (value if isinstance(value, list) else [value])]  # data.train may be a list
+    for name, split in splits:
         for key in ("images", "annotations"):
             paths = split.get(key) if isinstance(split, dict) else None
             paths = [paths] if isinstance(paths, str) else paths
