@@ -1,13 +1,12 @@
 """Builds student, teachers and methods from a configuration."""
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.errors import counted
 from models import ConfigError, Detector, ModelConfig, build_detector
-from models.build import build, split_options
+from models.build import build, read_section, split_options
 from models.checkpoints.sources import check_file
 from models.initial import InitialReport, load_initial
 from models.weights import CheckpointError, load_weights, log, summary
@@ -37,11 +36,12 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     student = build_detector(cfg.model, pretrained)
     teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in cfg.teachers]
     methods = [build_methods(distill.methods, student, teacher) for teacher in teachers]
-    common = [MethodOptions(**split_options(entry, MethodOptions)[0]) for entry in distill.methods]
+    common = [read_section(MethodOptions, split_options(entry, MethodOptions)[0], f"distill.methods.{i}")
+              for i, entry in enumerate(distill.methods)]
     of_methods = unique_names([own.name for own in common], [entry["type"] for entry in distill.methods],
                               "distill.methods")
     of_teachers = unique_names([entry.name for entry in cfg.teachers], ["teacher"] * len(teachers), "distill.teacher")
-    options = [[replace(own, name=name if len(teachers) == 1 else f"{teacher}/{name}", weight=own.weight * entry.weight)
+    options = [[own.times(entry.weight, name if len(teachers) == 1 else f"{teacher}/{name}")
                 for own, name in zip(common, of_methods)] for teacher, entry in zip(of_teachers, cfg.teachers)]
     if distill.init_student:
         inherit(student, teachers[0])

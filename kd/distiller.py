@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losses import total_loss, widest_float
+from losses import total_loss
 from models import ConfigError, Detector, DetectorPass
 from models.targets import count_labelled
 
+from .gradients import GradientShares, gradient_norm
 from .methods.base import Method, MethodOptions
 
 
@@ -17,7 +18,7 @@ class PlannedMethod(NamedTuple):
 
     method: Method
     name: str
-    factor: float  # multiplies its losses
+    factor: float  # multiplies its losses, and so does what `GradientShares` measures
 
 
 Plan = list[tuple[Detector, list[PlannedMethod]]]  # each teacher that is needed at this step, with its methods
@@ -45,6 +46,7 @@ class Distiller(nn.Module):
         self.student = student
         self.methods = nn.ModuleList(nn.ModuleList(of_teacher) for of_teacher in methods)
         self.options = options
+        self.gradient_shares = GradientShares([option for of_teacher in options for option in of_teacher])
         self.eval_teacher = eval_teacher
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
@@ -79,6 +81,8 @@ class Distiller(nn.Module):
             if method.student_modules or method.teacher_modules:
                 raise ConfigError("train.compile", f"{type(method).__name__} needs the outputs of named modules, which "
                                                    "compiled code does not give: distil levels, or do not compile")
+        from torch._functorch import config  # here, because only compiled code needs it
+        config.donated_buffer = False  # gradients at the neck need what is freed for one backward pass
         for detector in (self.student, *(teacher for teacher in self.teachers if not teacher.sharded)):
             detector.compile(*args, **kwargs)
 
@@ -95,7 +99,7 @@ class Distiller(nn.Module):
 
     def whole_plan(self) -> Plan:
         """All teachers with all methods, at any step."""
-        return [(teacher, [PlannedMethod(method, option.name, option.weight)
+        return [(teacher, [PlannedMethod(method, option.name, option.constant)
                            for method, option in zip(methods, options)])
                 for teacher, methods, options in zip(self.teachers, self.methods, self.options)]
 
@@ -150,11 +154,15 @@ class Distiller(nn.Module):
     def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
         """`loss`, and the student's pass."""
         student, teachers, plan = self.passes(images, targets)
-        losses, found = self.student.losses(student), {}
-        for teacher, (_, entries) in zip(teachers, plan):
-            for method, name, factor in entries:
-                found |= {(key, name): factor * value for key, value in
-                          method(*seen_by(method, student, teacher)).items()}
+        losses = self.student.losses(student)
+        plain = {name: (factor, method(*seen_by(method, student, teacher)))
+                 for teacher, (_, entries) in zip(teachers, plan) for method, name, factor in entries}
+        self.gradient_shares.measure(self.step, total_loss(losses), {
+            name: total_loss(values) for name, (_, values) in plain.items()}, student.features)
+        found = {}
+        for name, (factor, values) in plain.items():
+            weight = self.gradient_shares.weigh(name, factor)
+            found |= {(key, name): weight * value for key, value in values.items()}
         self.reported |= found.keys()
         return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
 
@@ -175,10 +183,15 @@ class Distiller(nn.Module):
         total = total_loss(losses).detach()
         return {f"share/{name}": sum(values).detach() / total for name, values in self.by_method(losses).items()}
 
+    def measured_weights(self) -> dict[str, Tensor]:
+        """The weight of each method with a `gradient_share` that runs at the current step, as `weight/NAME`."""
+        return {f"weight/{name}": self.gradient_shares.weigh(name, factor) for _, entries in self.plan()
+                for _, name, factor in entries if name in self.gradient_shares.shares}
+
     def gradient_norms(self, losses: dict[str, Tensor], features: list[Tensor], scale: float = 1.0) -> dict[str, float]:
         """Gradient norms at the student's neck: of the student's own losses, and of the losses of each method.
 
-        The gradient of a level includes that of the levels which are computed from it.
+        The gradient of a level includes that of the levels which are computed from it, unless the neck is compiled.
 
         Args:
             losses, features: the losses and the pass's features from one `loss_and_pass`, before the backward pass.
@@ -188,9 +201,8 @@ class Distiller(nn.Module):
         own = losses.keys() - {self.key(key, name) for key, name in self.reported}
         norms = {}
         for name, values in ({"student": [losses[key] for key in sorted(own)]} | of_methods).items():
-            gradients = torch.autograd.grad(scale * sum(values), features, retain_graph=True, allow_unused=True)
-            parts = [g.to(widest_float(g.device)).norm() for g in gradients if g is not None]
-            norms[name] = float(torch.stack(parts).norm()) / scale if parts else 0.0
+            norm = gradient_norm(sum(values), features, scale)
+            norms[name] = 0.0 if norm is None else float(norm)
         return norms
 
     def predict(self, images: Tensor, targets: list[dict]) -> list[dict]:

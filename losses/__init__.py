@@ -23,6 +23,7 @@ from .reduce import (
     at_least_float32,
     channel_statistics,
     mean_over_processes,
+    normalised_channels,
     reduce_loss,
     total_loss,
     widest_float,
@@ -39,5 +40,5 @@ __all__ = ["LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFo
            "SmoothL1Loss", "aligned_iou", "at_least_float32", "binary_cross_entropy", "binary_kd_loss",
            "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss",
            "dkd_loss", "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss",
-           "mean_over_processes", "pkd_loss", "quality_focal_loss", "reduce_loss", "sigmoid_focal_loss",
-           "smooth_l1_loss", "total_loss", "widest_float"]
+           "mean_over_processes", "normalised_channels", "pkd_loss", "quality_focal_loss", "reduce_loss",
+           "sigmoid_focal_loss", "smooth_l1_loss", "total_loss", "widest_float"]

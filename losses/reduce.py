@@ -65,11 +65,12 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.apply(grad.contiguous())
 
 
-def channel_statistics(x: Tensor, sync: bool = False) -> tuple[Tensor, Tensor]:
+def channel_statistics(x: Tensor, sync: bool = False, unbiased: bool = True) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean of each channel of a map (N, C, H, W) over images and positions, (1, C, 1, 1) each.
 
     Args:
         sync: use the maps of all processes, with the same weight for every entry, and not only this process's map.
+        unbiased: divide the sum of squares by the number of entries minus 1, not by their number.
     """
     # Two passes: torch.std_mean takes four times as long, because the channels of a map are strided.
     total = SumOverProcesses.apply if sync and processes() > 1 else lambda value: value
@@ -78,9 +79,20 @@ def channel_statistics(x: Tensor, sync: bool = False) -> tuple[Tensor, Tensor]:
     *sums, count = total(sums).split([x.shape[1], 1])
     mean = (sums[0] / count).view(1, -1, 1, 1)
     # A single value has variance zero, for example on the coarsest level of one image.
-    variance = total((x - mean).square().sum(dims, keepdim=True)) / (count - 1).clamp(min=1)
+    variance = total((x - mean).square().sum(dims, keepdim=True)) / (count - 1 if unbiased else count).clamp(min=1)
     # The deviation of a constant channel has no gradient, as in torch.std_mean.
     return variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), mean
+
+
+def normalised_channels(x: Tensor, sync: bool = False, eps: float = 1e-5) -> Tensor:
+    """A map (N, C, H, W) whose channels have mean 0 and variance 1, as after a batch norm without weights in training.
+
+    Args:
+        sync: see `channel_statistics`.
+        eps: is added to the variances.
+    """
+    std, mean = channel_statistics(x, sync, unbiased=False)
+    return (x - mean) * (std.square() + eps).rsqrt()
 
 
 def reduce_loss(loss: Tensor, weight: Tensor | None = None, reduction: str = "mean",

@@ -52,6 +52,11 @@ def parameters(call: Callable) -> dict[str, tuple[Any, Any]]:
     return {p.name: (hints.get(p.name, Any), p.default) for p in found if p.name != "self" and p.kind not in gathering}
 
 
+def full_name(name: str, known: Iterable[str]) -> str:
+    """The name of an argument, from its short spelling or itself; a name that is `known` is never a short spelling."""
+    return name if name in known else ALIASES.get(name, name)
+
+
 def read_section(section: type, args: Any, key: str) -> Any:
     """Make the dataclass `section`, and the sections in it, from a mapping; a section is returned as it is.
 
@@ -87,11 +92,11 @@ def check_arguments(call: Callable, args: Any, key: str, derived: Iterable[str] 
     read = {}
     for name, value in args.items():
         path = f"{key}.{name}" if key else str(name)
-        full = ALIASES.get(name, name)
+        full = full_name(name, known)
         if full not in known:
             raise ConfigError(path, f"unknown key; {nearest(name, [*known, *beside])}")
         read[name] = check_value(value, known[full], path)
-    given = {ALIASES.get(name, name) for name in args} | set(derived)
+    given = {full_name(name, known) for name in args} | set(derived)
     for name, (_, default) in parameters(call).items():
         if default is inspect.Parameter.empty and name not in given:
             raise ConfigError(f"{key}.{name}" if key else name, "missing; it has no default")
@@ -227,7 +232,7 @@ def build(cfg: dict, table: Table, key: str, **derived: Any) -> Any:
     """
     check_component(cfg, OneOf(table, *derived), key)
     call = table[cfg["type"]]
-    args = {ALIASES.get(k, k): v for k, v in cfg.items() if k != "type"}
+    args = {full_name(k, parameters(call)): v for k, v in cfg.items() if k != "type"}
     return make(call, args | {k: v for k, v in derived.items() if k in parameters(call) and args.get(k) is None}, key)
 
 

@@ -1,12 +1,13 @@
 """Entries of `methods` for every method, for tests of what all methods have in common."""
 from kd import METHODS
+from kd.config.load import parse_yaml
 
 SETTINGS = {"CrossKD": {"reused_teacher_head_idx": 1}, "LD": {"vlr_weight": 0.25}}
 
 
 def entry_of(kind: str, setting: str | None = None) -> dict:
     """An entry of `methods`; `setting` is a key of `needs_with`, such as "on: logits"."""
-    more = {} if setting is None else dict([setting.split(": ")])
+    more = {} if setting is None else parse_yaml(setting, "needs_with")
     return {"type": kind} | SETTINGS.get(kind, {}) | more
 
 

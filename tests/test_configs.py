@@ -13,7 +13,9 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 HEAD_LOSSES = {"GFLHead": {"loss_dfl"}, "ATSSHead": {"loss_centerness"}, "FCOSHead": {"loss_centerness"},
                "RetinaHead": set()}
 METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"},
-                 "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}}
+                 "FGD": {"loss_fgd"}, "PKD": {"loss_feat_kd"}, "LD": {"loss_ld"}, "MGD": {"loss_mgd"},
+                 "CWD": {"loss_cwd"}, "BCKD": {"loss_cls_kd", "loss_reg_kd"}, "PGD": {"loss_pgd_cls", "loss_pgd_reg"},
+                 "FRS": {"loss_frs_feat", "loss_frs_cls"}}
 
 
 def expected_losses(cfg: dict) -> set[str]:
@@ -21,6 +23,7 @@ def expected_losses(cfg: dict) -> set[str]:
     for method in cfg.get("distill", {}).get("methods", []):
         expected |= METHOD_LOSSES[method["type"]]
         expected |= {"loss_center_kd"} & method.keys()
+        expected |= {"loss_kd", "loss_kd_vlr"} & method.keys() if method["type"] == "LD" else set()
         expected |= {"loss_ld_vlr"} if method.get("vlr_weight") else set()
     return expected
 
@@ -56,3 +59,13 @@ def test_published_pairs_are_as_in_the_papers():
     assert cfg["train"]["epochs"] == 24 and cfg["schedule"]["milestones"] == [16, 22]
     assert load_config(Path(ROOT, cfg["distill"]["teacher"]["cfg"]))["model"]["backbone"]["depth"] == 101
     assert set(METHODS) >= {"CrossKD", "FGD"}
+    for depth in (18, 34, 50):
+        bckd, ld = (load_config(configs / f"{name}_r{depth}_gfl_r101_1x.yaml")
+                    for name in ("bckd/bckd", "ld/ld_kd_vlr"))
+        for cfg in (bckd, ld):
+            assert cfg["model"]["backbone"]["depth"] == depth and cfg["train"]["epochs"] == 12
+            assert cfg["distill"]["teacher"]["checkpoint"] == "zoo:gfl_r101_2x"
+        assert bckd["data"]["batch_size"] == 2 and bckd["distill"]["methods"][0]["loss_score_kd"]["loss_weight"] == 4.0
+        without = load_config(configs / f"ld/ld_vlr_r{depth}_gfl_r101_1x.yaml")["distill"]["methods"][0]
+        assert ld["distill"]["methods"] == [without | {
+            "loss_kd": {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 10, "T": 2}}]

@@ -141,7 +141,8 @@ class NoFloat64(TorchDispatchMode):
 def test_training_and_evaluation_need_no_float64(scenes, tmp_path, monkeypatch, head):
     """Only anchors may use it, which are computed on the CPU, and what is computed after the transfer to the CPU."""
     distill = {"teacher": {"model": model(head=head), "checkpoint": None},
-               "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"}]}
+               "methods": [{"type": "CrossKD", "reused_teacher_head_idx": 1},
+                           {"type": "FGD", "weight": {"gradient_share": 0.3}}]}
     cfg = config_with(config(scenes, 1, distill, head), train={"grad_norm_every": 1})
     on_cpu, level, double = [], AnchorGenerator.level, torch.Tensor.double
 

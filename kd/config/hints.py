@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from torch import nn
 
 from models import Detector
-from models.build import ALIASES, OneOf, parameters
+from models.build import OneOf, full_name, parameters, split_options
 
 
 def leaves(hint: Any) -> Iterator[Any]:
@@ -49,7 +49,7 @@ def with_defaults(call: Callable, given: Mapping, choice: OneOf | None = None) -
     Args:
         choice: the table of types that lists `call`.
     """
-    given = {ALIASES.get(name, name): value for name, value in given.items()}
+    given = {full_name(name, parameters(call)): value for name, value in given.items()}
     hints = {name: hint for name, (hint, _) in parameters(call).items()
              if name in given or not (choice and name in choice.derived)}
     values = {name: default_of(call, name) for name in hints} | given
@@ -69,9 +69,10 @@ def _filled(value: Any, hint: Any) -> Any:
     for leaf in leaves(hint):
         if isinstance(leaf, OneOf):
             kind = {"type": value.get("type", leaf.default)}
-            common = with_defaults(leaf.common, {}) if leaf.common else {}
+            options, own = split_options(value, leaf.common)
+            common = with_defaults(leaf.common, options) if leaf.common else {}
             known = leaf.table.get(kind["type"])
-            return kind | common | (with_defaults(known, value, leaf) if known else value)
+            return kind | common | (with_defaults(known, own, leaf) if known else own)
         if is_section(leaf):
             return with_defaults(leaf, value)
     return dict(value)

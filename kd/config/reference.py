@@ -24,7 +24,8 @@ from the signatures that configurations are checked against; the tests fail when
 A default of "-" means that the key is required. "derived" means that it follows from other parts unless it is given.
 The column "resume" says what a resumed run does if the value is not that of its checkpoint: "take" the new value, take
 it and "warn" with both values in the log, or "refuse" to start. Two words: it depends on where the key is.
-{", ".join(f"`{short}`" for short in ALIASES)} are short for {", ".join(f"`{full}`" for full in ALIASES.values())}.
+{", ".join(f"`{short}`" for short in ALIASES)} are short for {", ".join(f"`{full}`" for full in ALIASES.values())},
+unless a type has an argument with the short name itself.
 """
 
 
@@ -68,7 +69,7 @@ def collect(root: Callable) -> Places:
             for leaf in leaves(hint):
                 if isinstance(leaf, OneOf):
                     _, paths = places.tables.setdefault(id(leaf.table), (leaf, []))
-                    inner = leaf.table.values()
+                    inner = [*leaf.table.values(), *filter(None, [leaf.common])]
                 elif is_section(leaf):
                     paths, inner = places.sections.setdefault(leaf, []), [leaf]
                 else:

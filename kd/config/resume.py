@@ -70,6 +70,8 @@ RULES: dict[str, Rule] = {
     "distill.teacher.shard": TAKE,
     "distill.methods": REFUSE,              # their number: the checkpoint has the adapters of each
     "distill.methods.*": WARN,
+    "distill.methods.weight.gradient_share": WARN,  # what was measured so far holds for the new share, too
+    "distill.methods.weight.gradient_share_every": WARN,
     "distill.methods.type": REFUSE,
     "distill.methods.levels": REFUSE,       # these decide which adapters there are
     "distill.methods.student_modules": REFUSE,
@@ -77,6 +79,7 @@ RULES: dict[str, Rule] = {
     "distill.methods.adapter_kernel": REFUSE,
     "distill.methods.on": REFUSE,
     "distill.methods.reused_teacher_head_idx": REFUSE,
+    "distill.methods.tower_convs": REFUSE,
     "distill.eval_teacher": WARN,
     "distill.init_student": REFUSE,         # has an effect only at the start
 

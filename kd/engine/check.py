@@ -49,6 +49,8 @@ def check(cfg: Config, device: torch.device) -> str:
     losses, _ = train_step(run, run.model, [(images, targets)])  # the first step was slower, because of set-up
     losses["loss"].item()  # waits for the device
     seconds = time.perf_counter() - start
+    if run.distiller:
+        lines += run.distiller.gradient_shares.describe()
     shown = None if run.val_loader is None else next(iter(run.val_loader), None)
     if shown is not None:  # None in a process that gets no images because there are so few
         run.model.eval()
@@ -64,11 +66,13 @@ def check(cfg: Config, device: torch.device) -> str:
 def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> list[str]:
     """Lines that say what every method compares, and its weights."""
     lines, batch = [], to_device(images, targets, run.student, run.device)
+    measured = run.distiller.gradient_shares.shares
     with torch.no_grad(), autocast(run.device, run.cfg.train.amp):
         student, teachers, plan = run.distiller.passes(*batch)
         for i, (teacher, (_, entries)) in enumerate(zip(teachers, plan)):
             for method, name, factor in entries:
                 weights = ", ".join(f"{part} {weight:g}" for part, weight in method.weights().items())
-                lines.append(f"{name} ({type(method).__name__}) from teacher {i}: times {factor:g} now; {weights}")
+                times = f"times {factor:g}" if name not in measured else f"a share of {factor:g} of the gradient"
+                lines.append(f"{name} ({type(method).__name__}) from teacher {i}: {times} now; {weights}")
                 lines += [f"  {line}" for line in method.links(*seen_by(method, student, teacher))]
     return lines

@@ -23,10 +23,12 @@ STATE = {"config": dict, "step": Number, "rank": Number, "steps_per_epoch": Coun
 def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
     """Write the batches of a step, and the weights before it."""
     methods = run.distiller.methods.state_dict() if run.distiller else {}
+    shares = run.distiller.gradient_shares.state() if run.distiller else {}
     write_whole(path, {"format": FORMAT, "config": dict(run.cfg), "step": step, "rank": distributed.rank(),
                        "steps_per_epoch": run.steps_per_epoch,
                        "batches": [(images.cpu(), targets) for images, targets in batches],
-                       "model": run.student.state_dict(), "methods": methods})
+                       "model": run.student.state_dict(), "methods": methods,
+                       "gradient_shares": shares})
 
 
 def replay(path: Path, device: torch.device) -> str:
@@ -39,7 +41,7 @@ def replay(path: Path, device: torch.device) -> str:
         CheckpointError: the file does not exist, or is not a replay file.
     """
     state = read_plain(path, FORMAT, "file", "a replay file, which a run writes when a loss is not finite")
-    check_entries(state, STATE, f"file {path}")
+    check_entries(state, STATE | {key: WEIGHTS for key in ("gradient_shares",) if key in state}, f"file {path}")
     cfg = parse_config(state["config"])
     model = build_model(cfg, pretrained=False).to(device).train()
     student = model.student if isinstance(model, Distiller) else model
@@ -47,7 +49,8 @@ def replay(path: Path, device: torch.device) -> str:
         student.load_state_dict(state["model"])
         if isinstance(model, Distiller):
             model.methods.load_state_dict(state["methods"])
-    except RuntimeError as error:
+            model.gradient_shares.load(state.get("gradient_shares", {}))  # earlier versions wrote none
+    except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"file {path} is damaged: {' '.join(str(error).split())[:200]}") from None
     if not all(map(is_batch, state["batches"])):
         raise CheckpointError(f"file {path} is damaged: batches must be images with as many targets")

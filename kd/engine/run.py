@@ -38,6 +38,7 @@ STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "s
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
          "config": dict | None, "classes": list[str] | None, "averaged": Number | None, "waited": Number | None,
          "init": dict | None, "unlabelled": Number | None}
+INNER = ("training", "methods", "gradient_shares")  # more of them that hold weights, where a run has them
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Run:
     best: float = -1.0         # AP of the best evaluation
     waited: int = 0            # evaluations since then
     overflows: Tensor | int = 0  # steps that fp16 has skipped
+    weights_said: bool = False  # whether the log has the weights that follow from gradient_share
     start: InitialReport | None = None  # what was taken from train.init
     init: dict[str, str] = field(default_factory=dict)  # SHA-256 of train.init by path, at the run's start
 
@@ -163,6 +165,8 @@ def save_run(run: Run, name: str) -> None:
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
              "waited": run.waited, "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
              "classes": run.train_loader.dataset.classes, "unlabelled": unlabelled_count(run)}
+    if run.distiller:
+        state["gradient_shares"] = run.distiller.gradient_shares.state()
     if run.average is not None:
         state |= {"training": run.student.state_dict(), "averaged": run.average.updates}
     keep = run.cfg.train.keep if name == "last.pth" and run.step != run.saved else 1
@@ -179,7 +183,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
     Raises:
         CheckpointError: the checkpoint is of other classes, or of a run with settings that this one cannot take over.
     """
-    inner = {key: WEIGHTS for key in ("training", "methods") if key in state}
+    inner = {key: WEIGHTS for key in INNER if key in state}
     check_entries(state, STATE | inner, f"checkpoint {path}")
     classes, world = run.train_loader.dataset.classes, distributed.world_size()
     if state.get("classes", classes) != classes:
@@ -204,6 +208,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
             run.average.updates = state.get("averaged", 0)
         if run.distiller:
             run.distiller.methods.load_state_dict(state["methods"])
+            run.distiller.gradient_shares.load(state.get("gradient_shares", {}))
             run.distiller.reported = {(key, name) for key, name in state["reported"]}
         load_optimizer(run.optimizer, state["optimizer"], earlier_names(run.model, saved))
         if state["scaler"]:  # of a run in fp16

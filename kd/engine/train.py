@@ -134,6 +134,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
                 record |= {"loss_scale": run.scaler.get_scale(), "skipped_steps": int(run.overflows)}
                 check_scale(run)
             metrics.write(record)
+            say_weights(run, log)
             shown = {k: "-" if v is None else f"{v:.4g}" for k, v in record.items() if k not in ("epoch", "step")}
             steps = settings.epochs * run.steps_per_epoch
             left = clock.left(step=steps - run.step, evaluation=evaluations)
@@ -149,6 +150,14 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     run.finite.check()
     skipped.report(epoch)
     save_run(run, "last.pth")
+
+
+def say_weights(run: Run, log: Logger) -> None:
+    """Log the weights that were measured, once: this waits for the device, so it goes with the first logged step."""
+    if run.distiller and not run.weights_said:
+        for line in run.distiller.gradient_shares.describe():
+            log.info(line)
+        run.weights_said = True
 
 
 def stopped(run: Run, signum: int) -> Stopped:
@@ -171,7 +180,8 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         model: the run's model, or a wrapper around it.
         batches: uint8 images (N, 3, H, W) and targets; the gradients of several batches are averaged.
     Returns:
-        The losses, with their sum `loss` and each method's share of it; the gradient norms at the neck if they are due.
+        The losses, with their sum `loss`, each method's share of it and the weights that are measured; the gradient
+        norms at the neck if they are due.
     """
     settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
     seed_step(settings.seed, run.step, distributed.rank())
@@ -195,7 +205,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
             del student  # so that the backward pass can free its outputs
             scaler.scale(total / len(batches)).backward()
         found.append(losses | {"loss": total, "positives_per_image": positives} |
-                     (distiller.shares(losses) if distiller else {}))
+                     (distiller.shares(losses) | distiller.measured_weights() if distiller else {}))
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
 
     scaler.unscale_(run.optimizer)

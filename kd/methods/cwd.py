@@ -1,11 +1,12 @@
-"""CWD: channel-wise knowledge distillation (Shu et al., arXiv:2011.13256)."""
+"""CWD: channel-wise knowledge distillation (Shu et al., arXiv:2011.13256), also of normalised maps."""
 from typing import Literal
 
 from torch import Tensor
 
 from data.ranges import NonNegative, Number, Positive, Some
-from losses import channel_wise_divergence
+from losses import at_least_float32, channel_wise_divergence, normalised_channels
 from models import Detector, DetectorPass
+from models.build import ConfigError
 
 from .base import Method, check_same_predictions, link
 
@@ -13,9 +14,14 @@ from .base import Method, check_same_predictions, link
 class CWD(Method):
     """Each channel of a map, as a distribution over positions, mimics the teacher's.
 
+    With `norm` and a `decay` of its weight, this is the distillation of DAMO-YOLO (arXiv:2211.15444; authors' code,
+    distill_loss.py and detector_trainer.py). With `norm` and a `stop_epoch`, it is that of the RTMDets in MMYOLO.
+
     Args:
         tau: temperature of the distributions (eq. 3).
         loss_weight: weight of the divergence (eq. 4), summed over maps.
+        norm: normalise each channel of both maps to mean 0 and variance 1 over the batch first, as a batch norm does.
+        sync_stats: with `norm`, over the batches of all processes; the published recipes use each process's.
         on: "features" compares feature maps, "logits" the class scores of each level.
         levels, student_modules, teacher_modules, adapter_kernel: the maps, see `FeaturePairs`.
     """
@@ -27,9 +33,12 @@ class CWD(Method):
     def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
                  on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,
                  student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,
-                 adapter_kernel: Literal[1, 3] = 1):
+                 adapter_kernel: Literal[1, 3] = 1, norm: bool = False, sync_stats: bool = False):
         super().__init__()
         self.tau, self.loss_weight, self.teacher_head = tau, loss_weight, on == "logits"
+        self.norm, self.sync_stats = norm, sync_stats
+        if sync_stats and not norm:
+            raise ConfigError("sync_stats", "is about the statistics that norm needs: set norm: true, or remove it")
         if self.teacher_head:
             if levels is not None or student_modules is not None:
                 raise ValueError("CWD on logits compares all levels: remove levels and student_modules")
@@ -42,6 +51,8 @@ class CWD(Method):
             pairs = list(zip(student.outputs.cls_maps(), teacher.outputs.cls_maps()))
         else:
             pairs = self.pairs(student, teacher)
+        if self.norm:
+            pairs = [[normalised_channels(at_least_float32(x), self.sync_stats) for x in pair] for pair in pairs]
         losses = [channel_wise_divergence(own, other, self.tau) for own, other in pairs]
         return {"loss_cwd": self.loss_weight * sum(losses)}
 

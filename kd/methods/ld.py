@@ -1,17 +1,20 @@
 """LD: localization distillation for dense object detection (Zheng et al., arXiv:2102.12252)."""
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.ranges import NonNegative, Share, Temperature
-from losses import KnowledgeDistillationKLDivLoss, at_least_float32
+from losses import LOSSES, KnowledgeDistillationKLDivLoss, at_least_float32, mean_over_processes
 from models import Detector, DetectorPass, GFLHead
 from models.assigners import pairwise_overlap
-from models.build import ConfigError
+from models.build import ConfigError, OneOf, build_loss
 from models.targets import pad_targets
 
-from .base import Method, check_same_predictions, link
+from .base import Method, check_same_predictions, level_sums, link, to_anchors
+
+DISTRIBUTIONS = ("distributions of both sides",)
+ClassLoss = Annotated[dict, OneOf(LOSSES, takes=DISTRIBUTIONS)] | None
 
 
 class LD(Method):
@@ -26,6 +29,9 @@ class LD(Method):
         vlr_gamma: lower bound of that region, as a share of the positives' threshold (algorithm 1).
         vlr_overlap: iof chooses that region by the intersection over the anchor's area, as the authors' code does; iou
             by the intersection over the union, as in the paper (algorithm 1).
+        loss_kd: loss on the class scores of positive anchors (the paper's main KD), see `class_loss`; none by default.
+            The authors' is `{type: KnowledgeDistillationKLDivLoss, loss_weight: 10, T: 2}`.
+        loss_kd_vlr: the same in the valuable localisation region (the paper's VLR KD); none by default.
     """
 
     teacher_head = True
@@ -33,7 +39,8 @@ class LD(Method):
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 0.25, T: Temperature = 10.0,
                  class_reduction: Literal["mean", "sum"] = "mean", vlr_weight: NonNegative = 0.0,
-                 vlr_gamma: Share = 0.25, vlr_overlap: Literal["iof", "iou"] = "iof"):
+                 vlr_gamma: Share = 0.25, vlr_overlap: Literal["iof", "iou"] = "iof", loss_kd: ClassLoss = None,
+                 loss_kd_vlr: ClassLoss = None):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "LD")
         if not isinstance(student.bbox_head, GFLHead):
@@ -42,6 +49,10 @@ class LD(Method):
         self.vlr_gamma, self.vlr_overlap = vlr_gamma, vlr_overlap
         self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
         self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None
+        for name, cfg in (("loss_kd", loss_kd), ("loss_kd_vlr", loss_kd_vlr)):
+            if cfg is not None and student.bbox_head.num_classes < 2:
+                raise ConfigError(name, "compares classes with one another, and there is only one: remove this loss")
+            setattr(self, name, None if cfg is None else build_loss(cfg, name, DISTRIBUTIONS))
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         assignment, head = student.assignment, student.head
@@ -49,9 +60,28 @@ class LD(Method):
         other = head.comparable_boxes(teacher.outputs, assignment.priors)
         weight = at_least_float32(student.outputs.cls).detach().sigmoid().amax(-1) * assignment.positive
         losses = {"loss_ld": self.main(own, other, weight.unsqueeze(-1), avg_factor=4.0)}
+        if self.loss_kd is not None:
+            losses["loss_kd"] = self.class_loss(self.loss_kd, student, teacher, assignment.positive)
+        if self.vlr is None and self.loss_kd_vlr is None:
+            return losses
+        region = self.valuable_region(student)
         if self.vlr is not None:
-            losses["loss_ld_vlr"] = self.vlr(own, other, self.valuable_region(student).unsqueeze(-1), avg_factor=16.0)
+            losses["loss_ld_vlr"] = self.vlr(own, other, region.unsqueeze(-1), avg_factor=16.0)
+        if self.loss_kd_vlr is not None:
+            losses["loss_kd_vlr"] = self.class_loss(self.loss_kd_vlr, student, teacher, (region > 0).to(region.dtype))
         return losses
+
+    @staticmethod
+    def class_loss(loss: nn.Module, student: DetectorPass, teacher: DetectorPass, chosen: Tensor) -> Tensor:
+        """Loss between softmaxes over the classes: the mean over the chosen anchors of each level, summed over levels.
+
+        Args:
+            chosen: (N, P), 1 for the anchors that count and 0 for the others.
+        """
+        sizes = student.assignment.priors.level_sizes
+        number = mean_over_processes(level_sums(chosen, sizes), least=1)
+        weight = chosen * student.assignment.label_weights / to_anchors(number, sizes)
+        return loss(student.outputs.cls, teacher.outputs.cls, weight, reduction="sum")
 
     @torch.no_grad()
     def valuable_region(self, student: DetectorPass) -> Tensor:
@@ -75,7 +105,11 @@ class LD(Method):
         return (iou * (near & truth.real.unsqueeze(-1) & valid.unsqueeze(1))).amax(1)
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
-        return [link("box distributions of positives", student.outputs.box, "box distributions", teacher.outputs.box)]
+        lines = [link("box distributions of positives", student.outputs.box, "box distributions", teacher.outputs.box)]
+        for loss, where in ((self.loss_kd, "positives"), (self.loss_kd_vlr, "the valuable localisation region")):
+            if loss is not None:
+                lines.append(link(f"class scores of {where}", student.outputs.cls, "class scores", teacher.outputs.cls))
+        return lines
 
 
 def center_distance(boxes: Tensor, others: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ ZOO = {
     "fcos_r101_ms_2x": Published(f"{_MMDET}fcos/fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco/"
                                  "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco-511424d6.pth",
                                  "configs/fcos/fcos_r101_ms_2x.yaml", 40.8),
+    "fcos_rx101_64x4d_ms_2x": Published(f"{_MMDET}fcos/fcos_x101_64x4d_fpn_gn-head_mstrain_640-800_2x_coco/"
+                                        "fcos_x101_64x4d_fpn_gn-head_mstrain_640-800_2x_coco-ede514a8.pth",
+                                        "configs/fcos/fcos_rx101_64x4d_ms_2x.yaml", 42.6),
     "gfl_r50_1x": Published(f"{_MMDET}gfl/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth",
                             "configs/gfl/gfl_r50_1x.yaml", 40.2),
     "gfl_r101_2x": Published(f"{_MMDET}gfl/gfl_r101_fpn_mstrain_2x_coco/"

@@ -24,6 +24,8 @@ BAD = [  # configuration, overrides, and what is needed
     (STUDENT, ["data.train=[]"], (), None), (STUDENT, ["data.val.repeat=2"], (), None),
     (STUDENT, ["data.train=[{images: a}]"], (), None), (STUDENT, ["optimizer.lr={per_image: -1}"], (), None),
     (STUDENT, [], (), "none.pth"), (CROSSKD, ["distill.methods.0.idx=3"], (), None),
+    (CROSSKD, ["distill.methods.0.weight={gradient_share: 0}"], (), None),
+    (CROSSKD, ["distill.methods.0.weight.gradient_shre=1"], (), None),
     (CROSSKD, [], (), None), (CROSSKD, ["distill.teacher.cfg=none.yaml"], (), None),
     (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None),
     (CROSSKD, ["distill.teacher.checkpoint=zoo:none"], (), None), (STUDENT, ["train.init=none.pth"], ("init",), None),

@@ -11,12 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd import METHODS, build_distiller
 from kd.engine.average import WeightAverage
 
-ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD")
+ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD", "BCKD", "GI", "PGD", "FRS")
 CASES = [(method, head) for method in ON_ALL_HEADS for head in HEADS] + [("LD", "GFLHead"), ("DKD", "GFLHead")]
 
 
 def entry(method: str) -> dict:
-    return {"type": method} | ({"reused_teacher_head_idx": 1} if method == "CrossKD" else {})
+    kl = {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 10, "T": 2}
+    options = {"CrossKD": {"reused_teacher_head_idx": 1}, "BCKD": {"only_levels_with_positives": True},
+               "LD": {"vlr_weight": 0.25, "loss_kd": kl, "loss_kd_vlr": kl}}
+    return {"type": method} | options.get(method, {})
 
 
 def test_no_method_is_forgotten():
@@ -84,6 +87,19 @@ def test_unlabelled_images_do_not_make_it_wait(method, head):
             distiller.loss(images, targets)
             found.clear()
             distiller.loss(images, targets)
+    assert not found
+
+
+def test_measured_weights_do_not_wait():
+    """The gradients themselves need a driver; here is what becomes of their norms."""
+    cfg = config("FGD", "GFLHead")
+    cfg["distill"]["methods"][0]["weight"] = {"gradient_share": 0.3}
+    with pretended_gpu() as found:
+        shares = build_distiller(cfg).gradient_shares
+        norms = torch.ones(2, device="cuda")
+        found.clear()
+        shares.update(norms)
+        assert shares.weigh("FGD0", 0.3).device.type == "cuda"
     assert not found
 
 

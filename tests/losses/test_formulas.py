@@ -251,3 +251,14 @@ def test_mean_over_processes_of_one_is_the_value_without_gradient():
     value = torch.tensor(3.0, requires_grad=True)
     mean = L.mean_over_processes(value)
     assert mean.item() == 3 and not mean.requires_grad
+
+
+def test_normalised_channels_are_those_of_a_batch_norm():
+    x = (3 * torch.randn(2, 4, 5, 6, dtype=torch.float64) + 1).requires_grad_()
+    x.data[:, 3] = 2.0  # a constant channel
+    weight, norm = torch.randn(2, 4, 5, 6).double(), torch.nn.BatchNorm2d(4, affine=False).double()
+    found, expected = L.normalised_channels(x), norm(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    mine, theirs = (torch.autograd.grad((value * weight)[:, :3].sum(), x)[0] for value in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert not L.normalised_channels(torch.ones(1, 4, 1, 1)).any()  # a batch norm refuses this

@@ -9,7 +9,7 @@ from small_models import make_batch, small_config, small_detector
 from data.ranges import Some
 from losses import LOSSES
 from models import HEADS, ConfigError, build_detector
-from models.build import check_arguments, check_value, nearest, parameters
+from models.build import build, check_arguments, check_value, nearest, parameters
 from models.coders import DistancePointBBoxCoder
 
 
@@ -147,6 +147,14 @@ def test_short_spellings():
     model = build_detector(cfg)
     assert model.neck.upsample.mode == "bilinear" and "bbox_head.cls_convs.0.bn.weight" in model.state_dict()
     assert isinstance(model.neck.fpn_convs[0].activate, torch.nn.ReLU)
+
+
+def test_an_argument_with_a_short_name_is_meant_itself():
+    def call(norm: bool = False):
+        return norm
+
+    assert check_arguments(call, {"norm": True}, "key") == {"norm": True}
+    assert build({"type": "call", "norm": True}, {"call": call}, "key") is True
 
 
 def test_what_follows_from_another_part_may_be_said():

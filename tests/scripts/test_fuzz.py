@@ -96,7 +96,8 @@ def changed(draw: st.DrawFn, tree: dict | list) -> dict | list:
 def configurations(draw, scenes: Path) -> dict:
     """A configuration with a student and a teacher, all keys written out, some of them changed."""
     head = draw(st.sampled_from(HEADS))
-    method = draw(st.sampled_from(["CrossKD", "Mimic", "LD", "KD", "DKD", "FGD", "PKD", "MGD", "CWD", "FitNet"]))
+    method = draw(st.sampled_from(["CrossKD", "Mimic", "LD", "KD", "DKD", "FGD", "PKD", "MGD", "CWD", "FitNet", "PGD",
+                                   "FRS", "BCKD", "GI"]))
     cfg = config(scenes, 1, {"teacher": {"model": model(head=head), "checkpoint": None},
                              "methods": [{"type": method}]}, head)
     cfg["data"]["scale"] = [64, 48]

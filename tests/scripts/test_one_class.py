@@ -13,7 +13,8 @@ from kd.evaluation.evaluate import detect, eval_loader
 from kd.inference.detectors import load_named, load_with_data
 
 METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 0}, {"type": "LD"}, {"type": "KD"},
-           {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"}, {"type": "CWD"}, {"type": "FitNet"}]
+           {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"}, {"type": "CWD"}, {"type": "FitNet"}, {"type": "GI"},
+           {"type": "BCKD"}, {"type": "PGD"}, {"type": "FRS"}]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def content(root, split):
 def test_training_with_every_method(root):
     step, evaluation = map(json.loads, (root / "run" / "metrics.jsonl").read_text().splitlines())
     losses = {key: value for key, value in step.items() if key.startswith("loss_")}
-    assert len(losses) == 3 + 2 + 7 and all(np.isfinite(value) and value > 0 for value in losses.values())
+    assert len(losses) == 3 + 2 + 8 + 2 and all(np.isfinite(value) and value > 0 for value in losses.values())
     assert evaluation["per_class"] == {"thing": evaluation["AP"]}
     log = (root / "run" / "train.log").read_text()
     assert "4 training images, 1 class," in log and "thing" not in log.split("on data.val, in points")[1]

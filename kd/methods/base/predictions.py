@@ -1,5 +1,5 @@
 """Comparing the predictions of two heads: which heads fit together, and CrossKD's losses."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from losses import LOSSES, at_least_float32
 from models import DenseHead, DetectorPass, HeadOutputs
 from models.build import ConfigError, OneOf, build_loss
+from models.targets import Assignment
 
 # The losses of `mimic`, as mappings with a type; None: the published one.
 SCORES, CENTERNESS = ("logits of both sides",), ("logits and probabilities",)
@@ -74,3 +75,29 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), assignment.positive,
             avg_factor=assignment.labelled_factor)
     return found
+
+
+def level_sums(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Sums (L,) over images and anchors of each level; `values` are (N, P), and `sizes` the anchors per level."""
+    return torch.stack([level.sum() for level in values.split(list(sizes), 1)])
+
+
+def to_anchors(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A value per level (L,) as a value per anchor (P,)."""
+    return torch.cat([value.expand(size) for value, size in zip(values, sizes)])
+
+
+def levels_with_positives(assignment: Assignment) -> Tensor:
+    """(L,) in the weights' dtype: 1 for levels with a positive anchor in this process's batch, 0 for the others.
+
+    LD's code, from which BCKD's comes, computes the losses level by level. Some of them are zero on levels without
+    positives, although they are about all anchors.
+    """
+    positive = assignment.positive
+    return (level_sums(positive, assignment.priors.level_sizes) > 0).to(positive.dtype)
+
+
+def split_levels(values: Tensor, outputs: HeadOutputs) -> list[Tensor]:
+    """Values (N, cells) of the cells of all levels as maps (N, H, W), one for each level."""
+    levels = values.split([h * w for h, w in outputs.sizes], dim=1)
+    return [level.unflatten(1, size) for level, size in zip(levels, outputs.sizes)]

@@ -117,6 +117,13 @@ def test_the_same_setting_written_in_another_way_is_no_change(tmp_path):
     one, several = ({"distill": {"teacher": teacher, "methods": []}} for teacher in (
         {"checkpoint": None, "model": model()}, [{"checkpoint": None, "model": model(), "weight": 1.0}]))
     assert changes(short | one, short | several) == []
+    brief, full, other = (one["distill"] | {"methods": [{"type": "FGD", "weight": {"gradient_share": 0.3} | more}]}
+                          for more in ({}, {"gradient_share_every": 20}, {"gradient_share_every": 21}))
+    assert changes(short | {"distill": brief}, short | {"distill": full}) == []
+    change, = changes(short | {"distill": brief}, short | {"distill": other})
+    assert str(change) == "distill.methods.0.weight.gradient_share_every was 20 and is 21" and change.rule == WARN
+    change, = changes(short | {"distill": brief}, short | {"distill": one["distill"] | {"methods": [{"type": "FGD"}]}})
+    assert str(change).startswith("distill.methods.0.weight was {") and change.rule == WARN
 
 
 def test_the_batch_size_counts_over_all_processes(tmp_path):

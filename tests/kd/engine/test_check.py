@@ -1,5 +1,6 @@
 """The output before a run starts: the teacher's AP, and `--check`."""
 import json
+import re
 
 import pytest
 from runs import assert_they_end, config, config_with, model, run_script, start_processes, write_config
@@ -33,6 +34,32 @@ def test_check_shows_everything_and_writes_nothing(scenes, tmp_path, monkeypatch
             "loss_cls ", "loss_fgd ", "share/CrossKD0 ", "detections on 4 images", "peak memory", " s; "):
         assert expected in printed, expected
     assert [p.name for p in tmp_path.iterdir()] == ["cfg.yaml"]
+
+
+def test_check_shows_weights_that_are_measured(scenes, tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path / "cfg.yaml", distilled(scenes))
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu", "train.check_images=0",
+                      "distill.methods.0.weight={gradient_share: 0.3}",
+                      "distill.methods.1.weight.gradient_share=0.5", "distill.methods.1.warmup_epochs=1") == 0
+    printed = capsys.readouterr().out
+    for expected in ("CrossKD0 (CrossKD) from teacher 0: a share of 0.3 of the gradient now; losses.loss_cls_kd 1",
+                     "FGD1 (FGD) from teacher 0: a share of 0 of the gradient now; ", " weight/CrossKD0 ",
+                     " weight/FGD1 0\n", "for a gradient_share of 0.3\n", "for a gradient_share of 0.5\n"):
+        assert expected in printed, expected
+    for line in re.findall(r"(?:CrossKD0|FGD1): its weight is (\S+), for", printed):
+        assert float(line) > 0
+    assert "WARNING: CrossKD0" not in printed and "WARNING: FGD1" not in printed
+
+
+def test_a_method_before_the_neck_needs_a_number(scenes, tmp_path, monkeypatch, capsys):
+    cfg = distilled(scenes)
+    cfg["distill"]["methods"][1] |= {"student_modules": ["backbone.layer3"], "teacher_modules": ["backbone.layer3"],
+                                     "weight": {"gradient_share": 1}}
+    path = write_config(tmp_path / "cfg.yaml", cfg)
+    assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "distill.methods: FGD1 has no gradient at the outputs of the student's neck" in error[0]
 
 
 def test_check_of_a_plain_detector(scenes, tmp_path, monkeypatch, capsys):

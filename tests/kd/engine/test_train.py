@@ -80,8 +80,11 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(scenes, tmp_path):
 
 
 def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path, monkeypatch):
-    """Resume with accumulation (the last group of an epoch is shorter), momentum, a weight average and masks."""
-    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "MGD"}, {"type": "FGD"}]}
+    """Resume with accumulation (the last group of an epoch is shorter), momentum, a weight average, masks, and weights
+    that are measured at some of the steps."""
+    distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [
+        {"type": "MGD", "weight": {"gradient_share": 0.3, "gradient_share_every": 3}},
+        {"type": "FGD", "weight": {"gradient_share": 1}, "every": 2}]}
     cfg = config_with(config(scenes, 3, distill), data={"batch_size": 2}, optimizer={"momentum": 0.9},
                       train={"accumulate": 3, "ema": 0.5, "checkpoint_every": 1, "check_images": 0})
     engine.train(cfg, tmp_path / "whole", CPU)
@@ -99,8 +102,62 @@ def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path,
     assert taken == [3, 3, 1, 3, 3, 1] and read_checkpoint(tmp_path / "parts" / "last.pth")["step"] == 5
     monkeypatch.undo()
     engine.train(cfg, tmp_path / "parts", CPU, tmp_path / "parts" / "last.pth")
-    assert_same(read_checkpoint(tmp_path / "whole" / "last.pth"), read_checkpoint(tmp_path / "parts" / "last.pth"))
+    whole, parts = (read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "parts"))
+    assert_same(whole, parts)
+    assert whole["gradient_shares"]["times"].tolist() == [7, 5] and (whole["gradient_shares"]["counts"] > 0).all()
     assert steps_in(tmp_path / "whole") == steps_in(tmp_path / "parts") == (list(range(1, 10)), [0, 1, 2])
+    weights = [[line for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+               for name in ("whole", "parts")]
+    weights = [[(json.loads(line)["weight/MGD0"], json.loads(line).get("weight/FGD1")) for line in lines]
+               for lines in weights]
+    assert weights[0] == weights[1] and [fgd is None for _, fgd in weights[0]] == [False, True] * 4 + [False]
+    log = (tmp_path / "parts" / "train.log").read_text()
+    assert log.count("MGD0: its weight is") == 2 and "for a gradient_share of 0.3" in log  # of both starts
+
+
+def test_a_share_may_be_set_when_a_run_goes_on(scenes, tmp_path):
+    """The weight was a number before: it is measured from then on, in the first step, too."""
+    def cfg(weight, epochs):
+        distill = {"teacher": {"model": model(), "checkpoint": None}, "methods": [{"type": "FGD", "weight": weight}]}
+        return config_with(config(scenes, epochs, distill), train={"check_images": 0})
+
+    engine.train(cfg(2.0, 1), tmp_path, CPU)
+    assert read_checkpoint(tmp_path / "last.pth")["gradient_shares"] == {}
+    engine.train(cfg({"gradient_share": 0.5}, 2), tmp_path, CPU, tmp_path / "last.pth")
+    log = (tmp_path / "train.log").read_text()
+    assert 'distill.methods.0.weight was 2.0 and is {"gradient_share": 0.5' in log
+    state = read_checkpoint(tmp_path / "last.pth")["gradient_shares"]
+    assert (state["times"].tolist(), state["last"].tolist()) == ([4], [7])  # each of the second epoch's steps
+
+
+def test_a_step_in_fp16_measures(scenes, tmp_path):
+    """At the loss scale's start, and at one at which every weighted gradient would overflow."""
+    distill = {"teacher": {"model": model(), "checkpoint": None},
+               "methods": [{"type": "FGD", "weight": {"gradient_share": 0.3}}]}
+    weights = []
+    for amp, scale in (("none", None), ("fp16", None), ("fp16", 2.0 ** 40)):
+        run = build_run(parse_config(config_with(config(scenes, 1, distill), train={"amp": amp})), tmp_path, CPU)
+        run.model.train()
+        if scale is not None:
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        batch = next(iter(run.train_loader))
+        losses, _ = engine.train_step(run, run.model, [batch])
+        weights.append(float(losses["weight/FGD0"]))
+    assert min(weights) > 0 and weights[1:] == pytest.approx(weights[:1] * 2, rel=0.03)
+
+
+def test_a_replay_has_the_weight_of_its_step(scenes, tmp_path):
+    distill = {"teacher": {"model": model(), "checkpoint": str(write_checkpoint(
+        tmp_path / "teacher.pth", {"model": model()}))}, "methods": [{"type": "FGD", "weight": {"gradient_share": 2}}]}
+    run = build_run(parse_config(config(scenes, 1, distill)), tmp_path, CPU)
+    run.model.train()
+    batches = list(run.train_loader)
+    engine.train_step(run, run.model, batches[:1])
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    losses, _ = engine.train_step(run, run.model, batches[1:2])
+    run.model.load_state_dict(weights)  # a broken step changes none, but its measurement is done
+    save_replay(run, tmp_path / "replay.pth", 1, batches[1:2])
+    assert f" loss_fgd {losses['loss_fgd'].item():.4g}\n" in replay(tmp_path / "replay.pth", CPU)
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated(scenes, tmp_path, monkeypatch):

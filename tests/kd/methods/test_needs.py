@@ -48,7 +48,7 @@ def test_what_it_compares(entry, needs):
                                            ("same classes", {"head_": {"num_classes": 7}})])
 def test_which_pairs_it_takes(entry, needs, need, teacher):
     if need in needs:
-        with pytest.raises(ConfigError, match="do not mean the same"):
+        with pytest.raises(ConfigError, match="do not mean the same|give the teacher a class_map"):
             small_distiller(entry, teacher=teacher_entry(**teacher))
     else:
         losses = small_distiller(entry, teacher=teacher_entry(**teacher))(*make_batch())
@@ -61,7 +61,7 @@ def test_those_that_need_labels_depend_on_them(entry):
     student, (teacher,), _ = model.passes(images, targets)
     before = value_of(model, student, teacher)
     for target in targets:
-        target["boxes"] = target["boxes"] / 2 + 3
+        target |= {"boxes": target["boxes"][:0], "labels": target["labels"][:0]}
     student, (teacher,), _ = model.passes(images, targets)
     assert value_of(model, student, teacher) != before
 

@@ -11,7 +11,8 @@ from models import ConfigError
 HEADS = ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"]
 METHODS = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "CrossKD", "reused_teacher_head_idx": 0},
            {"type": "Mimic"}, {"type": "KD", "T": 2.0}, {"type": "FGD"}, {"type": "PKD"}, {"type": "MGD"},
-           {"type": "CWD"}, {"type": "CWD", "on": "logits", "name": "logits"}, {"type": "FitNet"}]
+           {"type": "CWD"}, {"type": "CWD", "on": "logits", "name": "logits"}, {"type": "FitNet"},
+           {"type": "BCKD", "name": "BCKD"}, {"type": "GI"}, {"type": "PGD"}, {"type": "FRS"}]
 NEVER = -200.0
 
 
@@ -62,6 +63,9 @@ def test_losses_are_those_of_two_classes_of_which_one_never_occurs(head):
 def test_what_compares_classes_with_one_another_is_refused(head):
     with pytest.raises(ConfigError, match="DKD compares classes with one another, and there is only one; use KD"):
         distiller(head, 1, [{"type": "DKD"}])
+    for name in ("loss_kd", "loss_kd_vlr") if head == "GFLHead" else ():
+        with pytest.raises(ConfigError, match=f"methods.0.{name}: compares classes .* only one: remove this loss"):
+            distiller(head, 1, [{"type": "LD", name: {"type": "KnowledgeDistillationKLDivLoss"}}])
 
 
 def test_detections_are_those_of_two_classes_of_which_one_never_occurs():

@@ -17,7 +17,14 @@ CROSSKD, FGD = {"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "FGD"
     ({"warmup_epochs": 2.0}, [0, 0.25, 0.5, 1, 1]),
     ({"decay": "linear"}, [1, 0.875, 0.75, 0.25, 0.125]),
     ({"decay": "linear", "weight": 2.0, "warmup_epochs": 1.0}, [0, 0.875, 1.5, 0.5, 0.25]),
-    ({"decay": "linear", "stop_epoch": 3.5}, [1, 1 - 0.5 / 3.5, 1 - 1 / 3.5, 1 - 3 / 3.5, 0])])
+    ({"decay": "linear", "stop_epoch": 3.5}, [1, 1 - 0.5 / 3.5, 1 - 1 / 3.5, 1 - 3 / 3.5, 0]),
+    ({"decay": "linear", "decay_to": 0.5, "weight": 2.0}, [2, 1.875, 1.75, 1.25, 1.125]),
+    ({"decay": "cosine"}, [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (0, 0.5, 1, 3, 3.5)]),
+    ({"decay": "cosine", "stop_epoch": 3.5},
+     [(1 + math.cos(math.pi * epoch / 3.5)) / 2 for epoch in (0, 0.5, 1, 3, 3.5)]),
+    # DAMO-YOLO's detector_trainer.py, with epochs in place of steps
+    ({"decay": "cosine", "decay_to": 0.1},
+     [(1 - math.cos(epoch * math.pi / 4)) / 2 * (0.1 - 1) + 1 for epoch in (0, 0.5, 1, 3, 3.5)])])
 def test_factor(options, expected):
     found = [MethodOptions(**options).factor(epoch, 4) for epoch in (0, 0.5, 1, 3, 3.5)]
     assert found == pytest.approx(expected)
@@ -31,7 +38,8 @@ def test_runs():
 
 @pytest.mark.parametrize("options, message", [
     ({"every": 0}, "every"), ({"stop_epoch": 0}, "stop_epoch"), ({"warmup_epochs": -1.0}, "warmup_epochs"),
-    ({"decay": "exponential"}, "decay"), ({"evry": 2}, 'did you mean "every"')])
+    ({"decay": "exponential"}, "decay"), ({"decay_to": 0.1}, "there is none: set decay: linear or cosine"),
+    ({"decay": "cosine", "decay_to": 1.5}, "decay_to"), ({"evry": 2}, 'did you mean "every"')])
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ConfigError, match=message) as error:
         small_distiller({**FGD, **options})

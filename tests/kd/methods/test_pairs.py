@@ -4,9 +4,11 @@ import torch
 from small_models import CLASSES, falls, gradients, make_batch, small_distiller, teacher_entry
 
 FEATURE = [{"type": "FGD"}, {"type": "PKD", "loss_weight": 6.0}, {"type": "MGD"}, {"type": "CWD"},
-           {"type": "FitNet", "loss_weight": 5.0}]
+           {"type": "CWD", "norm": True}, {"type": "FitNet", "loss_weight": 5.0}, {"type": "PGD"},
+           {"type": "FRS", "distill_feat_weight": 0.1, "distill_cls_weight": 0.0}]
 PREDICTION = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "Mimic"}, {"type": "KD"},
-              {"type": "DKD"}, {"type": "CWD", "on": "logits"}]
+              {"type": "DKD"}, {"type": "CWD", "on": "logits"}, {"type": "FRS"}, {"type": "BCKD"}, {"type": "GI"}]
+KL = {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 10, "T": 2}
 HEADS = ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"]
 ONE_ANCHOR = {"anchor_generator": {"type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8,
                                    "scales_per_octave": 1, "strides": [8, 16, 32, 64, 128]}}
@@ -19,12 +21,14 @@ def name(value):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("method", PREDICTION + [{"type": "FGD"}], ids=name)
+@pytest.mark.parametrize("method", PREDICTION + [{"type": "FGD"}, {"type": "PGD"}], ids=name)
 def test_heads_of_one_kind(method, head):
     falls(small_distiller(method, head=head, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("method", [{"type": "LD"}, {"type": "LD", "vlr_weight": 0.25}], ids=["LD", "LD-VLR"])
+@pytest.mark.parametrize("method", [{"type": "LD"}, {"type": "LD", "vlr_weight": 0.25}, {"type": "LD", "loss_kd": KL},
+                                    {"type": "LD", "vlr_weight": 0.25, "loss_kd": KL, "loss_kd_vlr": KL}],
+                         ids=["LD", "LD-VLR", "LD-KD", "LD-all"])
 def test_ld(method):
     falls(small_distiller(method, dtype=torch.float32))
 
@@ -47,7 +51,8 @@ def test_prediction_methods_between_heads_that_mean_the_same(method, student, te
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("method", [*FEATURE, PREDICTION[0], {"type": "CrossKD", "reused_teacher_head_idx": 0}],
+@pytest.mark.parametrize("method", [*FEATURE, PREDICTION[0], {"type": "CrossKD", "reused_teacher_head_idx": 0},
+                                    {"type": "GI", "only_levels_with_positives": False}],
                          ids=lambda m: name(m) + str(m.get("reused_teacher_head_idx", "")))
 def test_other_widths_get_an_adapter_that_learns(method, kernel):
     model = small_distiller({**method, "adapter_kernel": kernel}, teacher=teacher_entry(width=24), dtype=torch.float32)
@@ -62,7 +67,7 @@ def test_other_widths_get_an_adapter_that_learns(method, kernel):
     assert not any("adapter" in key or "align" in key for key in model.student.state_dict())
 
 
-@pytest.mark.parametrize("method", FEATURE + PREDICTION[:1], ids=name)
+@pytest.mark.parametrize("method", [*FEATURE[:-1], PREDICTION[0], PREDICTION[-1]], ids=name)  # FRS always has one
 def test_equal_widths_need_no_adapter(method):
     model = small_distiller(method)
     assert not [key for key, _ in model.methods.named_parameters() if "adapters" in key or "align" in key]
@@ -78,14 +83,15 @@ def test_a_transformer_teaches_a_resnet(method):
 def test_everything_at_once():
     """Methods of all kinds and two teachers, one of another width: one forward each, all losses fall together."""
     methods = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "LD"}, *FEATURE,
-               {"type": "KD", "weight": 0.5, "warmup_epochs": 1}]
+               {"type": "BCKD"}, {"type": "GI"}, {"type": "KD", "weight": 0.5, "warmup_epochs": 1}]
     losses = falls(small_distiller(
         *methods, teacher=[teacher_entry(), teacher_entry(width=24, name="wide") | {"weight": 0.5}],
         dtype=torch.float32))
-    assert len([key for key in losses if key.endswith("KD7") or "/" in key]) == 2 * (2 + 1 + len(FEATURE) + 1)
+    # CrossKD, PGD and BCKD have two losses.
+    assert len([key for key in losses if "/" in key]) == 2 * (2 + 1 + len(FEATURE) + 1 + 2 + 1 + 1)
 
 
-@pytest.mark.parametrize("method", [PREDICTION[0], PREDICTION[1], PREDICTION[2]], ids=name)
+@pytest.mark.parametrize("method", [*PREDICTION[:3], *PREDICTION[-2:], {"type": "LD", "loss_kd": KL}], ids=name)
 def test_a_teacher_of_more_classes_by_a_class_map(method):
     teacher = teacher_entry(head_={"num_classes": 7}) | {"class_map": [5, 0, 3]}
     assert CLASSES == 3

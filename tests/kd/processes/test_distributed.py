@@ -26,11 +26,20 @@ CPU = torch.device("cpu")
 # A process with two of them, or with one, may have no box at all.
 SIZES, COUNTS = ((64, 96), (50, 70), (60, 90), (33, 65)), (4, 2, 0, 0)
 HEADS = ("GFLHead", "RetinaHead", "FCOSHead", "ATSSHead")
+KL = {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 10, "T": 2}
 METHODS = {"CrossKD": {"type": "CrossKD", "reused_teacher_head_idx": 1, "sync_stats": True},
            "CrossKD, its own statistics": {"type": "CrossKD", "reused_teacher_head_idx": 1},
-           "FGD": {"type": "FGD"}, "PKD": {"type": "PKD", "sync_stats": True}}
+           "FGD": {"type": "FGD"}, "PKD": {"type": "PKD", "sync_stats": True}, "BCKD": {"type": "BCKD"},
+           # LD's loss on boxes is a sum over the batch of each process, as in the original; its weight is 0 here.
+           "LD's classes": {"type": "LD", "loss_weight": 0.0, "loss_kd": KL, "loss_kd_vlr": KL},
+           # With the defaults, cells are chosen from the batch of each process. Here all cells are.
+           "GI": {"type": "GI", "top": 400, "iou_threshold": 1.0, "only_levels_with_positives": False},
+           "PGD": {"type": "PGD", "topk": 5}, "FRS": {"type": "FRS"},
+           "CWD": {"type": "CWD", "norm": True, "sync_stats": True}}
 CASES = [(head, method) for head in HEADS for method in ("plain", "CrossKD", "FGD")]
-CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD")]
+CASES += [("GFLHead", "CrossKD, its own statistics"), ("GFLHead", "PKD"), ("GFLHead", "BCKD"), ("FCOSHead", "BCKD"),
+          ("GFLHead", "LD's classes"), ("GFLHead", "GI"), ("ATSSHead", "PGD"), ("RetinaHead", "FRS"),
+          ("FCOSHead", "CWD")]
 
 
 def build(head, method):
@@ -93,12 +102,15 @@ def teacher_in_ddp():
 
 def teacher_in_shards():
     """A sharded teacher compared with a whole one: losses, gradients of the student, and the share in this process."""
-    methods = [METHODS["CrossKD"], METHODS["FGD"], {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
+    measured = {"weight": {"gradient_share": 0.3, "gradient_share_every": 1}}
+    methods = [METHODS["CrossKD"] | measured, METHODS["FGD"] | measured,
+               {"type": "FitNet", "student_modules": ["backbone.layer3.0.conv1"]}]
     distiller = small_distiller(*methods, teacher=teacher_entry(width=24))
     rank, (images, targets) = distributed.rank(), make_batch(SIZES, COUNTS)
 
     def step():
         distiller.zero_grad()
+        distiller.advance(distiller.step + 1, 10, 10)  # so that it measures
         values = distiller(images[rank:][:2], targets[rank:][:2])
         sum(values.values()).backward()
         return values | {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
@@ -149,10 +161,11 @@ def relative(found, wanted, least=0.0):
 
 def test_losses_and_gradients_are_those_of_one_process_with_the_whole_batch(alone, results):
     wrong = {}
+    assert len(alone["steps"]) == len(CASES) and alone["steps"]["GFLHead", "LD's classes"][0]["loss_kd"] > 0
     for case, (losses, gradients) in alone["steps"].items():
         shares = [result["steps"][case] for result in results]
         for name, value in losses.items():
-            wrong[case, name] = relative(sum(own[name] for own, _ in shares) / len(results), value)
+            wrong[case, name] = relative(sum(own[name] for own, _ in shares) / len(results), value, 1e-12)
         least = 1e-6 * max(value.abs().max() for value in gradients.values())  # some are zero but for rounding
         for _, own in shares:
             assert own.keys() == gradients.keys()
