@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from data.augment import AUGMENTATIONS
 from data.errors import DataError
-from data.ranges import Count, FewOrNone, OneOf, Share, Some
+from data.ranges import Count, FewOrNone, OneOf, Range, Share, Some
 
+Ratio = Annotated[float, Range(0, 100, open=True)]
 Augmentation = Literal["none", "light", "strong"] | Some[Annotated[dict, OneOf(AUGMENTATIONS, light=True)]]
 
 
@@ -29,12 +30,31 @@ class Split:
 
 
 @dataclass
+class Unlabelled:
+    """Images without annotations, for distillation. Paths are as those of `data.train`."""
+
+    images: str | Some[str]  # a folder, searched with its subfolders; or a list of folders, which are all used
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders, as `find_data` resolves them."""
+        return [find_data(path) for path in ([self.images] if isinstance(self.images, str) else self.images)]
+
+    def check_paths(self) -> None:
+        """Raise DataError if a folder is not there."""
+        for folder in self.folders:
+            check_there("folder of data.unlabelled", folder, folder=True)
+
+
+@dataclass
 class DataConfig:
     """The `data` section."""
 
     train: Split | Some[Split]  # training data; a list is united, and its classes are matched by name
     val: Split | None = None  # data for evaluation
-    batch_size: Count = 2  # images per process and step
+    unlabelled: Unlabelled | None = None  # more training images, without annotations, for methods that need none
+    unlabelled_ratio: Ratio = 1.0  # how many of them a batch has for each labelled image
+    batch_size: Count = 2  # labelled images per process and step
     workers: FewOrNone = 2  # loader processes per training process; 0 loads in the training process itself
     worker_start: Literal["fork", "spawn"] | None = None  # how they start; null: fork on Linux, spawn on other systems
     scale: tuple[Count, Count] = (1333, 800)  # images are resized to fit it: longest long edge, longest short edge
@@ -50,6 +70,8 @@ class DataConfig:
     def __post_init__(self):
         if self.train == []:
             raise DataError("data.train: must not be an empty list: give images and annotations")
+        if self.unlabelled is None and self.unlabelled_ratio != 1:
+            raise DataError("data.unlabelled_ratio: is of use only with data.unlabelled, which is missing: remove it")
         if self.val is not None and self.val.repeat != 1:
             raise DataError("data.val.repeat: evaluation shows each image once: remove it")
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from data.augment import build_augmentations
 from data.coco.dataset import CocoDataset
 from data.coco.joined import join, oversample, use_classes
+from data.coco.unlabelled import unlabelled_images
 from data.config import DataConfig
 from data.errors import DataError
 from data.samplers import EvalBatchSampler, TrainBatchSampler
@@ -46,6 +47,8 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
     dataset = join(datasets, f"data.{split}")
     if training and config.repeat_factor is not None:
         dataset.repeats = oversample(dataset.labels, dataset.repeats, config.repeat_factor)
+    if training and split == "train" and config.unlabelled is not None:
+        dataset.unlabelled = unlabelled_images(config.unlabelled.folders, dataset)
     if classes is not None:
         if not set(dataset.classes) <= set(classes):
             raise DataError(f"data.{split}: needs the classes of data.train, {list(classes)}, not {dataset.classes}")
@@ -69,18 +72,20 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
 
 
 def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers: int = 2, seed: int = 0,
-                 group_by_aspect: bool = True, rank: int = 0, world: int = 1, worker_start: str | None = None
-                 ) -> DataLoader:
+                 group_by_aspect: bool = True, rank: int = 0, world: int = 1, worker_start: str | None = None,
+                 unlabelled_ratio: float = 1.0) -> DataLoader:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
-    on; otherwise every image once. What it yields depends on `seed`, but not on `workers` and `worker_start`
+    on, each with `unlabelled_ratio` images of `dataset.unlabelled` for each of `batch_size` labelled images; otherwise
+    every image once. What it yields depends on `seed`, but not on `workers` and `worker_start`
     (as in `DataConfig`) or on the global random state, which it does not change.
 
     Raises DataError if the system cannot start workers in this way.
     """
     if training:
-        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world, dataset.repeats)
+        sampler = TrainBatchSampler(dataset.sizes, batch_size, seed, group_by_aspect, rank, world, dataset.repeats,
+                                    0 if dataset.unlabelled is None else len(dataset.unlabelled), unlabelled_ratio)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
     # On Linux they are forked, whatever Python's default is: then they start at once.

@@ -1,6 +1,7 @@
 """Batch samplers. A batch is a list of the keys that CocoDataset takes: (epoch, index), with a third number for an
 image that the epoch has shown before."""
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 
@@ -32,13 +33,18 @@ class TrainBatchSampler(Sampler[Batch]):
             remaining images are mixed.
         rank, world: the index of this process and the number of processes.
         repeats: for each image, how often it occurs in an epoch, on average; at least 1.
+        unlabelled: number of unlabelled images; their indices come after those of the others. Each batch ends with some
+            of them: they are shown in a random order, and in another one when all have been shown. An epoch ends when
+            all labelled images have been shown, and the next epoch goes on with the unlabelled ones that follow.
+        unlabelled_ratio: unlabelled images in a batch for each labelled one, rounded up to a whole number per process.
     Attributes: `shown`, the number of images in an epoch. To set before iterating:
         epoch: number of the epoch, for the permutation and the keys.
         start: first batch to yield, to continue in the middle of an epoch; it applies once and is 0 afterwards.
     """
 
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, seed: int, group_by_aspect: bool = True,
-                 rank: int = 0, world: int = 1, repeats: Sequence[float] | None = None):
+                 rank: int = 0, world: int = 1, repeats: Sequence[float] | None = None, unlabelled: int = 0,
+                 unlabelled_ratio: float = 1.0):
         self.sizes = sizes
         self.repeats = np.ones(len(sizes)) if repeats is None else np.array(repeats)
         self.shown = int(np.floor(self.repeats).sum()) + round((self.repeats % 1).sum())
@@ -47,6 +53,7 @@ class TrainBatchSampler(Sampler[Batch]):
         self.group_by_aspect = group_by_aspect
         self.rank = rank
         self.world = world
+        self.unlabelled, self.unlabelled_ratio = unlabelled, unlabelled_ratio
         self.epoch = 0
         self.start = 0
 
@@ -58,8 +65,36 @@ class TrainBatchSampler(Sampler[Batch]):
         # This is a generator because DataLoader first creates an iterator that it never advances, and then the one that
         # it uses. Only the second may reset `start`.
         epoch, start, self.start = self.epoch, self.start, 0
-        for batch in self._global_batches()[start:]:
-            yield [(epoch, *image) for image in batch[self.rank :: self.world]]
+        batches = self._global_batches()
+        more = self._unlabelled_images(list(map(len, batches)))
+        for batch, others in list(zip(batches, more))[start:]:
+            yield [(epoch, *image) for part in (batch, others) for image in part[self.rank :: self.world]]
+
+    def unlabelled_in(self, images: int) -> int:
+        """The number of unlabelled images that come to a global batch of so many labelled ones."""
+        if not self.unlabelled:
+            return 0
+        per_process = math.ceil(round(images / self.world * self.unlabelled_ratio, 6))
+        return self.world * max(1, per_process)
+
+    def _unlabelled_images(self, sizes: list[int]) -> list[list[tuple[int, ...]]]:
+        """The unlabelled images of the epoch's global batches, which have so many labelled ones: as in `_images`."""
+        numbers = list(map(self.unlabelled_in, sizes))
+        position = self.epoch * sum(numbers)
+        orders: dict[int, np.ndarray] = {}  # of each time that all images are shown
+        found, seen = [], Counter()
+        for number in numbers:
+            found.append([])
+            for place in range(position, position + number):
+                times, place = divmod(place, self.unlabelled)
+                if times not in orders:
+                    seeds = np.random.SeedSequence([self.seed, times], spawn_key=(2,))
+                    orders[times] = np.random.default_rng(seeds).permutation(self.unlabelled)
+                index = len(self.sizes) + int(orders[times][place])
+                found[-1].append((index, seen[index]) if seen[index] else (index,))
+                seen[index] += 1
+            position += number
+        return found
 
     def _images(self) -> list[tuple[int, ...]]:
         """The images of the epoch in the data set's order: (index,), and (index, k) when it is shown again."""

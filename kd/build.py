@@ -175,6 +175,9 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
     for entry in cfg.teachers:
         if entry.checkpoint is not None:
             check_teacher_file(entry)
+    if "train" in needed and cfg.data and cfg.data.unlabelled:
+        check_unlabelled(cfg)
+        cfg.data.unlabelled.check_paths()
     for part in (part for split in ("train", "val") if cfg.data and split in needed for part in cfg.data.parts(split)):
         part.check_paths()
     if "init" in needed and cfg.train.init is not None:
@@ -184,6 +187,21 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
             raise CheckpointError(f"train.init: {error}") from None
     if checkpoint is not None:
         check_file(checkpoint)
+
+
+def check_unlabelled(cfg: Config) -> None:
+    """Raise ConfigError if nothing in a training run can learn from its unlabelled images."""
+    if cfg.data is None or cfg.data.unlabelled is None:
+        return
+    if cfg.distill is None:
+        raise ConfigError("data.unlabelled", "images without labels teach nothing without a teacher: add distill, or "
+                                             "set data.unlabelled=null")
+    used = list(dict.fromkeys(entry["type"] for entry in cfg.distill.methods))
+    if all(METHODS[name].needs_labels for name in used):
+        able = ", ".join(name for name, method in METHODS.items() if not method.needs_labels)
+        need = f"{', '.join(used)} need{'s' if len(used) == 1 else ''} labels" if used else "there is no method"
+        raise ConfigError("data.unlabelled", f"no method here learns from images without labels ({need}): add one of "
+                                             f"{able}, or set data.unlabelled=null")
 
 
 def check_teacher_file(entry: TeacherConfig) -> None:

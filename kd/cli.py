@@ -62,6 +62,15 @@ def named(hint: Any) -> Callable[[str], tuple[str, float]]:
     return read
 
 
+def number_or_named(hint: Any) -> Callable[[str], tuple[str | None, float]]:
+    """The argparse type of texts of the form NUMBER or NAME=NUMBER: the name, or None, and the number."""
+    def read(text: str) -> tuple[str | None, float]:
+        return named(hint)(text) if "=" in text else (None, number(hint)(text))
+
+    read.hint = hint
+    return read
+
+
 # A --cfg that need not be given.
 OPTIONAL = {"required": False, "help": "configuration; default: the one in the checkpoint"}
 # Arguments that several scripts have.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from losses import total_loss
 from models import ConfigError, Detector, DetectorPass
+from models.targets import count_labelled
 
 from .gradients import GradientShares, gradient_norm
 from .methods.base import Method, MethodOptions
@@ -118,8 +119,12 @@ class Distiller(nn.Module):
         """
         plan = self.plan() if plan is None else plan
         student = self.run_student(images, targets, plan, assign)
-        return Passes(student, [self.run_teacher(teacher, entries, images, targets, with_heads)
-                                for teacher, entries in plan], plan)
+        labelled = count_labelled(targets) if assign else len(targets)
+        teachers = []
+        for teacher, entries in plan:
+            count = labelled if all(entry.method.needs_labels for entry in entries) else len(targets)
+            teachers.append(self.run_teacher(teacher, entries, images[:count], targets[:count], with_heads))
+        return Passes(student, teachers, plan)
 
     def run_student(self, images: Tensor, targets: list[dict], plan: Plan, assign: bool = True) -> DetectorPass:
         """The student's pass, with everything that the methods of a plan need from it."""
@@ -141,7 +146,8 @@ class Distiller(nn.Module):
 
         Args:
             images: (N, 3, H, W), normalised by the student's `preprocess`.
-            targets: a dict per image.
+            targets: a dict per image. Unlabelled images come last; their dicts have `unlabelled: True`. Only methods
+                with `needs_labels = False` see them.
         """
         return self.loss_and_pass(images, targets)[0]
 
@@ -149,8 +155,8 @@ class Distiller(nn.Module):
         """`loss`, and the student's pass."""
         student, teachers, plan = self.passes(images, targets)
         losses = self.student.losses(student)
-        plain = {name: (factor, method(student, teacher)) for teacher, (_, entries) in zip(teachers, plan)
-                 for method, name, factor in entries}
+        plain = {name: (factor, method(*seen_by(method, student, teacher)))
+                 for teacher, (_, entries) in zip(teachers, plan) for method, name, factor in entries}
         self.gradient_shares.measure(self.step, total_loss(losses), {
             name: total_loss(values) for name, (_, values) in plain.items()}, student.features)
         found = {}
@@ -209,6 +215,11 @@ class Distiller(nn.Module):
         if not self.training:
             return self.predict(images, targets)
         return self.loss_and_pass(images, targets) if with_pass else self.loss(images, targets)
+
+
+def seen_by(method: Method, student: DetectorPass, teacher: DetectorPass) -> tuple[DetectorPass, DetectorPass]:
+    """The passes that a method gets: without the unlabelled images if it needs labels."""
+    return (student.labelled, teacher.labelled) if method.needs_labels else (student, teacher)
 
 
 def union(methods: list[Method], attribute: str) -> tuple:

@@ -15,7 +15,7 @@ from .fpn import FPN
 from .heads import HEADS, DenseHead, HeadOutputs
 from .postprocess import TestConfig, postprocess
 from .preprocess import Preprocess
-from .targets import Assignment
+from .targets import Assignment, count_labelled
 from .weights import log
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNet,  # a ResNeXt is a ResNet with groups
@@ -42,7 +42,10 @@ class ModelConfig:
 
 @dataclass
 class DetectorPass:
-    """The results of one run over a batch, which the detector's own losses and all distillation methods share."""
+    """The results of one run over a batch, which the detector's own losses and all distillation methods share.
+
+    The batch may end with unlabelled images, whose targets have `unlabelled: True`.
+    """
 
     detector: "Detector"
     images: Tensor                # (N, 3, H, W), normalised for this detector
@@ -57,9 +60,21 @@ class DetectorPass:
         return self.detector.bbox_head
 
     @property
+    def labelled(self) -> "DetectorPass":
+        """The same pass for the labelled images alone; ValueError: see `count_labelled`."""
+        count = count_labelled(self.targets)
+        if count == len(self.targets):
+            return self
+        modules = {name: x[:count] if torch.is_tensor(x) and x.dim() else x for name, x in self.modules.items()}
+        return replace(self, images=self.images[:count], targets=self.targets[:count], modules=modules,
+                       features=[x[:count] for x in self.features],
+                       outputs=None if self.outputs is None else self.outputs.of_labelled(count),
+                       assignment=None if self.assignment is None else self.assignment.of_labelled(count))
+
+    @property
     def positives(self) -> Tensor:
-        """The number of anchors per image that learn a box, a scalar."""
-        return self.assignment.positive.sum(1).mean()
+        """The number of anchors per labelled image that learn a box, a scalar."""
+        return self.labelled.assignment.positive.sum(1).mean()
 
     def run_head(self, layer: int, cls_feats: Sequence[Tensor], reg_feats: Sequence[Tensor]) -> HeadOutputs:
         """Predictions of this detector's head from other features, see `DenseHead.run_from`.
@@ -155,7 +170,7 @@ class Detector(nn.Module):
 
         Args:
             images: (N, 3, H, W), normalised by `preprocess`, zero-padded to a multiple of 32.
-            targets: a dict per image, see the README's "Targets".
+            targets: a dict per image, see docs/python.md. Images that are marked as unlabelled have no effect.
         """
         return self.loss_and_pass(images, targets)[0]
 
@@ -165,7 +180,8 @@ class Detector(nn.Module):
         return self.losses(run), run
 
     def losses(self, run: DetectorPass) -> dict[str, Tensor]:
-        """The losses of a pass with an assignment."""
+        """The losses of a pass with an assignment: those of its labelled images."""
+        run = run.labelled
         return self.bbox_head.losses(run.outputs, run.assignment)
 
     def predict(self, images: Tensor, targets: list[dict], rescale: bool = True, with_nms: bool = True) -> list[dict]:

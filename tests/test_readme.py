@@ -50,7 +50,7 @@ def test_the_python_page(tmp_path):
     assert {"loss_cls", "loss_cls_kd", "loss_reg_kd"} <= set(scope["losses"])
     assert len(scope["detections"]) == len(targets) and set(scope["detections"][0]) == {"boxes", "scores", "labels"}
     keys = set(re.findall(r"^\| `(\w+)` \|", PAGES["python.md"], re.M))
-    assert keys == {*targets[0], "pad_size", "ignored_boxes"}
+    assert keys == {*targets[0], "pad_size", "ignored_boxes", "unlabelled"}
 
 
 def test_the_readme_is_short():

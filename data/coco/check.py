@@ -13,6 +13,7 @@ from data.coco.annotations import SIZES, load_coco_json
 from data.coco.dataset import CocoDataset, read_annotated_image
 from data.coco.joined import unite_classes
 from data.coco.problems import Problem, drop_reason, find_problems, image_problems
+from data.coco.unlabelled import evaluated_too, image_files, shared_files, videos_note
 from data.config import DataConfig, Split, find_data
 from data.errors import DataError, UnreadableImage, counted, listed
 from data.images import read_image
@@ -24,7 +25,7 @@ class SplitCheck:
     """The content of one split, and its problems."""
 
     name: str  # the key in the configuration
-    annotation_file: Path
+    annotation_file: Path | str  # of data.unlabelled: its folders
     num_images: int = 0
     num_empty: int = 0  # images without a box to learn
     classes: list[str] = field(default_factory=list)
@@ -35,6 +36,7 @@ class SplitCheck:
     notes: list[str] = field(default_factory=list)  # useful to know, but no correction is needed
     problems: list[Problem] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
+    annotated: bool = True  # False for data.unlabelled
 
 
 class _ImageChecks(Dataset):
@@ -60,6 +62,22 @@ class _ImageChecks(Dataset):
         return None, has_exif and not torch.equal(image, read_image(path, upright=False))
 
 
+class _ImageFiles(Dataset):
+    """For each index: the problem with the image file, or None."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Problem | None:
+        try:
+            read_image(self.files[index])
+        except UnreadableImage as error:
+            return Problem("images that cannot be read", str(error))
+
+
 def check_data(config: DataConfig | None) -> list[SplitCheck]:
     """Check the splits of a configuration's `data` section and all their images, with a progress bar.
 
@@ -80,7 +98,31 @@ def check_data(config: DataConfig | None) -> list[SplitCheck]:
             val.notes.append(f"{counted(shared, 'image is', 'images are')} also in data.train: results on "
                              f"{'it' if shared == 1 else 'them'} say little")
         checks.append(val)
+    if config.unlabelled is not None:
+        checks.append(check_unlabelled(config, checks))
     return checks
+
+
+def check_unlabelled(config: DataConfig, checks: list[SplitCheck]) -> SplitCheck:
+    """Check data.unlabelled: every image by decoding it, and whether those in `checks` are among them."""
+    folders = config.unlabelled.folders
+    check = SplitCheck("data.unlabelled", listed(list(map(str, folders)), ", "), annotated=False)
+    try:
+        files = [file for folder in folders for file in image_files(folder)]
+    except DataError as error:
+        check.problems.append(Problem("image folder", str(error)))
+        return check
+    check.num_images, check.notes = len(files), videos_note(folders)
+    loader = DataLoader(_ImageFiles(files), batch_size=None, num_workers=config.workers)
+    for problem in tqdm(loader, check.name, leave=False, disable=None):
+        check.problems += [problem] if problem else []
+    annotated = {split: [Path(file) for each in checks if each.name.startswith(split) for file in sorted(each.files)]
+                 for split in ("data.train", "data.val")}
+    if shared := len(shared_files(files, annotated["data.train"])):
+        check.notes.append(f"{counted(shared, 'image is', 'images are')} also in data.train, with labels")
+    if warning := evaluated_too(files, annotated["data.val"]):
+        check.notes.append(warning)
+    return check
 
 
 def unite_checked(checks: list[SplitCheck]) -> list[str]:
@@ -176,6 +218,8 @@ def format_check(check: SplitCheck) -> str:
             lines += ["", f"left out of training: {reasons}"]
             lines += [f"  {reason}: annotation {listed(list(map(str, check.dropped_ids[reason])), ', ')}"
                       for reason, _ in check.dropped.most_common()]
+    elif not check.annotated:
+        lines.append(counted(check.num_images, "image"))
     elif check.num_images:
         lines.append(f"{counted(check.num_images, 'image')}; boxes are counted only if the annotations are correct")
     lines += ["", *(f"note: {note}" for note in check.notes)] if check.notes else []

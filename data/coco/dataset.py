@@ -1,5 +1,6 @@
 """A COCO-format data set."""
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class CocoDataset(Dataset):
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
     in original pixels, `labels` (n,), `ignored_boxes` (m, 4) and `repeats` (how often training shows the image in an
-    epoch), by index; `num_dropped_boxes` and `num_skipped_images`.
+    epoch), by index; `num_dropped_boxes` and `num_skipped_images`; `labelled`, whether the images have annotations;
+    `unlabelled`, more images without them or None: `unlabelled_images`, whose indices count on from the last image's.
     Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
     or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
     another size than in the annotations.
@@ -76,6 +78,7 @@ class CocoDataset(Dataset):
         self.flip = flip
         self.antialias = antialias
         self.seed = seed
+        self.labelled, self.unlabelled = True, None
         self.skip_unreadable = skip_unreadable
         self.augment, self.epochs = list(augment) if training else [], epochs
 
@@ -110,11 +113,15 @@ class CocoDataset(Dataset):
             the image's pixels, `labels` (n,) int64, `image_size` (h, w), `pad_size` (h, w) rounded up to a multiple of
             32, `original_size` (h, w) and `image_id`; with `skip_unreadable`, if other images could not be read,
             also `skipped`, a list with one line per problem; if the augmentation has left none of the image's boxes,
-            also `emptied`. All other entries belong to the replacement image.
+            also `emptied`. All other entries belong to the replacement image. An image without annotations has no
+            boxes, and `unlabelled`, which is true.
         """
         epoch, index, *again = key if isinstance(key, tuple) else (0, key)
+        if self.unlabelled is not None and index >= len(self):
+            return self.unlabelled[(epoch, index - len(self), *again)]
         image, index, skipped = self._read_image_or_next(index)
         scale, flip = self._draw_augmentation(epoch, index, *again)
+        original_size = tuple(image.shape[1:])
         sample = self._sample(image, index)
         before_resize, after_resize = at_epoch(self.augment, epoch, self.epochs)
 
@@ -138,12 +145,14 @@ class CocoDataset(Dataset):
             "labels": sample.labels[objects & left],
             "image_size": sample.size,
             "pad_size": padded_size(sample.size),
-            "original_size": self.sizes[index],
+            "original_size": original_size,
             "image_id": self.image_ids[index],
             "ignored_boxes": sample.boxes[~objects],
         }
         if self.augment and len(self.labels[index]) and not len(target["boxes"]):
             target["emptied"] = True
+        if not self.labelled:
+            target["unlabelled"] = True
         return sample.image, target | ({"skipped": skipped} if skipped else {})
 
     def _sample(self, image: Tensor, index: int) -> Sample:
@@ -172,6 +181,8 @@ class CocoDataset(Dataset):
     def _image_key(self, index: int) -> int:
         """A number that stands for an image in seeds, which must be natural numbers."""
         image_id = self.image_ids[index]
+        if not self.labelled:  # its name, so that an image more or less in the folder changes no other image
+            return int.from_bytes(hashlib.sha256(image_id.encode(errors="surrogateescape")).digest()[:8], "big")
         return image_id if isinstance(image_id, int) and image_id >= 0 else index
 
     def _read_image_or_next(self, index: int) -> tuple[Tensor, int, list[str]]:
@@ -194,6 +205,8 @@ class CocoDataset(Dataset):
 
     def _read_image(self, index: int) -> Tensor:
         folder, annotation_file = self.origins[index]
+        if not self.labelled:
+            return read_image(folder / self.file_names[index])
         return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
     def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":

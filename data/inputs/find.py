@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.errors import DataError
+from data.errors import DataError, counted, listed
 
 # The file types that are searched for in a folder. An image that cannot be read is reported, not skipped silently.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
@@ -21,6 +21,20 @@ class Source(NamedTuple):
     @property
     def is_video(self) -> bool:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_images(folder: str | Path) -> list[Source]:
+    """The images of a folder and its subfolders, see `find_files`; the names start from the folder.
+
+    Raises DataError if it is not a folder, or holds videos or no image.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"input {folder} is not a folder: give the folder that the images' names start from")
+    found = find_files([folder])
+    if videos := [source.name for source in found if source.is_video]:
+        raise DataError(f"input {folder} holds {counted(len(videos), 'video')} ({listed(videos, ', ')}), and only "
+                        "images can be labelled: save frames as images, or give a folder without videos")
+    return found
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Source]:

@@ -108,16 +108,19 @@ def read_with_bases(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict, di
 def place_data(cfg: dict, folder: Path) -> None:
     """Write out the data paths of a file in `folder`: `./` becomes this folder, and a list its first path that exists.
 
-    If none exists, the list becomes its first path, which the error then names.
+    If none exists, the list becomes its first path, which the error then names. Of data.unlabelled, all paths are used.
     """
     data = cfg.get("data")
-    for split in data.values() if isinstance(data, dict) else ():
+    splits = [(name, split) for name, value in (data.items() if isinstance(data, dict) else ())
+              for split in (value if isinstance(value, list) else [value])]  # data.train may be a list
+    for name, split in splits:
         for key in ("images", "annotations"):
             paths = split.get(key) if isinstance(split, dict) else None
             paths = [paths] if isinstance(paths, str) else paths
             if isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths):
                 placed = [os.path.abspath(folder / path) if path.startswith("./") else path for path in paths]
-                split[key] = next((path for path in placed if find_data(path).exists()), placed[0])
+                split[key] = placed if name == "unlabelled" and len(placed) > 1 else next(
+                    (path for path in placed if find_data(path).exists()), placed[0])
 
 
 def read_yaml(path: Path) -> dict:

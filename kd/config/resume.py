@@ -41,6 +41,9 @@ RULES: dict[str, Rule] = {
     "data.val.annotations": WARN,
     "data.val.first": WARN,
     "data.val.repeat": TAKE,                # is for training
+    "data.unlabelled": WARN,                # which images are shown next, and what is learned from them
+    "data.unlabelled.images": WARN,
+    "data.unlabelled_ratio": WARN,
     "data.batch_size": REFUSE,              # the place in the epoch; it counts over all processes, see `changes`
     "data.workers": TAKE,
     "data.worker_start": TAKE,

@@ -8,6 +8,7 @@ from data.coco.check import check_augmentation
 from data.errors import counted, listed
 
 from ..config import Config, parse_config
+from ..distiller import seen_by
 from ..exceptions import TrainingError
 from ..inference.detectors import knowledge
 from ..inference.precision import autocast
@@ -75,5 +76,5 @@ def describe_methods(run: Run, images: torch.Tensor, targets: list[dict]) -> lis
                 times = f"times {factor:g}" if name not in measured else f"a share of {factor:g} of the gradient"
                 knows = knowledge(teacher.detector, run.train_loader.dataset.classes)
                 lines.append(f"{name} ({type(method).__name__}) from teacher {i}{knows}: {times} now; {weights}")
-                lines += [f"  {line}" for line in method.links(student, teacher)]
+                lines += [f"  {line}" for line in method.links(*seen_by(method, student, teacher))]
     return lines

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data import DataError, build_dataset, build_loader
+from data.coco.unlabelled import evaluated_too, paths_of
 from data.errors import counted, listed
 from data.ranges import Count, Number
 from models import ConfigError, Detector
@@ -16,7 +17,7 @@ from models.checkpoints.sources import file_hash, is_address, local_path
 from models.initial import InitialReport
 from models.weights import CheckpointError
 
-from ..build import build_model, start_student, teacher_model
+from ..build import build_model, check_unlabelled, start_student, teacher_model
 from ..config import Config
 from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller
@@ -36,7 +37,7 @@ FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
 STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
          "config": dict | None, "classes": list[str] | None, "averaged": Number | None, "waited": Number | None,
-         "init": dict | None}
+         "init": dict | None, "unlabelled": Number | None}
 INNER = ("training", "methods", "gradient_shares")  # more of them that hold weights, where a run has them
 
 
@@ -104,6 +105,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
         raise ConfigError("data", "missing: give data.train, which is trained on")
     if settings.patience is not None and (data.val is None or cfg.eval.every == 0):
         raise ConfigError("train.patience", "counts evaluations during training: give data.val, and eval.every above 0")
+    check_unlabelled(cfg)
     train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
     if not any(map(len, train_set.labels)):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
@@ -127,7 +129,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
-                                rank, world, data.worker_start)
+                                rank, world, data.worker_start, data.unlabelled_ratio)
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
@@ -164,7 +166,7 @@ def save_run(run: Run, name: str) -> None:
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
              "waited": run.waited, "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
-             "classes": run.train_loader.dataset.classes}
+             "classes": run.train_loader.dataset.classes, "unlabelled": unlabelled_count(run)}
     if run.distiller:
         state["gradient_shares"] = run.distiller.gradient_shares.state()
     if run.average is not None:
@@ -218,7 +220,33 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
     run.waited, run.init = state.get("waited", 0), state.get("init", {})
+    before, now = (counted(number, "image") for number in (state.get("unlabelled", 0), unlabelled_count(run)))
+    if before != now:
+        found.append(Change("data.unlabelled.images", before, now))
     return [change for change in found if change.rule == WARN]
+
+
+def unlabelled_count(run: Run) -> int:
+    """The number of unlabelled images that a run trains on."""
+    return run.train_loader.batch_sampler.unlabelled
+
+
+def describe_unlabelled(run: Run) -> list[str]:
+    """Lines about the unlabelled images: how many there are, which methods see them, and whether data.val has some."""
+    if not unlabelled_count(run):
+        return []
+    world, batch = distributed.world_size(), run.cfg.data.batch_size
+    names = {needs: ", ".join(dict.fromkeys(type(method).__name__ for methods in run.distiller.methods
+                                            for method in methods if method.needs_labels == needs))
+             for needs in (False, True)}
+    more = run.train_loader.batch_sampler.unlabelled_in(batch * world) // world
+    lines = [f"{counted(unlabelled_count(run), 'unlabelled image')}, {more} in a batch with "
+             f"{counted(batch, 'labelled image')}: for {names[False]}" +
+             (f", not for {names[True]}" if names[True] else "")]
+    if run.val_loader is not None:
+        sets = (run.train_loader.dataset.unlabelled, run.val_loader.dataset)
+        lines += [warning] if (warning := evaluated_too(*map(paths_of, sets))) else []
+    return lines
 
 
 def describe_run(run: Run) -> str:
@@ -234,6 +262,7 @@ def describe_run(run: Run) -> str:
     lines += [f"from {file}: {counted(number, 'image')}" for file, number in files.items() if len(files) > 1]
     if shown != len(data):
         lines.append(f"images shown in an epoch, with repeats: {shown}")
+    lines += describe_unlabelled(run)
     world, batch, times = distributed.world_size(), run.cfg.data.batch_size, run.cfg.train.accumulate
     lines.append(f"learning rate {run.optimizer.defaults['lr']:g}, with {counted(world * batch * times, 'image')} per "
                  f"step: {counted(world, 'process')} x {batch} per batch x {counted(times, 'batch')}")

@@ -86,7 +86,7 @@ def as_it_is(sample: Sample | str) -> Sample | str:
 
 
 class Results:
-    """Detections in COCO format. `add` extends `images` and `results`, and `write` sorts them by image id."""
+    """Detections in COCO format. `add` extends `images` and `results`, and `sort` and `write` sort them by image id."""
 
     def __init__(self, classes: Classes):
         self.classes, self.images, self.results = classes, [], []
@@ -101,10 +101,13 @@ class Results:
                          for box, score, label in zip(boxes.tolist(), found["scores"].tolist(),
                                                       found["labels"].tolist())]
 
-    def write(self, folder: Path) -> None:
-        """Write `predictions.json`, a list of results, and `images.json`, the images and categories of its ids."""
+    def sort(self) -> None:
         self.images.sort(key=lambda image: image["id"])
         self.results.sort(key=lambda result: result["image_id"])  # stable: the best of each image stay first
+
+    def write(self, folder: Path) -> None:
+        """Write `predictions.json`, a list of results, and `images.json`, the images and categories of its ids."""
+        self.sort()
         listed = {"images": self.images, "annotations": [], "categories": self.classes.categories}
         for name, content in (("predictions.json", self.results), ("images.json", listed)):
             write_text(folder / name, json.dumps(content))
@@ -187,15 +190,18 @@ def picture_name(name: str) -> str:
     return name if path.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.png"
 
 
-def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tuple[str, float]] = ()) -> Tensor:
+def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tuple[str, float]] = (),
+                     option: str = "--class-thr") -> Tensor:
     """The lowest score of each class, from one for all classes and exceptions, each a class and its score.
 
+    Args:
+        option: where the exceptions are from, for the error.
     Raises:
         UsageError: an exception names a class that does not exist.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
     for name, score in per_class:
         if name not in classes.names:
-            raise UsageError(f'--class-thr {name}={score}: there is no class "{name}"; {nearest(name, classes.names)}')
+            raise UsageError(f'{option} {name}={score}: there is no class "{name}"; {nearest(name, classes.names)}')
         thresholds[classes.names.index(name)] = score
     return thresholds

@@ -38,6 +38,8 @@ class BCKD(Method):
 
     teacher_head = True
     some_classes = True
+    needs_labels = False
+    needs = ("scores", "boxes", "same heads", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector,
                  loss_kd: Annotated[dict, OneOf(LOSSES, takes=SCORES)] = {

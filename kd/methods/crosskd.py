@@ -37,6 +37,8 @@ class CrossKD(Method):
     teacher_head = True
     some_classes = True
     crosses_heads = True
+    needs_labels = False
+    needs = ("scores", "boxes", "same heads", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: Number = 3,
                  loss_cls_kd: ScoreLoss = None, loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None,

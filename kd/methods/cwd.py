@@ -29,6 +29,9 @@ class CWD(Method):
     """
 
     some_classes = True
+    needs_labels = False
+    needs = ("features",)
+    needs_with = {"on: logits": ("scores", "same heads", "same classes")}
 
     def __init__(self, student: Detector, teacher: Detector, tau: Positive = 1.0, loss_weight: NonNegative = 5.0,
                  on: Literal["features", "logits"] = "features", levels: Some[Number] | None = None,

@@ -27,6 +27,8 @@ class FGD(Method):
         adapter_kernel: kernel size of the convolution that is added where student and teacher differ in channels.
     """
 
+    needs = ("features",)
+
     def __init__(self, student: Detector, teacher: Detector, levels: Some[Number] | None = None,
                  student_modules: Some[str] | None = None, teacher_modules: Some[str] | None = None,
                  temp: Positive = 0.5, alpha_fgd: NonNegative = 0.001, beta_fgd: NonNegative = 0.0005,

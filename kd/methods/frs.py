@@ -37,6 +37,9 @@ class FRS(Method):
     """
 
     teacher_head = True
+    needs_labels = False
+    needs = ("features", "scores", "same heads", "same classes")
+    needs_with = {"distill_cls_weight: 0": ("features", "scores")}
 
     def __init__(self, student: Detector, teacher: Detector, distill_feat_weight: NonNegative | None = None,
                  distill_cls_weight: NonNegative | None = None, levels: Some[Number] | None = None,

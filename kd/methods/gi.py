@@ -33,6 +33,7 @@ class GI(Method):
 
     teacher_head = True
     some_classes = True
+    needs = ("features", "scores", "boxes", "same heads", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 2.0, top: Few = 10,
                  iou_threshold: Share = 0.3, only_levels_with_positives: bool = True,

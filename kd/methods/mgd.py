@@ -20,6 +20,9 @@ class MGD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
+    needs_labels = False
+    needs = ("features",)
+
     def __init__(self, student: Detector, teacher: Detector, alpha_mgd: NonNegative = 0.00002, lambda_mgd: Share = 0.65,
                  levels: Some[Number] | None = None, student_modules: Some[str] | None = None,
                  teacher_modules: Some[str] | None = None, adapter_kernel: Literal[1, 3] = 1):

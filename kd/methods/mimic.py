@@ -15,6 +15,8 @@ class Mimic(Method):
 
     teacher_head = True
     some_classes = True
+    needs_labels = False
+    needs = ("scores", "boxes", "same heads", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: ScoreLoss = None,
                  loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None):

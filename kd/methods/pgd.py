@@ -66,6 +66,7 @@ class PGD(Method):
     """
 
     teacher_head = True
+    needs = ("scores", "boxes", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, tower_convs: Number = 1, temperature: Positive = 0.8,
                  alpha: NonNegative | None = None, beta: NonNegative | None = None, gamma: NonNegative | None = None,

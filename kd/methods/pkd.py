@@ -19,6 +19,9 @@ class PKD(Method):
         levels, student_modules, teacher_modules, adapter_kernel: see `FeaturePairs`.
     """
 
+    needs_labels = False
+    needs = ("features",)
+
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 1.0,
                  levels: Some[Number] | None = None, student_modules: Some[str] | None = None,
                  teacher_modules: Some[str] | None = None, adapter_kernel: Literal[1, 3] = 1, sync_stats: bool = False):

@@ -1,10 +1,11 @@
 """The base of all dense heads: two towers of convolutions, the assignment, and what distillation needs from a head."""
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import one_line
@@ -12,11 +13,11 @@ from data.ranges import Count, FewOrNone, OrMinusOne
 from losses import LOSSES, mean_over_processes
 
 from ..anchors import PRIORS, Priors
-from ..assigners import ASSIGNERS, IGNORED
+from ..assigners import ASSIGNERS, IGNORED, NEGATIVE
 from ..build import ConfigError, OneOf, build
 from ..coders import CODERS
 from ..layers import ConvModule, NormCfg, normal_init
-from ..targets import Assignment, pad_targets
+from ..targets import Assignment, count_labelled, pad_targets
 from .known import UNKNOWN_LOGIT, KnownClasses
 
 Maps = Sequence[Tensor]
@@ -43,6 +44,12 @@ class HeadOutputs:
     sizes: list[tuple[int, int]]     # height, width of each level's map
     # Tower features at the requested cuts: layer -> (classification, regression) maps of every level.
     cuts: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+
+    def of_labelled(self, count: int) -> "HeadOutputs":
+        """The predictions for the first `count` images."""
+        cuts = {layer: tuple([x[:count] for x in maps] for maps in towers) for layer, towers in self.cuts.items()}
+        return replace(self, cls=self.cls[:count], box=self.box[:count], cuts=cuts,
+                       centerness=None if self.centerness is None else self.centerness[:count])
 
     def cls_maps(self) -> list[Tensor]:
         """Class logits as maps (N, A*C, H, W), one per level."""
@@ -196,23 +203,32 @@ class DenseHead(nn.Module):
     def assign(self, outputs: HeadOutputs, targets: list[dict]) -> Assignment:
         """Decide what each anchor learns.
 
+        In an unlabelled image every anchor that takes part counts as negative, with the same weight. Nothing learns
+        that: `Detector.losses` leaves these images out. But the weights say where predictions can be compared.
+
         Raises:
             ConfigError: `allowed_border` leaves an image without anchors.
+            ValueError: see `count_labelled`.
         """
+        labelled, count = count_labelled(targets), len(targets)
         priors = self.priors(outputs)
         truth = pad_targets(targets, priors.boxes.dtype, priors.boxes.device)
         valid = self._valid(priors, truth.image_sizes, truth.pad_sizes)
-        matched = self.assigner(priors, valid, truth.boxes, truth.real, truth.ignored, truth.ignored_real)
-        positive = matched >= 0
+        matched = self.assigner(priors, valid[:labelled], truth.boxes, truth.real, truth.ignored, truth.ignored_real)
         index = matched.clamp(min=0)
-        labels = torch.where(positive, truth.labels.gather(1, index), self.num_classes)
+        labels, gathered = truth.labels.gather(1, index), truth.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+        avg_factor = self.average_positives(matched >= 0, priors.boxes.dtype)
+        if more := count - labelled:
+            matched, labels = F.pad(matched, (0, 0, 0, more), value=NEGATIVE), F.pad(labels, (0, 0, 0, more))
+            gathered = F.pad(gathered, (0, 0, 0, 0, 0, more))
+        positive = matched >= 0
+        labels = torch.where(positive, labels, self.num_classes)
         weights = (valid & (matched != IGNORED)).to(priors.boxes.dtype)
         if self.pos_weight > 0:
             weights = torch.where(positive, self.pos_weight, weights)
-        gathered = truth.boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
         return Assignment(priors, matched, labels, weights, torch.where(positive.unsqueeze(-1), gathered, priors.boxes),
-                          positive.to(weights.dtype),
-                          self.average_positives(positive, weights.dtype))
+                          positive.to(weights.dtype), avg_factor * (count / labelled) if more else avg_factor,
+                          count / labelled, avg_factor)
 
     @staticmethod
     def average_positives(positive: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,8 @@ class FCOSHead(DenseHead):
 
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
         """The sum of the centerness targets, as for the box loss."""
-        return mean_over_processes(self.centerness(assignment).sum(), least=1e-6)
+        total = mean_over_processes(self.centerness(assignment).sum(), least=1e-6)
+        return total * assignment.images_per_labelled
 
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
         priors, positive = assignment.priors, assignment.positive

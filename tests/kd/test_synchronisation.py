@@ -78,6 +78,20 @@ def test_losses_do_not_wait(method, head, more):
     assert not found
 
 
+@pytest.mark.parametrize("method, head", [("Mimic", head) for head in HEADS] + [
+    ("FGD", "GFLHead"), ("CrossKD", "GFLHead")])
+def test_unlabelled_images_do_not_make_it_wait(method, head):
+    with pretended_gpu() as found:
+        distiller = build_distiller(config(method, head)).train()
+        images, targets = make_batch(dtype=torch.float32, ignored=1)
+        images, targets = images.to("cuda"), on_gpu([targets[0], targets[1] | {"unlabelled": True}])
+        with torch.no_grad():
+            distiller.loss(images, targets)
+            found.clear()
+            distiller.loss(images, targets)
+    assert not found
+
+
 def test_measured_weights_do_not_wait():
     """The gradients themselves need a driver; here is what becomes of their norms."""
     cfg = config("FGD", "GFLHead")

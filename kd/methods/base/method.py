@@ -1,6 +1,7 @@
 """The base class of distillation methods."""
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -8,6 +9,8 @@ from models import Detector, DetectorPass, HeadOutputs
 
 from .features import FeaturePairs
 from .predictions import compared_scores
+
+Need = Literal["features", "scores", "boxes", "same heads", "same classes"]
 
 
 @dataclass
@@ -42,6 +45,9 @@ class Method(nn.Module):
     teacher_head: bool = False             # whether it needs the teacher's own predictions
     crosses_heads: bool = False            # whether it has `cross_head`
     some_classes: bool = False             # whether it leaves out the classes that a teacher's head does not know
+    needs_labels: bool = True              # False: it gets images without labels, too, see `docs/new_method.md`
+    needs: tuple[Need, ...] = ()           # what else it needs, for the table of all methods; (): it does not say
+    needs_with: Mapping[str, tuple[Need, ...]] = {}  # the same with another setting, such as "on: logits"
     pairs: FeaturePairs                    # only in methods that compare maps, see `pair_features`
 
     @classmethod

@@ -78,10 +78,12 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
 
     The class loss covers all anchors that the student's assignment does not ignore. The box loss covers the same
-    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. With a teacher
-    that knows some classes only, the class loss covers these, and the others leave out anchors of other classes. The
-    normalisers of the class and centerness losses stay those of all classes, so the class losses of two teachers that
-    share the classes add up to that of one teacher with all of them.
+    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. Unlabelled
+    images have no positives: the normalisers count as many per image as the labelled ones have.
+
+    With a teacher that knows some classes only, the class loss covers these, and the others leave out anchors of other
+    classes. The normalisers of the class and centerness losses stay those of all classes, so the class losses of two
+    teachers that share the classes add up to that of one teacher with all of them.
 
     Args:
         outputs: predictions of `head` from the student's features.
@@ -101,7 +103,7 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
         found["loss_center_kd"] = losses["loss_center_kd"](
             outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(),
             known_anchors(assignment.positive, assignment.labels, teacher.head),
-            avg_factor=assignment.avg_factor)
+            avg_factor=assignment.labelled_factor)
     return found
 
 

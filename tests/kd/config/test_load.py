@@ -230,3 +230,12 @@ def test_data_paths_start_where_they_say(write, tmp_path, monkeypatch):
 def test_data_paths_that_are_none(write, value):
     with pytest.raises(ConfigError, match=r"data.train.images.*cfg.yaml"):
         load_config(write("cfg.yaml", MODEL + f"data: {{train: {{images: {value}, annotations: a.json}}}}\n"))
+
+
+def test_data_paths_in_a_list_of_data_sets(write, tmp_path):
+    path = write("list.yaml", MODEL + "data: {train: [{images: ./x, annotations: y.json}, {images: [none, ./here], "
+                              "annotations: ./z.json}], val: {images: ./v, annotations: w}}\n")
+    (tmp_path / "here").mkdir()
+    first, second = load_config(path)["data"]["train"]
+    assert first == {"images": str(tmp_path / "x"), "annotations": "y.json"}
+    assert second == {"images": str(tmp_path / "here"), "annotations": str(tmp_path / "z.json")}
