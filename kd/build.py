@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from data.errors import counted
+from data.errors import DataError, counted
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.build import build, split_options
 from models.checkpoints.sources import check_file
 from models.initial import InitialReport, load_initial
 from models.weights import CheckpointError, load_weights, log, summary
 
+from .cache import TeacherCache, architecture, needs_of
 from .config import Config, TeacherConfig, load_config, parse_config
 from .distiller import Distiller
 from .methods import METHODS
@@ -45,7 +46,23 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
                 for own, name in zip(common, of_methods)] for teacher, entry in zip(of_teachers, cfg.teachers)]
     if distill.init_student:
         inherit(student, teachers[0])
-    return Distiller(student, teachers, methods, options, distill.eval_teacher)
+    model = Distiller(student, teachers, methods, options, distill.eval_teacher)
+    if distill.cache is not None:
+        model.caches = [build_cache(cfg, entry, student, teacher, own)
+                        for entry, teacher, own in zip(cfg.teachers, teachers, methods)]
+    return model
+
+
+def build_cache(cfg: Config, entry: TeacherConfig, student: Detector, teacher: Detector, methods: list[Method]
+                ) -> TeacherCache:
+    """The cache of a teacher's answers (`distill.cache`); its folder is opened when it is first used."""
+    settings, data, chosen = cfg.train, cfg.input, cfg.distill.cache
+    given = {"model": architecture(teacher_model(entry)),
+             "data": {"scale": data.scale, "antialias": data.antialias},
+             "numbers": {"stored": chosen.precision, "amp": settings.amp, "compile": settings.compile,
+                         "channels_last": settings.channels_last}}
+    return TeacherCache(Path(chosen.dir), student, teacher, needs_of(methods, teacher), given, chosen.precision,
+                        settings.amp)
 
 
 @torch.no_grad()
@@ -108,6 +125,9 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
     Args:
         needed: "train" and "val" for these parts of the data, "init" for `train.init`.
     """
+    if cfg.distill and cfg.distill.cache and Path(cfg.distill.cache.dir).exists() and not Path(
+            cfg.distill.cache.dir).is_dir():
+        raise DataError(f"distill.cache: {cfg.distill.cache.dir} is not a folder: name a folder, or one to be made")
     for entry in cfg.teachers:
         teacher_model(entry)
         if entry.checkpoint is not None:

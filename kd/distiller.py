@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from losses import total_loss, widest_float
 from models import ConfigError, Detector, DetectorPass
 
+from .cache import TeacherCache
 from .methods.base import Method, MethodOptions
 
 
@@ -45,6 +46,7 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleList(nn.ModuleList(of_teacher) for of_teacher in methods)
         self.options = options
         self.eval_teacher = eval_teacher
+        self.caches: list[TeacherCache] = []  # one for each teacher, or none
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
         object.__setattr__(self, "teachers", teachers)  # so that nn.Module does not register them
@@ -132,6 +134,23 @@ class Distiller(nn.Module):
         return teacher.run(images, targets, union(methods, "teacher_cuts"), union(methods, "teacher_modules"),
                            with_head or any(method.teacher_head for method in methods))
 
+    def answers(self, teacher: Detector, entries: list[PlannedMethod], images: Tensor, targets: list[dict]
+                ) -> DetectorPass:
+        """A teacher's pass as the methods need it, from its cache if it has one. It holds nothing else then."""
+        number = self.teachers.index(teacher)
+        if not self.caches:
+            return self.run_teacher(teacher, entries, images, targets)
+        _, everything = self.whole_plan()[number]  # so that an entry serves all steps
+        return self.caches[number].answer(
+            images, targets, lambda: teacher.preprocess.convert(images, targets, self.student.preprocess),
+            lambda shown: self.run_teacher(teacher, everything, shown, targets))
+
+    def read_ahead(self, targets: list[dict], step: int, steps_per_epoch: int) -> None:
+        """Begin to read the answers for a batch of a later step from the caches of the teachers that it needs."""
+        for cache, options in zip(self.caches, self.options):
+            if any(option.runs(step, step / steps_per_epoch) for option in options):
+                cache.read_ahead(targets)
+
     def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
         """The losses of the student and of every method, scalars.
 
@@ -143,7 +162,9 @@ class Distiller(nn.Module):
 
     def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
         """`loss`, and the student's pass."""
-        student, teachers, plan = self.passes(images, targets)
+        plan = self.plan()
+        student = self.run_student(images, targets, plan)
+        teachers = [self.answers(teacher, entries, images, targets) for teacher, entries in plan]
         losses, found = self.student.losses(student), {}
         for teacher, (_, entries) in zip(teachers, plan):
             for method, name, factor in entries:

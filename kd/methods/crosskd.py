@@ -35,6 +35,7 @@ class CrossKD(Method):
     """
 
     teacher_head = True
+    teacher_levels = ()
     crosses_heads = True
 
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: Number = 3,

@@ -27,6 +27,7 @@ class CWD(Method):
         super().__init__()
         self.tau, self.loss_weight, self.teacher_head = tau, loss_weight, on == "logits"
         if self.teacher_head:
+            self.teacher_levels = ()
             if levels is not None or student_modules is not None:
                 raise ValueError("CWD on logits compares all levels: remove levels and student_modules")
             check_same_predictions(student.bbox_head, teacher.bbox_head, "CWD on logits", boxes=False)

@@ -21,6 +21,7 @@ class KD(Method):
     """
 
     teacher_head = True
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, T: Positive = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
@@ -49,6 +50,7 @@ class DKD(Method):
     """
 
     teacher_head = True
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, alpha: NonNegative = 1.0, beta: NonNegative = 8.0,
                  T: Positive = 4.0, loss_weight: NonNegative = 1.0):

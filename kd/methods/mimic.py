@@ -14,6 +14,7 @@ class Mimic(Method):
     """
 
     teacher_head = True
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: ScoreLoss = None,
                  loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None):

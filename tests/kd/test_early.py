@@ -28,7 +28,12 @@ BAD = [  # configuration, overrides, and what is needed
     (CROSSKD, ["distill.teacher.checkpoint=none.pth"], (), None),
     (CROSSKD, ["distill.teacher.checkpoint=zoo:none"], (), None), (STUDENT, ["train.init=none.pth"], ("init",), None),
     (STUDENT, ["train.init=zoo:none"], ("init",), None), (STUDENT, ["train.init_classes=[a]"], (), None),
-    (CROSSKD, ["train.init=a.pth", "distill.init_student=true"], (), None)]
+    (CROSSKD, ["train.init=a.pth", "distill.init_student=true"], (), None),
+    (CROSSKD, ["distill.cache=a", "data.train_augment=light"], (), None),
+    (CROSSKD, ["distill.cache=a", "data.multi_scale=[[64, 64]]"], (), None),
+    (CROSSKD, ["distill.cache=a", "distill.eval_teacher=false"], (), None),
+    (CROSSKD, ["distill.cache=a", "distill.teacher.shard=true"], (), None),
+    (CROSSKD, ["distill.cache={dir: a, precision: bf16}"], (), None), (CROSSKD, ["distill.cache=README.md"], (), None)]
 # Runs in a new process: reads cases as JSON, and writes the message of each, and what was imported.
 ALL_EARLY = """
 import json, sys
