@@ -108,17 +108,30 @@ def test_methods_that_pause_and_stop(scenes, tmp_path):
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "cached")
 
 
-@pytest.mark.parametrize("amp", ["bf16", "none"])
-def test_mixed_precision_and_two_teachers(amp, scenes, tmp_path):
+def test_two_teachers_with_a_folder_each(scenes, tmp_path):
     cached = {"cache": str(tmp_path / "a")}
     for run, more in (("plain", {}), ("filling", cached), ("read", cached)):
         cfg = run_config(tmp_path, scenes, [CROSSKD, {"type": "LD"}], **more)
         first = cfg["distill"]["teacher"]
         cfg["distill"]["teacher"] = [first, first | {"precision": "bf16", "weight": 0.5}]
-        cfg["train"]["amp"] = amp
         train(parse_config(cfg), tmp_path / run, CPU)
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "filling") == losses_of(tmp_path / "read")
     assert len([path for path in (tmp_path / "a").iterdir() if path.is_dir()]) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_answers_of_mixed_precision_are_stored_as_they_are(precision, tmp_path):
+    batch, found = make_batch(**FLOAT), []
+    distiller = caching(*SETS["all"], folder=tmp_path, precision=precision)
+    distiller.caches[0].amp = "bf16"
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = small_distiller(*SETS["all"], **FLOAT).loss(*batch)
+        for _ in range(2):
+            found.append(distiller.loss(*batch))
+            without_teacher(distiller)
+        seen = distiller.answers(distiller.teacher, [], *batch)
+    assert same_losses(plain, found[0]) and same_losses(plain, found[1])
+    assert all(each.dtype == torch.bfloat16 for each in [*seen.features, seen.outputs.cls, *seen.outputs.cuts[1][0]])
 
 
 # --- fp16 ---
