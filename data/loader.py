@@ -3,7 +3,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing import get_all_start_methods
 
@@ -17,6 +17,7 @@ from data.coco.dataset import CocoDataset
 from data.coco.joined import join, oversample, use_classes
 from data.coco.unlabelled import unlabelled_images
 from data.config import DataConfig
+from data.digests import digest, mirror_batch
 from data.errors import DataError
 from data.samplers import EvalBatchSampler, TrainBatchSampler
 from data.transforms import padded_size
@@ -71,15 +72,26 @@ def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
     return images, [target for _, target in samples]
 
 
+def collate_with_digests(samples: list[tuple[Tensor, Mapping]], views: int = 1) -> tuple[Tensor, list[dict]]:
+    """`collate`, and each target gets the `digest` of its image; with two views also that of its mirror image,
+    `mirrored`."""
+    images, targets = collate(samples)
+    for name in ("digest", "mirrored")[:views]:
+        shown = images if name == "digest" else mirror_batch(images, targets)
+        targets = [target | {name: digest(image, target["image_size"])} for image, target in zip(shown, targets)]
+    return images, targets
+
+
 def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers: int = 2, seed: int = 0,
                  group_by_aspect: bool = True, rank: int = 0, world: int = 1, worker_start: str | None = None,
-                 unlabelled_ratio: float = 1.0) -> DataLoader:
+                 unlabelled_ratio: float = 1.0, digests: int = 0) -> DataLoader:
     """Build the loader of `(images, targets)` batches, see `collate`.
 
     In training it yields the shuffled batches of `loader.batch_sampler.epoch`, from batch `loader.batch_sampler.start`
     on, each with `unlabelled_ratio` images of `dataset.unlabelled` for each of `batch_size` labelled images; otherwise
     every image once. What it yields depends on `seed`, but not on `workers` and `worker_start`
-    (as in `DataConfig`) or on the global random state, which it does not change.
+    (as in `DataConfig`) or on the global random state, which it does not change. `digests`: of how many views targets
+    get a digest, see `collate_with_digests`; 0 for none.
 
     Raises DataError if the system cannot start workers in this way.
     """
@@ -93,7 +105,8 @@ def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers:
     if worker_start not in get_all_start_methods():
         raise DataError(f"data.worker_start={worker_start} does not exist on this system: remove it")
     generator = torch.Generator().manual_seed(seed)  # else each epoch would draw a number from the global generator
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+    collate_fn = partial(collate_with_digests, views=digests) if digests else collate
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=workers,
                       persistent_workers=workers > 0, multiprocessing_context=worker_start if workers else None,
                       generator=generator, pin_memory=torch.cuda.is_available(),
                       worker_init_fn=partial(_init_worker, seed=seed, rank=rank))

@@ -96,6 +96,13 @@ class TrainBatchSampler(Sampler[Batch]):
             position += number
         return found
 
+    def batches_of_all(self, epoch: int) -> list[list[int]]:
+        """The indices of the images in every batch of every process, in one epoch."""
+        before, self.epoch = self.epoch, epoch
+        batches = self._global_batches()
+        self.epoch = before
+        return [[image[0] for image in batch[rank :: self.world]] for batch in batches for rank in range(self.world)]
+
     def _images(self) -> list[tuple[int, ...]]:
         """The images of the epoch in the data set's order: (index,), and (index, k) when it is shown again."""
         times = np.floor(self.repeats).astype(int)

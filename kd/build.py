@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.errors import counted
+from data.errors import DataError, counted
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.backbones.features import (
     check_factory,
@@ -22,6 +22,7 @@ from models.postprocess import TestConfig
 from models.preprocess import Preprocess
 from models.weights import CheckpointError, load_weights, log, summary
 
+from .cache import TeacherCache, architecture, needs_of
 from .config import Config, TeacherConfig, load_config, parse_config
 from .distiller import Distiller
 from .methods import METHODS
@@ -60,7 +61,25 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
                 for own, name in zip(common, of_methods)] for teacher, entry in zip(of_teachers, cfg.teachers)]
     if distill.init_student:
         inherit(student, teachers[0])
-    return Distiller(student, teachers, methods, options, distill.eval_teacher)
+    model = Distiller(student, teachers, methods, options, distill.eval_teacher)
+    if distill.cache is not None:
+        model.caches = [build_cache(cfg, entry, student, teacher, own)
+                        for entry, teacher, own in zip(cfg.teachers, teachers, methods)]
+    return model
+
+
+def build_cache(cfg: Config, entry: TeacherConfig, student: Detector, teacher: Detector, methods: list[Method]
+                ) -> TeacherCache:
+    """The cache of a teacher's answers (`distill.cache`); its folder is opened when it is first used."""
+    settings, data, chosen = cfg.train, cfg.input, cfg.distill.cache
+    model = ({"torchvision": entry.torchvision, "factory": entry.factory, "arguments": entry.arguments}
+             if entry.features_only else architecture(teacher_model(entry)))
+    given = {"model": model,
+             "data": {"scale": data.scale, "antialias": data.antialias},
+             "numbers": {"stored": chosen.precision, "amp": settings.amp, "compile": settings.compile,
+                         "channels_last": settings.channels_last}}
+    return TeacherCache(Path(chosen.dir), student, teacher, needs_of(methods, teacher), given, chosen.precision,
+                        settings.amp)
 
 
 @torch.no_grad()
@@ -172,6 +191,9 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
         needed: "train" and "val" for these parts of the data, "init" for `train.init`.
     """
     check_teachers(cfg)
+    if cfg.distill and cfg.distill.cache and Path(cfg.distill.cache.dir).exists() and not Path(
+            cfg.distill.cache.dir).is_dir():
+        raise DataError(f"distill.cache: {cfg.distill.cache.dir} is not a folder: name a folder, or one to be made")
     for entry in cfg.teachers:
         if entry.checkpoint is not None:
             check_teacher_file(entry)

@@ -9,6 +9,7 @@ from losses import total_loss
 from models import ConfigError, Detector, DetectorPass
 from models.targets import count_labelled
 
+from .cache import TeacherCache
 from .gradients import GradientShares, gradient_norm
 from .methods.base import Method, MethodOptions
 
@@ -48,6 +49,7 @@ class Distiller(nn.Module):
         self.options = options
         self.gradient_shares = GradientShares([option for of_teacher in options for option in of_teacher])
         self.eval_teacher = eval_teacher
+        self.caches: list[TeacherCache] = []  # one for each teacher, or none
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
         object.__setattr__(self, "teachers", teachers)  # so that nn.Module does not register them
@@ -119,10 +121,9 @@ class Distiller(nn.Module):
         """
         plan = self.plan() if plan is None else plan
         student = self.run_student(images, targets, plan, assign)
-        labelled = count_labelled(targets) if assign else len(targets)
         teachers = []
         for teacher, entries in plan:
-            count = labelled if all(entry.method.needs_labels for entry in entries) else len(targets)
+            count = shown_to(entries, targets) if assign else len(targets)
             teachers.append(self.run_teacher(teacher, entries, images[:count], targets[:count], with_heads))
         return Passes(student, teachers, plan)
 
@@ -141,6 +142,26 @@ class Distiller(nn.Module):
         return teacher.run(images, targets, union(methods, "teacher_cuts"), union(methods, "teacher_modules"),
                            with_head or any(method.teacher_head for method in methods))
 
+    def answers(self, teacher: Detector, entries: list[PlannedMethod], images: Tensor, targets: list[dict]
+                ) -> DetectorPass:
+        """A teacher's pass as the methods need it, from its cache if it has one. It holds nothing else then."""
+        number = self.teachers.index(teacher)
+        if self.caches:
+            _, everything = self.whole_plan()[number]  # so that an entry serves all steps
+        count = shown_to(everything if self.caches else entries, targets)
+        images, targets = images[:count], targets[:count]
+        if not self.caches:
+            return self.run_teacher(teacher, entries, images, targets)
+        return self.caches[number].answer(
+            images, targets, lambda: teacher.preprocess.convert(images, targets, self.student.preprocess),
+            lambda shown: self.run_teacher(teacher, everything, shown, targets))
+
+    def read_ahead(self, targets: list[dict], step: int, steps_per_epoch: int) -> None:
+        """Begin to read the answers for a batch of a later step from the caches of the teachers that it needs."""
+        for cache, options, (_, entries) in zip(self.caches, self.options, self.whole_plan()):
+            if any(option.runs(step, step / steps_per_epoch) for option in options):
+                cache.read_ahead(targets[:shown_to(entries, targets)])
+
     def loss(self, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
         """The losses of the student and of every method, scalars.
 
@@ -153,7 +174,9 @@ class Distiller(nn.Module):
 
     def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
         """`loss`, and the student's pass."""
-        student, teachers, plan = self.passes(images, targets)
+        plan = self.plan()
+        student = self.run_student(images, targets, plan)
+        teachers = [self.answers(teacher, entries, images, targets) for teacher, entries in plan]
         losses = self.student.losses(student)
         plain = {name: (factor, method(*seen_by(method, student, teacher)))
                  for teacher, (_, entries) in zip(teachers, plan) for method, name, factor in entries}
@@ -215,6 +238,12 @@ class Distiller(nn.Module):
         if not self.training:
             return self.predict(images, targets)
         return self.loss_and_pass(images, targets) if with_pass else self.loss(images, targets)
+
+
+def shown_to(entries: list[PlannedMethod], targets: list[dict]) -> int:
+    """The number of a batch's images that a teacher is run on: without the unlabelled ones if all methods need labels.
+    """
+    return count_labelled(targets) if all(entry.method.needs_labels for entry in entries) else len(targets)
 
 
 def seen_by(method: Method, student: DetectorPass, teacher: DetectorPass) -> tuple[DetectorPass, DetectorPass]:

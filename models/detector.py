@@ -67,7 +67,7 @@ class DetectorPass:
             return self
         modules = {name: x[:count] if torch.is_tensor(x) and x.dim() else x for name, x in self.modules.items()}
         return replace(self, images=self.images[:count], targets=self.targets[:count], modules=modules,
-                       features=[x[:count] for x in self.features],
+                       features=[None if x is None else x[:count] for x in self.features],
                        outputs=None if self.outputs is None else self.outputs.of_labelled(count),
                        assignment=None if self.assignment is None else self.assignment.of_labelled(count))
 

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -9,7 +10,8 @@ from data.errors import counted
 from data.tables import text_table
 
 from ..config import load_config
-from ..processes.memory import in_gib, peak_resident
+from ..distiller import Distiller
+from ..processes.memory import in_gib, in_mib, peak_resident
 from . import steps
 from .data import time_evaluation, time_input
 from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
@@ -17,6 +19,7 @@ from .workload import Workload
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
 MATMUL = "bf16 matrix products"
+CACHED = "teacher's answers cached"
 
 
 def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, overrides: Sequence[str] = (),
@@ -47,7 +50,13 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
             calls[name] = steps.training_step(subjects[name], images, targets)
         if device.type == "cuda":
             entry["peak_memory_bytes"] = peak_gpu_memory(calls[name]) - before
-    time_steps(report, calls, device, work, note)
+    with TemporaryDirectory() as folder:
+        for name, subject in subjects.items():
+            if isinstance(subject.model, Distiller):
+                calls[f"{name}: {CACHED}"] = steps.cached_step(subject, images, targets, Path(folder) / name)
+        time_steps(report, calls, device, work, note)
+    for name, subject in subjects.items():
+        report["configs"][name]["answer_bytes"] = subject.stored
 
     note("timing inference")
     for subject in subjects.values():
@@ -84,6 +93,8 @@ def time_steps(report: dict, calls: dict[str, Call], device: torch.device, work:
     for name, entry in entries(report).items():
         note(f"profiling a training step of {name}")
         loss, flops = with_flops(calls[name])
+        cached = medians.get(f"{name}: {CACHED}")
+        entry |= {} if cached is None else {"cached_ms": cached}
         entry |= {"step_ms": medians[name], "ratio": medians[name] / medians[YARDSTICK], "loss": float(loss),
                   "flops": flops, "flops_per_second": flops / medians[name] * 1e3,
                   "shares": shares(calls[name], work.profiled, device)}
@@ -120,7 +131,13 @@ def format_report(report: dict) -> str:
         if on_gpu:
             rows[-1] += [f"{entry['utilisation']:.1%}", f"{entry['shares']['device_ms'] / entry['step_ms']:.1%}",
                          f"{entry['peak_memory_bytes'] / 2 ** 30:.2f}"]
-    lines += [text_table(header, rows), "", "Overhead is what is neither convolution nor norm; most of it:"]
+        if "cached_ms" in entry:
+            ratio = entry["cached_ms"] / report["yardstick"]["step_ms"]
+            rows.append([f"{name}: {CACHED}", f"{entry['cached_ms']:.1f}", f"{ratio:.3f}", *"-" * (len(header) - 3)])
+    lines.append(text_table(header, rows))
+    lines += [f"{name}: the answers take {in_mib(entry['answer_bytes'])} for an image"
+              for name, entry in report["configs"].items() if entry["answer_bytes"]]
+    lines += ["", "Overhead is what is neither convolution nor norm; most of it:"]
     for name, entry in entries(report).items():
         largest = list(entry["shares"]["largest"].items())[:6]
         lines.append(f"{name}: " + ", ".join(f"{part.removeprefix('aten::')} {share:.1%}" for part, share in largest))

@@ -1,17 +1,20 @@
 """The calls that the benchmark times for a model: a training step, inference, and their parts."""
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
+from data.digests import digest
 from data.transforms import padded_size
 from losses import at_least_float32
 from models import Detector, DetectorPass
 from models.postprocess import postprocess
 
 from ..build import build_model
+from ..cache import TeacherCache, needs_of
 from ..config import Config, TrainConfig, parse_config
 from ..distiller import Distiller
 from ..engine.step import compute_losses, to_device
@@ -29,6 +32,7 @@ class Subject:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     settings: TrainConfig
+    stored: float | None = None  # bytes of the teachers' answers for an image, if they were stored
 
     @property
     def student(self) -> Detector:
@@ -63,7 +67,7 @@ def prepare(cfg: Config, work: Workload) -> Config:
     if cfg.distill:
         said = mapping["distill"]["teacher"]
         teachers = [teacher | {"checkpoint": None} for teacher in (said if isinstance(said, list) else [said])]
-        mapping["distill"] = mapping["distill"] | {"teacher": teachers}
+        mapping["distill"] = mapping["distill"] | {"teacher": teachers, "cache": None}  # random answers are of no use
     return parse_config(mapping)
 
 
@@ -89,6 +93,33 @@ def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call
         return total.detach()
 
     return step
+
+
+def cached_step(subject: Subject, images: Tensor, targets: list[dict], folder: Path) -> Call:
+    """`training_step` that reads the teachers' answers, see `distill.cache`; they are stored here.
+
+    They are read from files while the student runs. In training they are read earlier, while the step before runs.
+    """
+    settings = subject.settings
+    shown = [target | {"digest": digest(image, target["image_size"])} for image, target in zip(images, targets)]
+    step, caches = training_step(subject, images, shown), []
+    for i, teacher in enumerate(subject.model.teachers):
+        caches.append(TeacherCache(folder / str(i), subject.student, teacher,
+                                   needs_of(subject.model.methods[i], teacher), {}, amp=settings.amp))
+
+    def cached() -> Tensor:
+        subject.model.caches = caches
+        try:
+            subject.model.read_ahead(shown, 1, 1)
+            return step()
+        finally:
+            subject.model.caches = []
+
+    cached()
+    for cache in caches:
+        cache.finish()
+    subject.stored = sum(cache.store.size / cache.store.entries for cache in caches)
+    return cached
 
 
 def update(subject: Subject, total: Tensor) -> None:

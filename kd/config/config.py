@@ -35,6 +35,8 @@ class Config(dict):
             raise ConfigError("train.init", "and distill.init_student both give the student its first weights: remove "
                                             "one of them")
         check_scaling(self.optimizer)
+        if self.distill is not None and self.distill.cache is not None and self.data is not None:
+            check_views(self.data)
 
     @property
     def teachers(self) -> list[TeacherConfig]:
@@ -50,6 +52,16 @@ class Config(dict):
     def with_num_classes(self, count: int) -> "Config":
         """The configuration with the head's class count, unless it has one already."""
         return parse_config(self | {"model": self["model"] | {"head": self.model.with_num_classes(count).head}})
+
+
+def check_views(data: DataConfig) -> None:
+    """Raise ConfigError if training shows too many views of an image for `distill.cache` to store."""
+    said = next((key for key, used in (("data.train_augment", data.train_augment != "none"),
+                                       ("data.multi_scale", data.multi_scale is not None)) if used), None)
+    if said is not None:
+        raise ConfigError("distill.cache", f"cannot be used with {said}, which shows each image in many ways, so that "
+                                           "stored answers would hardly ever be read: remove one of them (data.flip "
+                                           "shows an image in two ways only, and may stay)")
 
 
 def parse_config(cfg: Mapping) -> Config:

@@ -85,6 +85,9 @@ RULES: dict[str, Rule] = {
     "distill.methods.reused_teacher_head_idx": REFUSE,
     "distill.methods.tower_convs": REFUSE,
     "distill.eval_teacher": WARN,
+    "distill.cache": WARN,
+    "distill.cache.dir": TAKE,
+    "distill.cache.precision": WARN,
     "distill.init_student": REFUSE,         # has an effect only at the start
 
     "optimizer.type": REFUSE,               # momentum and the like of one mean nothing to the other

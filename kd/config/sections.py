@@ -113,6 +113,21 @@ class TeacherConfig:
 
 
 @dataclass
+class CacheConfig:
+    """The `distill.cache` section: what the methods need of the teachers is stored for each image, and read again.
+
+    `cache: DIR` is short for `cache: {dir: DIR}`.
+    """
+
+    dir: str  # a folder; each teacher, and each set of settings that changes its answers, gets its own folder in it
+    precision: Literal["fp32", "fp16"] = "fp32"  # of what is stored: fp32 keeps every bit, fp16 rounds to half the size
+
+    def __post_init__(self):
+        if not self.dir:
+            raise ConfigError("dir", "must name a folder")
+
+
+@dataclass
 class DistillConfig:
     """The `distill` section."""
 
@@ -120,3 +135,20 @@ class DistillConfig:
     methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
     eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
     init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD
+    cache: str | CacheConfig | None = None  # a folder that keeps the teachers' answers; null: teachers run at each step
+
+    def __post_init__(self):
+        if self.cache is None:
+            return
+        if isinstance(self.cache, str):
+            try:
+                self.cache = CacheConfig(self.cache)
+            except ConfigError as error:
+                raise ConfigError("cache", error.problem) from None
+        if not self.eval_teacher:
+            raise ConfigError("cache", "needs distill.eval_teacher: true, because with batch statistics a teacher's "
+                                       "answer for an image depends on the other images: remove one of them")
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        if any(teacher.shard for teacher in teachers):
+            raise ConfigError("cache", "does not work with distill.teacher.shard, because all processes must run a "
+                                       "sharded teacher together: remove one of them")

@@ -14,6 +14,7 @@ from ..inference.detectors import knowledge
 from ..inference.precision import autocast
 from ..processes import distributed
 from ..processes.memory import in_gib, peak_memory
+from .cached import describe_caches, keep_nothing
 from .run import Run, build_run, describe_run
 from .start import starting_points
 from .step import to_device
@@ -34,7 +35,8 @@ def check(cfg: Config, device: torch.device) -> str:
     amp = run.cfg.train.amp
     run.model.train()
     warning = check_augmentation(run.train_loader.dataset)
-    lines = [describe_run(run), *([warning] if warning else [])]
+    keep_nothing(run)
+    lines = [describe_run(run), *describe_caches(run), *([warning] if warning else [])]
     images, targets = next(iter(run.train_loader))
     if run.distiller:
         if run.val_loader is not None and run.cfg.train.check_images:

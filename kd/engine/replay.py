@@ -63,6 +63,7 @@ def replay(path: Path, device: torch.device, trusted: Config | None = None) -> s
     if not all(map(is_batch, state["batches"])):
         raise CheckpointError(f"file {path} is damaged: batches must be images with as many targets")
     if isinstance(model, Distiller):
+        model.caches = []  # the teachers run, too
         model.advance(state["step"], state["steps_per_epoch"], cfg.train.epochs)
 
     broken: list[str] = []

@@ -129,7 +129,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
     train_loader = build_loader(train_set, data.batch_size, True, data.workers, settings.seed, data.group_by_aspect,
-                                rank, world, data.worker_start, data.unlabelled_ratio)
+                                rank, world, data.worker_start, data.unlabelled_ratio, stored_views(cfg))
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
               None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
@@ -137,6 +137,13 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
     return run
+
+
+def stored_views(cfg: Config) -> int:
+    """How many views of an image `distill.cache` stores when it meets the first one; 0 without it."""
+    if not (cfg.distill and cfg.distill.cache):
+        return 0
+    return 2 if 0 < cfg.data.flip < 1 and cfg.train.epochs > 1 else 1
 
 
 def check_teachers_classes(cfg: Config, classes: list[str]) -> None:

@@ -28,6 +28,7 @@ from ..work_dir.lock import open_work_dir
 from ..work_dir.log import Clock, Meter, Metrics, open_log
 from ..work_dir.provenance import provenance
 from .board import Board, open_board
+from .cached import ahead, describe_caches, open_caches, report_caches
 from .finite import describe_broken_step, keep_statistics
 from .replay import save_replay
 from .run import Run, build_run, describe_run, restore_run, save_run
@@ -70,7 +71,8 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
     if first:
         write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device, run.init), indent=1))
-    log.info(describe_run(run))
+    log.info("\n".join([describe_run(run), *describe_caches(run)]))
+    open_caches(run)
     for change in changes:
         log.warning(f"since the checkpoint, {change}")
     # A method that does not run at a step leaves its adapters without a gradient.
@@ -111,7 +113,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.start = epoch, done * settings.accumulate
     meter, evaluations = Meter(), sum(map(run.evaluates, range(epoch, settings.epochs)))
-    bar = tqdm(in_runs(run.train_loader, settings.accumulate), f"epoch {epoch + 1}/{settings.epochs}",
+    bar = tqdm(ahead(run, in_runs(run.train_loader, settings.accumulate)), f"epoch {epoch + 1}/{settings.epochs}",
                run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
     for batches in bar:
         for _, targets in batches:
@@ -149,6 +151,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
             raise stopped(run, asked)
     run.finite.check()
     skipped.report(epoch)
+    report_caches(run, epoch)
     save_run(run, "last.pth")
 
 

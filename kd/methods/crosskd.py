@@ -36,6 +36,7 @@ class CrossKD(Method):
 
     teacher_head = True
     some_classes = True
+    teacher_levels = ()
     crosses_heads = True
     needs_labels = False
     needs = ("scores", "boxes", "same heads", "same classes")

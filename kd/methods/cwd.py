@@ -43,6 +43,7 @@ class CWD(Method):
         if sync_stats and not norm:
             raise ConfigError("sync_stats", "is about the statistics that norm needs: set norm: true, or remove it")
         if self.teacher_head:
+            self.teacher_levels = ()
             if levels is not None or student_modules is not None:
                 raise ValueError("CWD on logits compares all levels: remove levels and student_modules")
             check_same_predictions(student.bbox_head, teacher.bbox_head, "CWD on logits", boxes=False)

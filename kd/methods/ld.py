@@ -37,6 +37,7 @@ class LD(Method):
     teacher_head = True
     some_classes = True
     needs = ("boxes", "same heads", "same classes")
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, loss_weight: NonNegative = 0.25, T: Temperature = 10.0,
                  class_reduction: Literal["mean", "sum"] = "mean", vlr_weight: NonNegative = 0.0,

@@ -24,6 +24,7 @@ class KD(Method):
     some_classes = True
     needs_labels = False
     needs = ("scores", "same heads", "same classes")
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, T: Positive = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
@@ -55,6 +56,7 @@ class DKD(Method):
     teacher_head = True
     some_classes = True
     needs = ("scores", "same heads", "same classes")
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, alpha: NonNegative = 1.0, beta: NonNegative = 8.0,
                  T: Positive = 4.0, loss_weight: NonNegative = 1.0):

@@ -17,6 +17,7 @@ class Mimic(Method):
     some_classes = True
     needs_labels = False
     needs = ("scores", "boxes", "same heads", "same classes")
+    teacher_levels = ()
 
     def __init__(self, student: Detector, teacher: Detector, loss_cls_kd: ScoreLoss = None,
                  loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None):

@@ -25,3 +25,8 @@ def peak_memory(device: torch.device) -> int | None:
 def in_gib(number: int | None) -> str:
     """Bytes for people: `1.50 GiB`."""
     return "not measured" if number is None else f"{number / 2 ** 30:.2f} GiB"
+
+
+def in_mib(number: float) -> str:
+    """Bytes for people: `1.5 MiB`."""
+    return f"{number / 2 ** 20:.1f} MiB"

@@ -37,7 +37,12 @@ BAD = [  # configuration, overrides, and what is needed
     (CROSSKD, ["distill.teacher={torchvision: fcos_resnet50_fpn, checkpoint: DEFAULT}"], (), None),
     (CROSSKD, ["distill.teacher={factory: no_such_module.teachers:build, checkpoint: null}"], (), None),
     (CROSSKD, ["distill.teacher={factory: build, checkpoint: null}"], (), None),
-    (FGD, ["distill.teacher={torchvision: fcos_resnet50_fpn, checkpoint: none.pth}"], (), None)]
+    (FGD, ["distill.teacher={torchvision: fcos_resnet50_fpn, checkpoint: none.pth}"], (), None),
+    (CROSSKD, ["distill.cache=a", "data.train_augment=light"], (), None),
+    (CROSSKD, ["distill.cache=a", "data.multi_scale=[[64, 64]]"], (), None),
+    (CROSSKD, ["distill.cache=a", "distill.eval_teacher=false"], (), None),
+    (CROSSKD, ["distill.cache=a", "distill.teacher.shard=true"], (), None),
+    (CROSSKD, ["distill.cache={dir: a, precision: bf16}"], (), None), (CROSSKD, ["distill.cache=README.md"], (), None)]
 # Runs in a new process: reads cases as JSON, and writes the message of each, and what was imported.
 ALL_EARLY = """
 import json, sys

@@ -42,6 +42,7 @@ class Method(nn.Module):
     teacher_cuts: tuple[int, ...] = ()
     student_modules: tuple[str, ...] = ()  # names of modules whose outputs the student's pass keeps
     teacher_modules: tuple[str, ...] = ()
+    teacher_levels: tuple[int, ...] | None = None  # the teacher's neck outputs that it reads; None: any of them
     teacher_head: bool = False             # whether it needs the teacher's own predictions
     crosses_heads: bool = False            # whether it has `cross_head`
     some_classes: bool = False             # whether it leaves out the classes that a teacher's head does not know
@@ -59,6 +60,7 @@ class Method(nn.Module):
         """Compare the maps that `FeaturePairs(student, teacher, *choice)` picks."""
         self.pairs = FeaturePairs(student, teacher, *choice)
         self.student_modules, self.teacher_modules = self.pairs.student_modules, self.pairs.teacher_modules
+        self.teacher_levels = self.pairs.teacher_levels
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         """Scalar losses under the references' names."""

@@ -47,6 +47,13 @@ def test_steps_are_given_in_units_of_the_yardstick(report):
     assert list(report["configs"]) == ["plain", "distilled"]
     assert report["yardstick"]["name"] == YARDSTICK and report["yardstick"]["ratio"] == 1
     medians = {name: statistics.median(times) for name, times in report["steps_ms"].items()}
+    assert list(medians) == [YARDSTICK, "plain", "distilled", "distilled: teacher's answers cached"]
+    assert report["configs"]["plain"]["answer_bytes"] is None and "cached_ms" not in report["configs"]["plain"]
+    distilled = report["configs"]["distilled"]
+    assert distilled["cached_ms"] == pytest.approx(medians["distilled: teacher's answers cached"])
+    cells = sum(h * w for h, w in ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1)))
+    floats = cells * (16 + 2 * 16 + 9 * (80 + 4))  # FGD's levels, CrossKD's two towers, the head's outputs
+    assert 4 * floats < distilled["answer_bytes"] < 4 * floats + 5000
     for name, entry in ({YARDSTICK: report["yardstick"]} | report["configs"]).items():
         assert len(report["steps_ms"][name]) == WORK.rounds and min(report["steps_ms"][name]) > 0
         assert 0 < entry["loss"] < 1e4
@@ -79,6 +86,8 @@ def test_the_table_shows_what_the_json_holds(report):
     assert any(line.split()[:3] == ["distilled", f"{entry['step_ms']:.1f}", f"{entry['ratio']:.3f}"]
                for line in text.splitlines())
     assert all(f"distilled: {part} " in text for part in entry["parts_ms"])
+    assert f"distilled: teacher's answers cached  {entry['cached_ms']:.1f}" in text.replace("   ", "  ")
+    assert "distilled: the answers take 0." in text and "plain: the answers" not in text
     assert YARDSTICK in text and "one worker" in text and "pycocotools" in text and "GPU" not in text
 
 

@@ -15,8 +15,8 @@ from models.build import ConfigError, OneOf, check_value, parameters
 # Any number: the means of box deltas; and sizes of boxes, where a negative number means that all are kept.
 FREE_NUMBERS = {"target_means", "min_bbox_size"}
 # Names and paths.
-FREE_TEXTS = {"annotations", "cfg", "checkpoint", "factory", "frozen", "images", "init", "init_classes", "name",
-              "nodes", "student_modules", "teacher_modules", "torchvision", "weights"}
+FREE_TEXTS = {"annotations", "cache", "cfg", "checkpoint", "dir", "factory", "frozen", "images", "init", "init_classes",
+              "name", "nodes", "student_modules", "teacher_modules", "torchvision", "weights"}
 GIVEN = {"student", "teacher", "model"}  # networks, which the program gives
 PLACES = collect(Config)
 COMPONENTS = {call: name for choice, _ in PLACES.tables.values() for name, call in choice.table.items()}
