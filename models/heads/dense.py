@@ -232,10 +232,10 @@ class DenseHead(nn.Module):
         """Box predictions in the form that is compared between two heads of this kind: decoded boxes (N, P, 4)."""
         return self.boxes(outputs, priors)
 
-    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
-                loss: nn.Module) -> Tensor:
-        """Loss between two predictions in `comparable_boxes`, weighted by (N, P), with this head's normaliser."""
-        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, normalizer: Tensor, loss: nn.Module) -> Tensor:
+        """Loss between two predictions in `comparable_boxes`, weighted by (N, P) and divided by `normalizer`, a scalar.
+        """
+        return loss(box, reference, weight, avg_factor=normalizer)
 
 
 def flatten(maps: Maps, channels: int) -> Tensor:

@@ -91,8 +91,8 @@ class GFLHead(DenseHead):
     def comparable_boxes(self, outputs: HeadOutputs, priors: Priors) -> Tensor:
         return self.logits(at_least_float32(outputs.box))
 
-    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
-                loss: nn.Module) -> Tensor:
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, normalizer: Tensor, loss: nn.Module) -> Tensor:
+        """As in `DenseHead`, but the sum of the weights is the normaliser, as the reference has it."""
         # The reference does not clamp this; the smallest positive number only avoids 0/0 if all weights are zero.
         total = mean_over_processes(weight.sum()).clamp(min=torch.finfo(weight.dtype).tiny)
         return loss(box, reference, weight.unsqueeze(-1), avg_factor=4.0) / total
