@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.ranges import Count, FewOrNone, OrMinusOne
-from losses import LOSSES, mean_over_processes
+from losses import LOSSES, at_least_float32, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS, IGNORED
@@ -67,6 +67,7 @@ class DenseHead(nn.Module):
     classifier: str
     score_meaning = "the class"
     has_centerness = False
+    quality = "centerness"  # what the third output predicts, if there is one
     kd_boxes = ("boxes", "numbers")  # what a loss on `comparable_boxes` is given
     box_form = "boxes in pixels"  # the form that `comparable_boxes` returns
     # This head's defaults for keys of the `test` section.
@@ -213,6 +214,16 @@ class DenseHead(nn.Module):
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
         """The divisor of the losses on mimicked predictions."""
         return assignment.avg_factor
+
+    # --- detections ---
+
+    def candidate_scores(self, cls: Tensor, centerness: Tensor | None) -> Tensor:
+        """Scores (..., P, C) that choose the candidates of detections, from logits (..., P, C) and (..., P)."""
+        return at_least_float32(cls).sigmoid()
+
+    def final_scores(self, scores: Tensor, centerness: Tensor | None) -> Tensor:
+        """Scores (...) of detections, from their candidates' scores (...) and their logits of centerness (...)."""
+        return scores if centerness is None else scores * at_least_float32(centerness).sigmoid()
 
     # --- what a head adds ---
 

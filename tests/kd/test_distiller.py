@@ -340,7 +340,7 @@ def test_a_new_method_is_a_class_and_a_line_in_the_table(monkeypatch):
         make({"type": "ScoreGap", "los_weight": 2.0})
 
 
-@pytest.mark.parametrize("head", ["RetinaHead", "FCOSHead"])
+@pytest.mark.parametrize("head", ["RetinaHead", "FCOSHead", "GFLv2"])
 def test_compiled_it_gives_the_same(head):
     def losses_and_gradients(compiled):
         distiller = make(CROSSKD, FGD, head=head)

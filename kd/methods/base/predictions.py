@@ -50,13 +50,14 @@ def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | No
                        loss_center_kd: dict | None) -> torch.nn.ModuleDict:
     """The losses for `mimic`, by name: those given, otherwise those published for `head`, the teacher's.
 
-    `centerness` says whether both heads predict it.
+    `centerness` says whether both heads predict the same.
     """
     said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
     chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
     if not centerness:
         if loss_center_kd is not None:
-            raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors: remove this loss")
+            raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors (or by one in the form "
+                                                "of an IoU): remove this loss")
         chosen.pop("loss_center_kd", None)
     takes = {"loss_cls_kd": SCORES, "loss_reg_kd": head.kd_boxes, "loss_center_kd": CENTERNESS}
     return torch.nn.ModuleDict({name: build_loss(cfg, name, takes[name]) for name, cfg in chosen.items()})
