@@ -220,6 +220,19 @@ def test_methods_on_the_students_own_predictions_refuse_and_name_crosskd(method,
     assert "\n" not in str(error.value) and str(error.value).startswith("distill.methods.0: ")
 
 
+@pytest.mark.parametrize("teacher", ["FCOS", "Retina9"])
+def test_a_batch_without_objects_has_no_huge_loss_for_an_fcos(teacher):
+    """The sum of its centerness is zero then, and the divisor one."""
+    model = distiller("FCOS", teacher)
+    method, found = model.methods[0][0], []
+    for counts in ((0, 0), (4, 1)):
+        student, (seen,), _ = model.passes(*make_batch(SIZES, counts=counts))
+        found.append(float(student.head.kd_normalizer(student.assignment)))
+    assert found[0] == 1.0 and found[1] == pytest.approx(normalizer("FCOS", student), rel=1e-6)
+    losses = method(*model.passes(*make_batch(SIZES, counts=(0, 0)))[:1], seen)
+    assert 0 < losses["loss_cls_kd"] < 1e4 and 0 < losses["loss_reg_kd"] < 1e4
+
+
 def test_links_say_what_is_compared():
     model = distiller("GFL", "Retina9", width=24)
     student, (teacher,), _ = model.passes(*batch())
