@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from losses import at_least_float32
-
 from .anchors import Priors
 from .build import ConfigError
 from .detector import Detector
@@ -113,13 +111,13 @@ class DeployedDetector(nn.Module):
         """
         head, test = self.detector.bbox_head, self.detector.test
         cls, box, centerness = head.run_level(feature, level)
-        scores = at_least_float32(flatten([cls], head.num_classes)).sigmoid()
+        centerness = None if centerness is None else flatten([centerness], 1).squeeze(-1)
+        scores = head.candidate_scores(flatten([cls], head.num_classes), centerness)
         priors = head.prior_generator.level(level, cls.shape[2:], padded, scores.dtype, scores.device)
         scores = torch.where(scores > test.score_thr, scores, 0).flatten(1)
         score, index = best(F.pad(scores, (0, test.nms_pre)), test.nms_pre)  # padded: a level may have fewer
         place, label = (index // head.num_classes).clamp(max=priors.boxes.shape[0] - 1), index % head.num_classes
-        if centerness is not None:
-            score = score * at_least_float32(flatten([centerness], 1).squeeze(-1).gather(1, place)).sigmoid()
+        score = head.final_scores(score, None if centerness is None else centerness.gather(1, place))
         box = flatten([box], head.box_channels)
         box = box.gather(1, place.unsqueeze(-1).expand(-1, -1, box.shape[-1]))
         taken = Priors(priors.boxes[place], priors.cells[place], priors.strides[place], ())

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from data.ranges import AllOr, Share
-from losses import at_least_float32, widest_float
+from losses import widest_float
 
 from .anchors import Priors
 from .coders import clip_boxes
@@ -18,7 +18,7 @@ from .heads import DenseHead, HeadOutputs
 class TestConfig:
     """How detections are chosen."""
 
-    score_thr: Share = 0.05                   # the class score must exceed this
+    score_thr: Share = 0.05                   # the class score must exceed this (with `quality: iou`, the whole score)
     nms_pre: AllOr = 1000                     # number of best scores kept per level; -1 keeps all
     nms_iou_threshold: Share | None = None    # null: the head's own, 0.5 for RetinaNet, 0.6 for the others
     max_per_img: AllOr = 100                  # number of detections kept per image; -1 keeps all
@@ -39,7 +39,7 @@ def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test
         stay in the order of level, location and class.
     """
     priors = head.priors(outputs)
-    scores = at_least_float32(outputs.cls).sigmoid()
+    scores = head.candidate_scores(outputs.cls, outputs.centerness)
     found = []
     for i, target in enumerate(targets):
         index, labels = _candidates(scores[i], priors, test)
@@ -50,10 +50,9 @@ def postprocess(head: DenseHead, outputs: HeadOutputs, targets: list[dict], test
 
 def decode(head: DenseHead, outputs: HeadOutputs, i: int, priors: Priors, index: Tensor,
            scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4) and final scores (n,) of image `i` at the anchors `index` (n,), whose class scores are `scores`."""
-    if outputs.centerness is not None:
-        scores = scores * at_least_float32(outputs.centerness[i][index]).sigmoid()
-    return head.decode(outputs.box[i][index], priors.take(index)), scores
+    """Boxes (n, 4) and final scores (n,) of image `i` at the anchors `index` (n,), chosen by `scores` (n,)."""
+    centerness = None if outputs.centerness is None else outputs.centerness[i][index]
+    return head.decode(outputs.box[i][index], priors.take(index)), head.final_scores(scores, centerness)
 
 
 def _candidates(scores: Tensor, priors: Priors, test: TestConfig) -> tuple[Tensor, Tensor]:

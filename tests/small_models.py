@@ -8,16 +8,22 @@ from models import build_detector
 
 CLASSES = 3
 GROUPS = {"norm_cfg": {"type": "GN", "num_groups": 4}}
+VARIANTS = {"GFLv2": {"type": "GFLHead", **GROUPS, "reg_max": 8, "reg_topk": 4, "reg_channels": 8},
+            "PAA": {"type": "ATSSHead", **GROUPS, "quality": "iou"}}
 HEADS = {"GFLHead": GROUPS | {"reg_max": 8}, "RetinaHead": {}, "ATSSHead": GROUPS, "FCOSHead": GROUPS}
 
 
 def small_config(kind="GFLHead", depth=18, width=16, **sections) -> dict:
-    """A `model` section; `backbone`, `neck`, `head`, `test` and `preprocess` add to it; `neck=None` removes it."""
+    """A `model` section; `backbone`, `neck`, `head`, `test` and `preprocess` add to it; `neck=None` removes it.
+
+    `kind` is a key of HEADS or VARIANTS.
+    """
     cfg = {
         "backbone": {"type": "ResNet", "depth": depth, "base_channels": 8},
         "neck": {"type": "FPN", "out_channels": width, "start_level": 1, "num_outs": 5,
                  "add_extra_convs": "on_output"},
-        "head": {"type": kind, "num_classes": CLASSES, "stacked_convs": 2, "feat_channels": width, **HEADS[kind]}}
+        "head": {"type": kind, "num_classes": CLASSES, "stacked_convs": 2, "feat_channels": width,
+                 **(HEADS | VARIANTS)[kind]}}
     for name, section in copy.deepcopy(sections).items():
         cfg[name] = None if section is None else cfg.get(name, {}) | section
     return cfg

@@ -9,7 +9,6 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 
 from data.digests import digest
 from data.transforms import padded_size
-from losses import at_least_float32
 from models import Detector, DetectorPass
 from models.postprocess import postprocess
 
@@ -206,7 +205,7 @@ def set_typical_threshold(subject: Subject, images: Tensor, targets: list[dict])
     """Set a threshold that one score in a thousand passes, as with a trained detector; random scores are lower."""
     with autocast(images.device, subject.settings.amp):
         outputs = subject.student.run(subject.student.preprocess(images, targets), targets).outputs
-    scores = at_least_float32(outputs.cls).sigmoid().flatten()
+    scores = subject.student.bbox_head.candidate_scores(outputs.cls, outputs.centerness).flatten()
     subject.student.test.score_thr = scores.topk(max(1, len(scores) // 1000)).values[-1].item()
 
 

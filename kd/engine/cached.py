@@ -40,8 +40,8 @@ def describe_caches(run: Run) -> list[str]:
         more = " with labels, and more for those without" if dataset.unlabelled else ""
         lines.append(f"{name}: its answers are kept in {cache.root}, {in_units(size)} for an image of "
                      f"{found.common[0]} x {found.common[1]}, about {in_units(total)} for "
-                     f"{counted(found.entries, 'view')} (flips and paddings) of {counted(len(dataset), 'image')}{more}; "
-                     f"{in_units(free)} are free there")
+                     f"{counted(found.entries, 'view')} (flips and paddings) of {counted(len(dataset), 'image')}{more}"
+                     f"; {in_units(free)} are free there")
         lines.append(f"{name}: if nothing is stored yet, it runs about {percent(found.computed)} as often in "
                      f"{counted(epochs, 'epoch')} as without distill.cache")
         if total > free:

@@ -41,9 +41,9 @@ class View:
 
     def score_maps(self) -> list[Tensor]:
         """For every level (H, W), the best score of a cell over anchors and classes, as detection ranks them."""
-        scores = self.outputs.cls[0].sigmoid().amax(-1)
-        if self.outputs.centerness is not None:
-            scores = scores * self.outputs.centerness[0].sigmoid()
+        centerness = None if self.outputs.centerness is None else self.outputs.centerness[0]
+        scores = self.head.candidate_scores(self.outputs.cls[0], centerness).amax(-1)
+        scores = self.head.final_scores(scores, centerness)
         anchors = len(scores) // sum(h * w for h, w in self.outputs.sizes)
         levels = scores.split([h * w * anchors for h, w in self.outputs.sizes])
         return [level.view(h, w, anchors).amax(-1).cpu() for level, (h, w) in zip(levels, self.outputs.sizes)]

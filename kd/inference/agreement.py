@@ -8,7 +8,6 @@ from torch import Tensor
 from data.errors import counted
 from data.inputs.files import Sample
 from data.transforms import padded_size
-from losses import at_least_float32
 from models import Detector
 from models.coders import clip_boxes
 from models.heads import HeadOutputs
@@ -65,7 +64,7 @@ class Candidates:
 def candidates(detector: Detector, outputs: HeadOutputs, i: int, target: dict) -> Candidates:
     """The candidates of image `i` of a batch."""
     head, test, priors = detector.bbox_head, detector.test, detector.bbox_head.priors(outputs)
-    scores = at_least_float32(outputs.cls[i]).sigmoid()
+    scores = head.candidate_scores(outputs.cls[i], None if outputs.centerness is None else outputs.centerness[i])
     least = torch.full_like(scores, test.score_thr)
     for own, level in zip(least.split(priors.level_sizes), scores.split(priors.level_sizes)):
         if level.numel() > test.nms_pre:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from data.errors import counted
 from data.ranges import Number
 from losses import at_least_float32, channel_statistics
-from models import Detector, DetectorPass, HeadOutputs
+from models import DenseHead, Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError
 
 from .base import (
@@ -16,7 +16,7 @@ from .base import (
     ScoreLoss,
     adapter,
     build_mimic_losses,
-    check_same_predictions,
+    check_same_grid,
     link,
     mimic,
 )
@@ -24,6 +24,9 @@ from .base import (
 
 class CrossKD(Method):
     """The student's tower features pass through the rest of the teacher's head; its predictions mimic the teacher's.
+
+    Both predictions are made by the teacher's head, so the heads can be of different kinds, also with another number of
+    anchors per cell. `mimic` says how the student's assignment weights the teacher's predictions.
 
     Args:
         reused_teacher_head_idx: number of convolutions of each tower that the student runs; the teacher runs the rest.
@@ -39,14 +42,14 @@ class CrossKD(Method):
     teacher_levels = ()
     crosses_heads = True
     needs_labels = False
-    needs = ("scores", "boxes", "same heads", "same classes")
+    needs = ("scores", "boxes", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, reused_teacher_head_idx: Number = 3,
                  loss_cls_kd: ScoreLoss = None, loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None,
                  adapter_kernel: Literal[1, 3] = 1, sync_stats: bool = False):
         super().__init__()
         cut = reused_teacher_head_idx
-        check_same_predictions(student.bbox_head, teacher.bbox_head, "CrossKD")
+        check_same_grid(student.bbox_head, teacher.bbox_head, "CrossKD")
         for name, head in (("student", student.bbox_head), ("teacher", teacher.bbox_head)):
             if cut > head.stacked_convs:
                 raise ConfigError("reused_teacher_head_idx", f"must be from 0 to {head.stacked_convs}, the number of "
@@ -71,9 +74,22 @@ class CrossKD(Method):
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         features = zip(("classification", "box"), student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut])
         where = f"tower after {counted(self.cut, 'convolution')}, finest of {counted(len(student.features), 'level')}"
-        through = f"through the teacher's layers {self.cut + 1}.. of its head"
+        through, made = f"through the teacher's layers {self.cut + 1}.. of its head", teacher.outputs
+        # The predictions from the student's features have the shapes of the teacher's, whatever the student's head is.
+        lines = [link("class scores", made.cls, "class scores", made.cls), link("boxes", made.box, "boxes", made.box)]
         return [link(f"{tower} {where}", own[0], f"{tower} tower", other[0]) for tower, own, other in features] + [
-            f"{through}: {line}" for line in super().links(student, teacher)]
+            f"{through}: {line}" for line in lines] + kinds(student.head, teacher.head)
+
+
+def kinds(student: DenseHead, teacher: DenseHead) -> list[str]:
+    """Lines that say how two heads differ, if they do."""
+    own, other = (head.prior_generator.num_anchors for head in (student, teacher))
+    names = [type(head).__name__ for head in (student, teacher)]
+    lines = [f"the student has a {names[0]}, the teacher a {names[1]}: both predictions come from the teacher's head"]
+    if own != other:
+        lines.append(f"{counted(own, 'anchor')} per cell of the student, {other} of the teacher: a cell counts unless "
+                     "the student ignores all of its anchors there")
+    return lines[names[0] == names[1]:]
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:

@@ -47,7 +47,7 @@ class LD(Method):
         check_same_predictions(student.bbox_head, teacher.bbox_head, "LD")
         if not isinstance(student.bbox_head, GFLHead):
             raise ConfigError("", f"LD distils distributions over distances, and {type(student.bbox_head).__name__} "
-                                  "predicts none: use it with GFLHead")
+                                  "predicts none: use it with GFLHead, or use CrossKD")
         self.vlr_gamma, self.vlr_overlap = vlr_gamma, vlr_overlap
         self.main = KnowledgeDistillationKLDivLoss(class_reduction, T, loss_weight)
         self.vlr = KnowledgeDistillationKLDivLoss(class_reduction, T, vlr_weight) if vlr_weight else None

@@ -23,8 +23,9 @@ class Mimic(Method):
                  loss_reg_kd: BoxLoss = None, loss_center_kd: CenternessLoss = None):
         super().__init__()
         check_same_predictions(student.bbox_head, teacher.bbox_head, "Mimic")
-        centerness = student.bbox_head.has_centerness and teacher.bbox_head.has_centerness
-        self.losses = build_mimic_losses(teacher.bbox_head, centerness, loss_cls_kd, loss_reg_kd, loss_center_kd)
+        heads = student.bbox_head, teacher.bbox_head
+        centerness = all(head.has_centerness for head in heads) and heads[0].quality == heads[1].quality
+        self.losses = build_mimic_losses(heads[1], centerness, loss_cls_kd, loss_reg_kd, loss_center_kd)
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         return mimic(student.outputs, student.head, student, teacher, self.losses)

@@ -37,6 +37,13 @@ ZOO = {
     "gfl_r101_2x": Published(f"{_MMDET}gfl/gfl_r101_fpn_mstrain_2x_coco/"
                              "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
                              "configs/gfl/gfl_r101_1x.yaml", 44.7),
+    "paa_r50_1x": Published(f"{_MMDET}paa/paa_r50_fpn_1x_coco/paa_r50_fpn_1x_coco_20200821-936edec3.pth",
+                            "configs/atss/paa_r50_1x.yaml", 40.4),
+    "paa_r101_2x": Published(f"{_MMDET}paa/paa_r101_fpn_2x_coco/paa_r101_fpn_2x_coco_20200821-6829f96b.pth",
+                             "configs/atss/paa_r101_1x.yaml", 43.5),
+    "paa_r101_ms_3x": Published(f"{_MMDET}paa/paa_r101_fpn_mstrain_3x_coco/"
+                                "paa_r101_fpn_mstrain_3x_coco_20210122_084202-83250d22.pth",
+                                "configs/atss/paa_r101_1x.yaml", 45.1),
     "retinanet_r50_1x": Published(f"{_MMDET}retinanet/retinanet_r50_fpn_1x_coco/"
                                   "retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth",
                                   "configs/retinanet/retinanet_r50_1x.yaml", 36.5),

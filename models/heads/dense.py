@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.errors import one_line
 from data.ranges import Count, FewOrNone, OrMinusOne
-from losses import LOSSES, mean_over_processes
+from losses import LOSSES, at_least_float32, mean_over_processes
 
 from ..anchors import PRIORS, Priors
 from ..assigners import ASSIGNERS, IGNORED, NEGATIVE
@@ -77,6 +77,7 @@ class DenseHead(nn.Module):
     classifier: str
     score_meaning = "the class"
     has_centerness = False
+    quality = "centerness"  # what the third output predicts, if there is one
     kd_boxes = ("boxes", "numbers")  # what a loss on `comparable_boxes` is given
     box_form = "boxes in pixels"  # the form that `comparable_boxes` returns
     # This head's defaults for keys of the `test` section.
@@ -239,6 +240,16 @@ class DenseHead(nn.Module):
         """The divisor of the losses on mimicked predictions."""
         return assignment.avg_factor
 
+    # --- detections ---
+
+    def candidate_scores(self, cls: Tensor, centerness: Tensor | None) -> Tensor:
+        """Scores (..., P, C) that choose the candidates of detections, from logits (..., P, C) and (..., P)."""
+        return at_least_float32(cls).sigmoid()
+
+    def final_scores(self, scores: Tensor, centerness: Tensor | None) -> Tensor:
+        """Scores (...) of detections, from their candidates' scores (...) and their logits of centerness (...)."""
+        return scores if centerness is None else scores * at_least_float32(centerness).sigmoid()
+
     # --- what a head adds ---
 
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
@@ -257,10 +268,10 @@ class DenseHead(nn.Module):
         """Box predictions in the form that is compared between two heads of this kind: decoded boxes (N, P, 4)."""
         return self.boxes(outputs, priors)
 
-    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, assignment: Assignment,
-                loss: nn.Module) -> Tensor:
-        """Loss between two predictions in `comparable_boxes`, weighted by (N, P), with this head's normaliser."""
-        return loss(box, reference, weight, avg_factor=self.kd_normalizer(assignment))
+    def compare(self, box: Tensor, reference: Tensor, weight: Tensor, normalizer: Tensor, loss: nn.Module) -> Tensor:
+        """Loss between two predictions in `comparable_boxes`, weighted by (N, P) and divided by `normalizer`, a scalar.
+        """
+        return loss(box, reference, weight, avg_factor=normalizer)
 
 
 def check_class_map(class_map: Sequence[int | None], count: int, key: str) -> None:

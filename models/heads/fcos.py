@@ -80,9 +80,13 @@ class FCOSHead(DenseHead):
         return centerness_target(assignment.priors.centers, assignment.box_targets) * assignment.positive
 
     def kd_normalizer(self, assignment: Assignment) -> Tensor:
-        """The sum of the centerness targets, as for the box loss."""
+        """The sum of the centerness targets, as for the box loss; one if there are none.
+
+        The original divides by 1e-6 then. Mimicked predictions count also where there is no object, so a batch without
+        objects would have a loss of about 1e9.
+        """
         total = mean_over_processes(self.centerness(assignment).sum(), least=1e-6)
-        return total * assignment.images_per_labelled
+        return torch.where(total > 1e-6, total * assignment.images_per_labelled, assignment.avg_factor)
 
     def losses(self, outputs: HeadOutputs, assignment: Assignment) -> dict[str, Tensor]:
         priors, positive = assignment.priors, assignment.positive

@@ -259,9 +259,10 @@ def anchors(ratios=(1.0,), strides=(8, 16, 32, 64, 128)):
 
 
 @pytest.mark.parametrize("method, student, teacher, message", [
-    (CROSSKD, {}, teacher_entry("RetinaHead"), "GFLHead and the teacher's RetinaHead do not mean the same.*the IoU"),
+    ({"type": "Mimic"}, {}, teacher_entry("RetinaHead"),
+     "GFLHead and the teacher's RetinaHead do not mean the same.*the IoU.*for such a pair use CrossKD$"),
     (CROSSKD, {}, teacher_entry(head_={"num_classes": 4}), "number of classes is 3, the teacher's 4; .* class_map"),
-    (CROSSKD, {}, teacher_entry(head_={"reg_max": 16}), "distributions over 9 distances.*over 17"),
+    ({"type": "Mimic"}, {}, teacher_entry(head_={"reg_max": 16}), "distributions over 9 distances.*over 17.*CrossKD$"),
     (CROSSKD, {}, teacher_entry(
         head_={"anchor_generator": anchors(strides=(4, 8, 16, 32, 64))}, neck={"start_level": 0}), "strides"),
     ({**CROSSKD, "reused_teacher_head_idx": 3}, {}, teacher_entry(), "from 0 to 2, .* the student's towers, not 3"),
@@ -339,7 +340,7 @@ def test_a_new_method_is_a_class_and_a_line_in_the_table(monkeypatch):
         make({"type": "ScoreGap", "los_weight": 2.0})
 
 
-@pytest.mark.parametrize("head", ["RetinaHead", "FCOSHead"])
+@pytest.mark.parametrize("head", ["RetinaHead", "FCOSHead", "GFLv2"])
 def test_compiled_it_gives_the_same(head):
     def losses_and_gradients(compiled):
         distiller = make(CROSSKD, FGD, head=head)

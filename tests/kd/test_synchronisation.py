@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small_models import HEADS, make_batch, small_config, small_distiller, teacher_entry
+from small_models import HEADS, VARIANTS, make_batch, small_config, small_distiller, teacher_entry
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +13,7 @@ from kd.engine.average import WeightAverage
 
 ON_ALL_HEADS = ("CrossKD", "Mimic", "FGD", "PKD", "MGD", "CWD", "FitNet", "KD", "BCKD", "GI", "PGD", "FRS")
 CASES = [(method, head) for method in ON_ALL_HEADS for head in HEADS] + [("LD", "GFLHead"), ("DKD", "GFLHead")]
+CASES += [("CrossKD", head) for head in (*VARIANTS, "GFLHead <- RetinaHead", "RetinaHead <- ATSSHead")]
 
 
 def entry(method: str) -> dict:
@@ -58,7 +59,8 @@ def on_gpu(targets: list[dict]) -> list[dict]:
 
 
 def config(method: str, head: str, **more: object) -> dict:
-    teacher = teacher_entry(head, preprocess={"channel_order": "bgr"}) | more
+    head, _, other = head.partition(" <- ")
+    teacher = teacher_entry(other or head, preprocess={"channel_order": "bgr"}) | more
     return {"model": small_config(head), "distill": {"teacher": teacher, "methods": [entry(method)]}}
 
 
@@ -133,7 +135,8 @@ def test_the_watch_sees_waiting(wait):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method, head", CASES)
 def test_a_step_does_not_wait_on_a_gpu(method, head):
-    distiller = small_distiller(entry(method), head=head, teacher=teacher_entry(head)).float().cuda().train()
+    head, _, other = head.partition(" <- ")
+    distiller = small_distiller(entry(method), head=head, teacher=teacher_entry(other or head)).float().cuda().train()
     images, targets = make_batch(dtype=torch.float32)
     images, targets = images.cuda(), on_gpu(targets)
     optimizer = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=0.9, fused=True)

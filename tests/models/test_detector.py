@@ -273,7 +273,7 @@ def test_comparing_where_no_anchor_counts_gives_zero(head):
     own, other = (model.bbox_head.comparable_boxes(run.outputs, run.assignment.priors) for _ in range(2))
     nothing = torch.zeros_like(run.assignment.label_weights)
     loss = build(model.bbox_head.kd_defaults["loss_reg_kd"], LOSSES, "loss_reg_kd")
-    assert model.bbox_head.compare(own, other + 1, nothing, run.assignment, loss) == 0
+    assert model.bbox_head.compare(own, other + 1, nothing, run.assignment.avg_factor, loss) == 0
 
 
 def test_modules_outputs_are_kept_by_name_for_one_pass():

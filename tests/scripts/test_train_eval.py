@@ -212,7 +212,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, scenes, tmp_path, monkey
     path, work_dir, _ = trained
     other = {"teacher": {"model": model(16), "checkpoint": str(work_dir / "last.pth")}, "methods": [{"type": "FGD"}]}
     missing = {"teacher": {"model": model(), "checkpoint": "nowhere.pth"}, "methods": [{"type": "FGD"}]}
-    retina = {"teacher": {"model": model(head="RetinaHead"), "checkpoint": None}, "methods": [{"type": "CrossKD"}]}
+    retina = {"teacher": {"model": model(head="RetinaHead"), "checkpoint": None}, "methods": [{"type": "Mimic"}]}
     arguments = {
         "unknown key": ["model.head.stackd_convs=1"],
         "missing annotations": ["data.train.annotations=nowhere.json"],

@@ -7,6 +7,7 @@ from .predictions import (
     CenternessLoss,
     ScoreLoss,
     build_mimic_losses,
+    check_same_grid,
     check_same_predictions,
     compared_scores,
     known_anchors,
@@ -19,6 +20,6 @@ from .predictions import (
 )
 
 __all__ = ["BarChart", "BoxLoss", "CenternessLoss", "FeaturePairs", "GradientShare", "HeatMap", "Method",
-           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_predictions", "compared_scores",
-           "known_anchors", "known_scores", "level_sums", "levels_with_positives", "link", "mimic", "split_levels",
-           "to_anchors"]
+           "MethodOptions", "ScoreLoss", "adapter", "build_mimic_losses", "check_same_grid", "check_same_predictions",
+           "compared_scores", "known_anchors", "known_scores", "level_sums", "levels_with_positives", "link", "mimic",
+           "split_levels", "to_anchors"]

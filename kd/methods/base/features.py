@@ -33,6 +33,8 @@ class FeaturePairs(nn.Module):
             self.teacher_channels = [module_channels(teacher, n, "teacher_modules") for n in self.teacher_modules]
         else:
             own, other = student.strides, teacher.strides
+            if levels is not None and not levels:
+                raise ConfigError("levels", "names no level: name some, or leave it out for all of them")
             if levels is None:
                 levels = [level for level, stride in enumerate(own) if stride in other]
                 self.unpaired = [stride for stride in own if stride not in other]

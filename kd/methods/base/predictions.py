@@ -17,22 +17,34 @@ BoxLoss = Annotated[dict, OneOf(LOSSES, takes=("boxes", "numbers", "distribution
 CenternessLoss = Annotated[dict, OneOf(LOSSES, takes=CENTERNESS)] | None
 
 
+def check_same_grid(student: DenseHead, teacher: DenseHead, method: str) -> None:
+    """Raise ConfigError if two heads differ in their classes or in the strides of their levels."""
+    differ("number of classes is", student.num_classes, teacher.num_classes, student, teacher, method,
+           "give the teacher a class_map, with null for classes that it does not know")
+    differ("strides of the levels are", student.prior_generator.strides, teacher.prior_generator.strides, student,
+           teacher, method)
+
+
 def check_same_predictions(student: DenseHead, teacher: DenseHead, method: str, boxes: bool = True) -> None:
     """Raise ConfigError if the class scores (with `boxes`, also the boxes) of two heads do not mean the same."""
+    check_same_grid(student, teacher, method)
     meaning = {"class score is the probability of": (student.score_meaning, teacher.score_meaning),
-               "number of classes is": (student.num_classes, teacher.num_classes),
-               "strides of the levels are": (student.prior_generator.strides, teacher.prior_generator.strides),
                "number of anchors per cell is": (student.prior_generator.num_anchors,
                                                  teacher.prior_generator.num_anchors)}
     if boxes and student.box_channels != teacher.box_channels:
         meaning["boxes are predicted as"] = (student.box_form, teacher.box_form)
     for what, (own, other) in meaning.items():
-        if own != other:
-            advice = "; give the teacher a class_map, with null for classes that it does not know"
-            advice = advice if "classes" in what else ""
-            raise ConfigError("", f"{method} compares predictions one by one, and those of the student's "
-                                  f"{type(student).__name__} and the teacher's {type(teacher).__name__} do not mean "
-                                  f"the same: the student's {what} {own}, the teacher's {other}{advice}")
+        differ(what, own, other, student, teacher, method, "for such a pair use CrossKD")
+
+
+def differ(what: str, own: object, other: object, student: DenseHead, teacher: DenseHead, method: str,
+           advice: str = "") -> None:
+    """Raise ConfigError with a line of advice if the student's and the teacher's value of something differ."""
+    if own != other:
+        raise ConfigError("", f"{method} compares predictions one by one, and those of the student's "
+                              f"{type(student).__name__} and the teacher's {type(teacher).__name__} do not mean "
+                              f"the same: the student's {what} {own}, the teacher's {other}"
+                              + (f"; {advice}" if advice else ""))
 
 
 def known_scores(cls: Tensor, teacher: DenseHead) -> Tensor:
@@ -61,13 +73,14 @@ def build_mimic_losses(head: DenseHead, centerness: bool, loss_cls_kd: dict | No
                        loss_center_kd: dict | None) -> torch.nn.ModuleDict:
     """The losses for `mimic`, by name: those given, otherwise those published for `head`, the teacher's.
 
-    `centerness` says whether both heads predict it.
+    `centerness` says whether both heads predict the same.
     """
     said = {"loss_cls_kd": loss_cls_kd, "loss_reg_kd": loss_reg_kd, "loss_center_kd": loss_center_kd}
     chosen = head.kd_defaults | {name: cfg for name, cfg in said.items() if cfg is not None}
     if not centerness:
         if loss_center_kd is not None:
-            raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors: remove this loss")
+            raise ConfigError("loss_center_kd", "centerness is not predicted by both detectors (or by one in the form "
+                                                "of an IoU): remove this loss")
         chosen.pop("loss_center_kd", None)
     takes = {"loss_cls_kd": SCORES, "loss_reg_kd": head.kd_boxes, "loss_center_kd": CENTERNESS}
     return torch.nn.ModuleDict({name: build_loss(cfg, name, takes[name]) for name, cfg in chosen.items()})
@@ -78,8 +91,11 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """Losses that pull predictions towards the teacher's (CrossKD, arXiv:2306.11369, section 3.3).
 
     The class loss covers all anchors that the student's assignment does not ignore. The box loss covers the same
-    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. Unlabelled
-    images have no positives: the normalisers count as many per image as the labelled ones have.
+    anchors, weighted by the teacher's highest class score. The centerness loss covers positive anchors. The class and
+    box losses are divided by the student's normaliser, the centerness loss by the student's number of positives.
+    (Distributions over distances are divided by the sum of their weights instead.) If `head` has another number of
+    anchors per cell than the student, see `spread` for its weights; the divisors stay the same. Unlabelled images have
+    no positives: the normalisers count as many per image as the labelled ones have.
 
     With a teacher that knows some classes only, the class loss covers these, and the others leave out anchors of other
     classes. The normalisers of the class and centerness losses stay those of all classes, so the class losses of two
@@ -90,21 +106,34 @@ def mimic(outputs: HeadOutputs, head: DenseHead, student: DetectorPass, teacher:
     """
     assignment, target = student.assignment, teacher.outputs
     scores, wanted = (known_scores(made.cls, teacher.head) for made in (outputs, target))
-    weight = at_least_float32(wanted).amax(-1).sigmoid() * (assignment.label_weights != 0)
-    weight = known_anchors(weight, assignment.labels, teacher.head)
+    label_weights = spread(assignment.label_weights, student.head, head)
+    known, positive = (spread(known_anchors(values, assignment.labels, teacher.head), student.head, head)
+                       for values in (assignment.label_weights, assignment.positive))
+    weight = at_least_float32(wanted).amax(-1).sigmoid() * (known != 0)
+    normalizer = student.head.kd_normalizer(assignment)
     # Heads of different types can be compared only by decoded boxes.
     form = "comparable_boxes" if head.box_form == teacher.head.box_form else "boxes"
     own, other = (getattr(made_by, form)(made, made_by.priors(made))
                   for made_by, made in ((head, outputs), (teacher.head, target)))
-    found = {"loss_cls_kd": losses["loss_cls_kd"](scores, wanted, assignment.label_weights,
-                                                  avg_factor=student.head.kd_normalizer(assignment)),
-             "loss_reg_kd": student.head.compare(own, other, weight, assignment, losses["loss_reg_kd"])}
+    found = {"loss_cls_kd": losses["loss_cls_kd"](scores, wanted, label_weights, avg_factor=normalizer),
+             "loss_reg_kd": head.compare(own, other, weight, normalizer, losses["loss_reg_kd"])}
     if "loss_center_kd" in losses:
         found["loss_center_kd"] = losses["loss_center_kd"](
-            outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(),
-            known_anchors(assignment.positive, assignment.labels, teacher.head),
+            outputs.centerness, at_least_float32(target.centerness).detach().sigmoid(), positive,
             avg_factor=assignment.labelled_factor)
     return found
+
+
+def spread(values: Tensor, student: DenseHead, head: DenseHead) -> Tensor:
+    """Values (N, P) of the student's anchors for the anchors (N, Q) of another head on the same cells.
+
+    With the same number of anchors per cell they stay as they are. Otherwise all anchors of a cell get the largest
+    value of the student's anchors there, so that a cell counts if the student ignores not all of its anchors.
+    """
+    own, other = student.prior_generator.num_anchors, head.prior_generator.num_anchors
+    if own == other:
+        return values
+    return values.unflatten(1, (-1, own)).amax(-1, keepdim=True).expand(-1, -1, other).flatten(1)
 
 
 def level_sums(values: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import config, model, run_script, write_config
-from small_models import make_batch, small_distiller
+from small_models import VARIANTS, make_batch, small_distiller, teacher_entry
 
 from data import generate_scenes
 from data.images import read_image
@@ -95,7 +95,7 @@ def test_a_configuration_without_methods_is_refused(scenes, tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith("error: distill: missing")
 
 
-@pytest.mark.parametrize("head", ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead"])
+@pytest.mark.parametrize("head", ["GFLHead", "RetinaHead", "ATSSHead", "FCOSHead", *VARIANTS])
 def test_views(head):
     """With the student's weights the same as the teacher's, all predict the same, and the maps are the scores."""
     distiller = small_distiller({"type": "CrossKD", "reused_teacher_head_idx": 1}, head=head).eval()
@@ -116,6 +116,21 @@ def test_views(head):
         assert [tuple(level.shape) for level in maps] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
         best = max(float(level.max()) for level in maps)
         assert float(found["scores"][0]) == pytest.approx(best, abs=1e-6)  # nothing is suppressed by a lower score
+
+
+@pytest.mark.parametrize("student, teacher", [("GFLHead", "RetinaHead"), ("RetinaHead", "GFLHead")])
+def test_views_of_heads_of_different_kinds(student, teacher):
+    """The teacher's head on the student's features detects as the teacher does: with its own anchors."""
+    distiller = small_distiller({"type": "CrossKD", "reused_teacher_head_idx": 1}, head=student,
+                                teacher=teacher_entry(teacher), dtype=torch.float32).eval()
+    images, targets = make_batch(sizes=((64, 96),), counts=(3,))
+    image = images[0, :, :64, :96].clamp(0, 1).mul(255).to(torch.uint8)
+    with torch.no_grad():
+        views = views_of(run_all(distiller, image, targets[0], torch.device("cpu")), trained=True)
+    assert [type(view.head).__name__ for view in views] == [teacher, student, teacher]
+    for view in views:
+        assert view.detections(targets[0])["scores"].isfinite().all()
+        assert [tuple(level.shape) for level in view.score_maps()] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
 
 
 def test_colours():

@@ -1,14 +1,12 @@
 """Exported files of detectors that are unusual: one class, and thresholds at their ends."""
 import pytest
 import torch
-from small_models import enliven, small_detector
+from small_models import HEADS, VARIANTS, enliven, small_detector
 
 from data.inputs.files import make_sample
 from kd.inference.export import Recipe, export, load_exported
 
 SCALE = (96, 64)
-
-HEADS = ("GFLHead", "RetinaHead", "ATSSHead", "FCOSHead")
 
 
 def exported(path, detector, kind="onnx", nms="inside"):
@@ -21,7 +19,7 @@ def exported(path, detector, kind="onnx", nms="inside"):
     return export(detector, path, kind, about, samples)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, *VARIANTS])
 def test_one_class(tmp_path, capfd, head):
     """The commonest detector of all; the exporter prints nothing."""
     detector = enliven(small_detector(head, dtype=torch.float32, head={"num_classes": 1})).eval()
@@ -30,7 +28,7 @@ def test_one_class(tmp_path, capfd, head):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("head, kind, nms", [*((head, "onnx", "outside") for head in HEADS),
+@pytest.mark.parametrize("head, kind, nms", [*((head, "onnx", "outside") for head in [*HEADS, *VARIANTS]),
                                              ("GFLHead", "pt2", "inside")])  # takes seconds
 def test_one_class_of_an_untrained_detector(tmp_path, capfd, head, kind, nms):
     """Its scores are equal or nearly so: runtimes round differently, choose others, and are not refused for it."""

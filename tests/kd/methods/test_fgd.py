@@ -197,7 +197,7 @@ def test_half_precision_is_promoted():
 
 # --- the method ---
 
-@pytest.mark.parametrize("levels", [None, [0], [1, 3], []])
+@pytest.mark.parametrize("levels", [None, [0], [1, 3]])
 def test_levels_add_up(levels):
     student, teacher = small_detector(seed=0), small_detector("RetinaHead", seed=1)
     images, targets = make_batch()
@@ -209,12 +209,12 @@ def test_levels_add_up(levels):
     expected = sum(loss(runs[0].features[level], runs[1].features[level], boxes, sizes)
                    for level, loss in zip(used, method.losses))
     assert method(*runs) == {"loss_fgd": expected}
-    assert levels == [] or expected > 0
+    assert expected > 0
 
 
 @pytest.mark.parametrize("teacher, levels, message", [
-    ({}, [5], "0..4"), ({}, [-1], "0..4"), ({}, [0, 0], "each once, not .0, 0."),
-    ({"neck": {"num_outs": 4}}, None, "5 feature levels and the teacher 4")])
+    ({}, [5], "0..4"), ({}, [-1], "0..4"), ({}, [0, 0], "each once, not .0, 0."), ({}, [], "names no level"),
+    ({"neck": {"num_outs": 4}}, [4], "level 4 has stride 128 in the student, and the teacher's strides are .8, 16")])
 def test_refuses(teacher, levels, message):
     head = {"anchor_generator": {"type": "AnchorGenerator", "ratios": [1.0], "scales": [8], "strides": [8, 16, 32, 64]}}
     teacher = small_detector(**teacher, **({"head": head} if teacher else {}))

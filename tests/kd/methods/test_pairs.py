@@ -1,7 +1,7 @@
 """For every pair of detectors that a method supports, twenty steps on one batch lower its loss."""
 import pytest
 import torch
-from small_models import CLASSES, falls, gradients, make_batch, small_distiller, teacher_entry
+from small_models import CLASSES, VARIANTS, falls, gradients, make_batch, small_distiller, teacher_entry
 
 FEATURE = [{"type": "FGD"}, {"type": "PKD", "loss_weight": 6.0}, {"type": "MGD"}, {"type": "CWD"},
            {"type": "CWD", "norm": True}, {"type": "FitNet", "loss_weight": 5.0}, {"type": "PGD"},
@@ -20,7 +20,7 @@ def name(value):
     return value if isinstance(value, str) else "-".join(str(v) for v in value.values() if isinstance(v, str))
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, *VARIANTS])
 @pytest.mark.parametrize("method", PREDICTION + [{"type": "FGD"}, {"type": "PGD"}], ids=name)
 def test_heads_of_one_kind(method, head):
     falls(small_distiller(method, head=head, dtype=torch.float32))
@@ -29,8 +29,9 @@ def test_heads_of_one_kind(method, head):
 @pytest.mark.parametrize("method", [{"type": "LD"}, {"type": "LD", "vlr_weight": 0.25}, {"type": "LD", "loss_kd": KL},
                                     {"type": "LD", "vlr_weight": 0.25, "loss_kd": KL, "loss_kd_vlr": KL}],
                          ids=["LD", "LD-VLR", "LD-KD", "LD-all"])
-def test_ld(method):
-    falls(small_distiller(method, dtype=torch.float32))
+@pytest.mark.parametrize("head", ["GFLHead", "GFLv2"])
+def test_ld(method, head):
+    falls(small_distiller(method, head=head, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("student, teacher", [("GFLHead", "RetinaHead"), ("RetinaHead", "FCOSHead"),
@@ -48,6 +49,13 @@ def test_prediction_methods_between_heads_that_mean_the_same(method, student, te
     model = small_distiller(method, head=student, student={"head": sections[student]},
                             teacher=teacher_entry(teacher, head_=sections[teacher]), dtype=torch.float32)
     falls(model)
+
+
+@pytest.mark.parametrize("student, teacher", [("GFLHead", "GFLv2"), ("GFLv2", "GFLHead"), ("ATSSHead", "PAA"),
+                                              ("FCOSHead", "PAA")])
+@pytest.mark.parametrize("method", PREDICTION, ids=name)
+def test_prediction_methods_from_a_variant(method, student, teacher):
+    falls(small_distiller(method, head=student, teacher=teacher_entry(teacher), dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

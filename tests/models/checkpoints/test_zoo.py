@@ -46,12 +46,14 @@ def test_unknown_names(name, advice):
 
 def test_the_entries():
     assert [checksum(entry.url) for entry in ZOO.values()] == [
-        "dfcadd6f", "511424d6", "ede514a8", "25944287", "dd12f847", "c2398f9e", "5560aee8", "366f5af1", None,
-        "eeacb38b"]
+        "dfcadd6f", "511424d6", "ede514a8", "25944287", "dd12f847", "936edec3", "6829f96b", "83250d22", "c2398f9e",
+        "5560aee8", "366f5af1", None, "eeacb38b"]
     for name, entry in ZOO.items():
         assert entry.url.startswith("https://") and 30 < entry.ap < 60
         head = load_config(published_config(f"zoo:{name}")).model.head
-        assert head["type"].lower().startswith(name.removeprefix("detectron2_").removeprefix("torchvision_")[:3])
+        kind = name.removeprefix("detectron2_").removeprefix("torchvision_")[:3]
+        assert head["type"].lower().startswith({"paa": "atss"}.get(kind, kind))
+        assert head.get("quality", "centerness") == ("iou" if kind == "paa" else "centerness")
         assert head["num_classes"] == (91 if name.startswith("torchvision") else 80)
 
 
@@ -63,7 +65,8 @@ def test_pages_and_configurations_use_the_names():
         assert set(re.findall(r"\bzoo:(\w+)", text)) <= {*ZOO, "NAME"}, path
     teachers = {(teacher.checkpoint, teacher.cfg) for path in CONFIGS for teacher in load_config(path).teachers
                 if is_address(teacher.checkpoint)}
-    assert teachers == {(f"zoo:{name}", entry.cfg) for name, entry in ZOO.items() if not name.startswith("detectron2")}
+    assert teachers == {(f"zoo:{name}", entry.cfg) for name, entry in ZOO.items()
+                        if not name.startswith(("detectron2", "paa"))}
 
 
 def test_the_table(monkeypatch, capsys):
