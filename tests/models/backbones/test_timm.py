@@ -223,7 +223,9 @@ def test_exported_it_detects_the_same(tmp_path, name, kind):
     neck, head = few_levels("GFLHead")
     cfg["neck"]["num_outs"] = neck["num_outs"]
     cfg["head"] |= head | {"stacked_convs": 1}
-    found, _ = tiny_export(tmp_path / "file", enliven(build_detector(cfg)).eval(), kind, (160, 96), fixed={})
+    # With sizes that vary, the export of one that pads by the size of its input takes minutes.
+    fixed = {} if name == SMALL else {"batch": 1, "height": 96, "width": 160}
+    found, _ = tiny_export(tmp_path / "file", enliven(build_detector(cfg)).eval(), kind, (160, 96), fixed=fixed)
     assert found.agrees and found.detections > 3
 
 
