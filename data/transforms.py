@@ -5,14 +5,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 
-def resized_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], scale: tuple[int, int],
+                 within: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
     """The largest size (h, w) for an image of `size` (h, w) that fits `scale` and keeps the proportions.
 
     `scale` bounds the long and the short edge, in either order: (1333, 800) means a long edge of at most 1333 pixels
-    and a short one of at most 800.
+    and a short one of at most 800. `within` also bounds the height and the width, where it is not None.
     """
     h, w = size
-    factor = min(max(scale) / max(h, w), min(scale) / min(h, w))
+    factor = min(max(scale) / max(h, w), min(scale) / min(h, w),
+                 *(most / edge for most, edge in zip(within, size) if most is not None))
     # A very thin image keeps at least one pixel.
     return max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
 

@@ -6,6 +6,9 @@
 The file takes `images`, uint8 (N, 3, H, W), RGB, padded at right and bottom to multiples of 32, and `image_sizes`,
 int64 (N, 2), their heights and widths before padding. It gives `boxes` (N, K, 4), x1 y1 x2 y2 in pixels of the resized
 image, `scores` (N, K), 0 where there is no detection, and `labels` (N, K). The model normalises the images.
+The metadata `densekd`, JSON, says the rest: classes, sizes, thresholds, and the form, `nms`. inside: overlaps are
+suppressed; end2end: they are, too, and `num_dets` (N, 1) counts the detections, which come first; outside: they are not
+yet. N, H and W vary, unless the metadata say `batch`, `height` or `width`.
 """
 import argparse
 import json
@@ -24,7 +27,8 @@ def read(path):
 def resize(image, about):
     """The image at the largest size that fits the scale; bilinear, smoothed only if the training images were."""
     (h, w), scale = image.shape[:2], about["scale"]
-    factor = min(max(scale) / max(h, w), min(scale) / min(h, w))
+    fixed = [(about.get("height"), h), (about.get("width"), w)]
+    factor = min(max(scale) / max(h, w), min(scale) / min(h, w), *(most / edge for most, edge in fixed if most))
     height, width = max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
     if about["antialias"]:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.BILINEAR))
@@ -38,10 +42,11 @@ def resize(image, about):
 
 
 def pad(image, about):
-    """The image as (1, 3, H, W), padded with zeros at right and bottom."""
+    """The image as (N, 3, H, W), padded with zeros at right and bottom; N times if the file takes N images."""
     height, width = (max(-(-n // about["divisor"]) * about["divisor"], about["least_size"]) for n in image.shape[:2])
-    out = np.zeros((1, 3, height, width), np.uint8)
-    out[0, :, :image.shape[0], :image.shape[1]] = image.transpose(2, 0, 1)
+    size = about.get("height") or height, about.get("width") or width
+    out = np.zeros((about.get("batch") or 1, 3, *size), np.uint8)
+    out[:, :, :image.shape[0], :image.shape[1]] = image.transpose(2, 0, 1)
     return out
 
 
@@ -63,14 +68,18 @@ def detect(session, about, image):
     """Boxes (n, 4) x1 y1 x2 y2 in pixels of the image (h, w, 3), scores (n,) and labels (n,), best first."""
     small = resize(image, about)
     (h, w), (full_h, full_w) = small.shape[:2], image.shape[:2]
-    inputs = {"images": pad(small, about), "image_sizes": np.array([[h, w]], np.int64)}
+    images = pad(small, about)
+    inputs = {"images": images, "image_sizes": np.array([[h, w]] * len(images), np.int64)}
     boxes, scores, labels = (output[0] for output in session.run(["boxes", "scores", "labels"], inputs))
     boxes, scores, labels = boxes[scores > 0], scores[scores > 0], labels[scores > 0]
     if about["nms"] == "outside":
         keep = suppress(boxes, scores, labels, about["nms_iou_threshold"])[:about["max_per_img"]]
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-    boxes = boxes.clip(0, [w, h, w, h]) * np.array([full_w / w, full_h / h, full_w / w, full_h / h])
-    return boxes, scores, labels
+        boxes = boxes.clip(0, [w, h, w, h])
+        least = about.get("min_bbox_size", 0) if about.get("clip") == "after" else -1
+        large = (boxes[:, 2:] - boxes[:, :2] > least).all(1) | (least < 0)
+        boxes, scores, labels = boxes[large], scores[large], labels[large]
+    return boxes * np.array([full_w / w, full_h / h, full_w / w, full_h / h]), scores, labels
 
 
 def draw(image, boxes, texts):
@@ -95,8 +104,15 @@ def main():
     parser.add_argument("--score-thr", type=share, default=0.3)
     parser.add_argument("--out", type=Path, help="folder for pictures with boxes")
     args = parser.parse_args()
-    session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
-    about = json.loads(session.get_modelmeta().custom_metadata_map["densekd"])
+    try:
+        session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
+        about = json.loads(session.get_modelmeta().custom_metadata_map["densekd"])
+    except KeyError:
+        parser.exit(2, f"error: {args.model} was not written by densekd's export.py: it lacks its metadata\n")
+    except Exception as error:  # onnxruntime has no common type
+        beside = Path(f"{args.model}.data")
+        hint = "" if beside.exists() else f" (if its weights were written beside it: {beside} is missing)"
+        parser.exit(2, f"error: {args.model} cannot be read{hint}: {' '.join(str(error).split())[:200]}\n")
     for path in args.images:
         image = read(path)
         boxes, scores, labels = detect(session, about, image)

@@ -78,6 +78,8 @@ SHARED = {
     "--cfg": {"required": True, "metavar": "FILE", "help": "configuration, see configs/"},
     "--checkpoint": {"required": True, "metavar": "PATH",
                      "help": "the weights, in any format: a file, a URL or zoo:NAME (summary.py --zoo)"},
+    "--exported": {"type": Path, "metavar": "FILE",
+                   "help": "a file of export.py (.onnx, .pt2 or .xml), instead of a checkpoint"},
     "--part": {"choices": ("student", "teacher"), "help": "which model of an FGD checkpoint"},
     "--classes": {"nargs": "+", "metavar": "NAME",
                   "help": "names of the classes; default: the checkpoint's names, or those of data.val"},
@@ -107,8 +109,13 @@ def parser(description: str, example: str, *shared: str, **changes: dict) -> arg
     """
     result = Parser(description=description, epilog=f"example: {example}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_of = result.add_mutually_exclusive_group(required=True) if "--exported" in shared else result
     for name in shared:
-        result.add_argument(name, **SHARED[name] | changes.get(name.strip("-").replace("-", "_"), {}))
+        settings = SHARED[name] | changes.get(name.strip("-").replace("-", "_"), {})
+        if name in ("--checkpoint", "--exported"):
+            one_of.add_argument(name, **settings | ({} if one_of is result else {"required": False}))
+        else:
+            result.add_argument(name, **settings)
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return result
 
@@ -133,6 +140,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str], *needed: str,
     from .config import load_config
 
     return load_config(path, overrides)
+
+
+def check_exported(args: argparse.Namespace, needs_cfg: bool = False) -> None:
+    """Raise UsageError, before PyTorch is imported, for --exported with a missing file or with what is not for it."""
+    if args.exported is None:
+        return
+    if not args.exported.is_file():
+        raise UsageError(f"no such exported file: {args.exported}")
+    if args.part is not None:
+        raise UsageError("--part chooses from a checkpoint, and --exported is a single model: remove it")
+    if getattr(args, "classes", None):
+        raise UsageError("--classes names the classes of a checkpoint, and an exported file holds its names: remove it")
+    if args.cfg is None and (needs_cfg or args.overrides):
+        what = "with data.val" if needs_cfg else f"in which {args.overrides[0]} is set"
+        raise UsageError(f"--exported needs --cfg, a configuration {what}: the file holds none")
 
 
 def check_runs(paths: Sequence[Path]) -> None:

@@ -34,6 +34,12 @@ class ExportError(RuntimeError):
     exit_code = 1
 
 
+class ExportedFileError(ValueError):
+    """An exported file that was given, and that cannot be used."""
+
+    exit_code = 2
+
+
 class Stopped(Exception):
     """A run that a signal stopped, after its state was saved."""
 

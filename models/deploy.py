@@ -12,6 +12,7 @@ from .detector import Detector
 from .heads.dense import flatten
 
 Suppress = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
+Best = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, iou_threshold: float,
@@ -42,8 +43,6 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     `topk` takes equal scores in any order, and a stable sort of all scores takes two to three times as long as this.
     """
-    if torch.onnx.is_in_onnx_export():  # by its definition, ONNX's TopK takes the first of equal scores
-        return scores.topk(k)
     least, size = scores.topk(k).values[:, -1:], scores.shape[1]
     # All keys differ: first those above the least score, then those equal to it, each in their order.
     key = (scores > least).int().add(scores >= least) * size
@@ -58,20 +57,23 @@ class DeployedDetector(nn.Module):
     Args:
         detector: its `test` section controls the detections. It is set to evaluation mode.
         with_nms: suppress overlaps; otherwise all candidates are returned, and the caller must suppress overlaps.
-        suppress: the function that suppresses overlaps; an exporter may give its own.
+        end2end: also return the number of detections. There are then always `max_per_img` entries.
+        suppress, best: the functions that suppress overlaps and take the best scores; an exporter may give its own.
     Raises:
         ConfigError: nms_pre or max_per_img of the `test` section is below 1: the output size is not fixed.
     """
 
-    def __init__(self, detector: Detector, with_nms: bool = True, suppress: Suppress = suppress):
+    def __init__(self, detector: Detector, with_nms: bool = True, end2end: bool = False,
+                 suppress: Suppress = suppress, best: Best = best):
         super().__init__()
         for name in ("nms_pre", "max_per_img"):
             if getattr(detector.test, name) < 1:
                 raise ConfigError(f"model.test.{name}", "must be at least 1, so that the output size is fixed")
-        self.detector, self.with_nms, self.suppress = detector, with_nms, suppress
+        self.detector, self.with_nms, self.end2end = detector, with_nms or end2end, end2end
+        self.suppress, self.best = suppress, best
         self.eval()
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         """Detections of a batch.
 
         Args:
@@ -79,7 +81,8 @@ class DeployedDetector(nn.Module):
             image_sizes: int64 (N, 2), height and width before padding.
         Returns:
             boxes (N, K, 4) xyxy in pixels of `images`, scores (N, K) and labels (N, K) int64. With suppression, K
-            is `max_per_img`, best first; without it, K is `nms_pre` per level. Unused entries have score 0.
+            is `max_per_img`, best first; without it, K is `nms_pre` per level. Unused entries have score 0. With
+            `end2end`, before them num_dets (N, 1) int32: the entries from there on are unused, with box 0 and label -1.
         """
         features = self.detector.extract_features(self._normalise(images, image_sizes))
         levels = [self._candidates(feature, level, images.shape[2:]) for level, feature in enumerate(features)]
@@ -90,11 +93,26 @@ class DeployedDetector(nn.Module):
         if self.with_nms:
             scores = self.suppress(boxes, scores, labels, self.detector.bbox_head.num_classes, test.nms_iou_threshold,
                                    test.max_per_img)
-            scores, index = best(scores, min(test.max_per_img, len(levels) * test.nms_pre))
-            boxes, labels = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)), labels.gather(1, index)
+            boxes, scores, labels = self._best(boxes, scores, labels, len(levels) * test.nms_pre)
             if test.clip == "after":
                 boxes, scores = self._clip(boxes, scores, image_sizes)
-        return boxes, scores, labels
+        return self._counted(boxes, scores, labels) if self.end2end else (boxes, scores, labels)
+
+    def _best(self, boxes: Tensor, scores: Tensor, labels: Tensor, there: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The `max_per_img` best detections in order, or all if `there` are fewer."""
+        scores, index = self.best(scores, min(self.detector.test.max_per_img, there))
+        return boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)), scores, labels.gather(1, index)
+
+    def _counted(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The number of detections (N, 1), and `max_per_img` entries of each kind: the detections, then unused ones."""
+        if self.detector.test.clip == "after":  # which may have emptied entries between others
+            boxes, scores, labels = self._best(boxes, scores, labels, scores.shape[1])
+        missing, real = self.detector.test.max_per_img - scores.shape[1], scores > 0
+        boxes, labels = torch.where(real.unsqueeze(-1), boxes, 0), torch.where(real, labels, -1)
+        if missing:
+            boxes, scores = F.pad(boxes, (0, 0, 0, missing)), F.pad(scores, (0, missing))
+            labels = F.pad(labels, (0, missing), value=-1)
+        return real.sum(1, keepdim=True).int(), boxes, scores, labels
 
     def _normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """The normalised input of the detector's backbone, zero beyond each image."""
@@ -115,7 +133,7 @@ class DeployedDetector(nn.Module):
         scores = head.candidate_scores(flatten([cls], head.num_classes), centerness)
         priors = head.prior_generator.level(level, cls.shape[2:], padded, scores.dtype, scores.device)
         scores = torch.where(scores > test.score_thr, scores, 0).flatten(1)
-        score, index = best(F.pad(scores, (0, test.nms_pre)), test.nms_pre)  # padded: a level may have fewer
+        score, index = self.best(F.pad(scores, (0, test.nms_pre)), test.nms_pre)  # padded: a level may have fewer
         place, label = (index // head.num_classes).clamp(max=priors.boxes.shape[0] - 1), index % head.num_classes
         score = head.final_scores(score, None if centerness is None else centerness.gather(1, place))
         box = flatten([box], head.box_channels)

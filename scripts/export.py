@@ -1,7 +1,9 @@
-"""Write a detector as an ONNX or torch.export file and check it against PyTorch. docs/run_onnx.py shows how to run an
-ONNX file."""
+"""Write a detector as an ONNX, torch.export or OpenVINO file and check it against PyTorch. docs/run_onnx.py shows how
+to run an ONNX file."""
 from pathlib import Path
+from typing import Annotated
 
+from data.ranges import Count, Range
 from kd import cli
 
 
@@ -10,22 +12,36 @@ def main() -> None:
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx",
                         "--cfg", "--checkpoint", "--part", "--classes", "overrides", cfg=cli.OPTIONAL)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    parser.add_argument("--format", choices=("onnx", "pt2"),
-                        help="default: pt2 (torch.export) if --out ends in .pt2, otherwise onnx")
+    parser.add_argument("--format", choices=("onnx", "pt2", "openvino"),
+                        help="default: pt2 (torch.export) if --out ends in .pt2, openvino if in .xml, otherwise onnx")
     parser.add_argument("--nms", choices=("inside", "outside"), default="inside",
                         help="do non-maximum suppression inside the file, or leave it to the caller; default: inside")
+    parser.add_argument("--end2end", type=cli.number(Count), metavar="N",
+                        help="suppress inside the file, and always give N detections, and their number as num_dets; "
+                             "unused ones have score 0 and label -1")
+    parser.add_argument("--fixed", nargs="+", action="extend", type=cli.named(Count), default=[], metavar="NAME=SIZE",
+                        help="sizes of the input that do not vary: batch, height, width; images are resized to fit")
+    parser.add_argument("--opset", type=cli.number(Annotated[int, Range(18, 23)]), metavar="N",
+                        help="ONNX operator set, from 18 to 23; default: 18")
+    parser.add_argument("--weights", choices=("inside", "beside"), default="inside",
+                        help="beside: in a second file FILE.data, as always above 2 GB; default: inside")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="images to check on; default: the first two of data.val, or noise if there are none")
     args = parser.parse_intermixed_args()
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
     from kd.inference.detectors import load_named
-    from kd.inference.export import check_samples, export, recipe
+    from kd.inference.export import check_options, check_samples, export
+    from kd.inference.recipe import make_recipe, with_detections
 
-    kind = args.format or ("pt2" if args.out.suffix == ".pt2" else "onnx")
+    beside, fixed = args.weights == "beside", dict(args.fixed)
+    kind = check_options(args.out, args.format, args.opset, beside, args.nms, args.end2end, fixed)
     detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes)
-    about = recipe(cfg, detector, classes.names, kind, args.nms)
-    agreement = export(detector, args.out, kind, about, check_samples(cfg, about, args.check))
-    print(f"wrote {args.out}, {args.out.stat().st_size / 2 ** 20:.1f} MiB. Checked: {agreement}")
+    about = make_recipe(cfg, detector, classes.names, kind, args.nms, args.end2end, fixed)
+    with_detections(detector, args.end2end)
+    agreement, files = export(detector, args.out, kind, about, check_samples(cfg, about, args.check), args.opset or 18,
+                              beside)
+    written = " and ".join(f"{file}, {file.stat().st_size / 2 ** 20:.1f} MiB" for file in files)
+    print(f"wrote {written}. Checked: {agreement}")
 
 
 if __name__ == "__main__":

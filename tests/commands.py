@@ -23,6 +23,7 @@ CONFIGURED = ("train", "eval", "predict", "export", "summary", "visualize", "ana
 EXTRA = {f"{name}.py": TINY for name in CONFIGURED} | {
     "summary.py": ["data.scale=[64, 64]"], "predict.py": TINY[-5:], "label.py": TINY[-5:],
     "demo.py": ["--images", "8", *TINY[:6]],
+    "export.py": [*TINY, "--fixed", "batch=1", "height=64", "width=96"],  # fixed sizes take half the time
     "sweep.py": ["--seeds", "0", *TINY],
     "generate_data.py": ["--train", "8", "--val", "4", "--size", "64", "64"],
     "benchmark.py": ["--rounds", "1", "--size", "64", "64", "--batch", "1", "--eval-images", "4", "--cfg",

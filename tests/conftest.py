@@ -26,3 +26,14 @@ def reported(caplog):
     """What libraries report, as one text: call it."""
     with caplog.at_level(logging.INFO, "densekd"):
         yield lambda: "".join(f"{record.getMessage()}\n" for record in caplog.records)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """The exported files that tests share, see exports.py."""
+    from exports import Shared
+
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports"
+    root.mkdir(exist_ok=True)
+    return Shared(root)

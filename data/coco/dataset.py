@@ -73,7 +73,7 @@ class CocoDataset(Dataset):
         self.image_folder = find_data(images)
         self.annotation_file = find_data(annotations)
         self.training = training
-        self.scale = tuple(scale)
+        self.scale, self.within = tuple(scale), (None, None)
         self.multi_scale = [tuple(choice) for choice in multi_scale] if multi_scale else [self.scale]
         self.flip = flip
         self.antialias = antialias
@@ -135,7 +135,7 @@ class CocoDataset(Dataset):
 
         with random_draws(self.seed, epoch, self._image_key(index), *again):
             sample = apply(before_resize, sample, another)
-            sample = self._resized(sample, resized_size(sample.size, scale), flip)
+            sample = self._resized(sample, resized_size(sample.size, scale, self.within), flip)
             sample = apply(after_resize, sample, another)
         objects = sample.labels != IGNORED
         left = (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(dim=1)  # rounding may remove a thin box at the border
@@ -209,10 +209,11 @@ class CocoDataset(Dataset):
             return read_image(folder / self.file_names[index])
         return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
-    def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
-        """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""
+    def at_scale(self, scale: tuple[int, int], within: tuple[int | None, int | None] | None = None) -> "CocoDataset":
+        """The same images, but evaluation resizes them to fit another scale (long edge, short edge); and `within`
+        (height, width), which further calls keep."""
         other = copy.copy(self)
-        other.scale = tuple(scale)
+        other.scale, other.within = tuple(scale), within or self.within
         return other
 
     def as_annotated(self) -> "CocoDataset":
@@ -223,4 +224,4 @@ class CocoDataset(Dataset):
 
     def eval_sizes(self) -> list[tuple[int, int]]:
         """The (h, w) of each image after the resize of evaluation, without reading the images."""
-        return [resized_size(size, self.scale) for size in self.sizes]
+        return [resized_size(size, self.scale, self.within) for size in self.sizes]

@@ -19,10 +19,12 @@ class Sample(NamedTuple):
     targets: list[dict]  # for each view: image_size, pad_size, original_size and image_id
 
 
-def make_sample(image: Tensor, image_id: int, scales: Sequence[tuple[int, int]], antialias: bool = False) -> Sample:
-    """The sample that evaluation makes from an image, uint8 (3, h, w), at each scale (long edge, short edge)."""
+def make_sample(image: Tensor, image_id: int, scales: Sequence[tuple[int, int]], antialias: bool = False,
+                within: tuple[int | None, int | None] = (None, None)) -> Sample:
+    """The sample that evaluation makes from an image, uint8 (3, h, w), at each scale (long edge, short edge), and no
+    larger than `within` (height, width), where it is not None."""
     original_size = tuple(image.shape[1:])
-    sizes = [resized_size(original_size, scale) for scale in scales]
+    sizes = [resized_size(original_size, scale, within) for scale in scales]
     targets = [
         {"image_size": size, "pad_size": padded_size(size), "original_size": original_size, "image_id": image_id}
         for size in sizes
@@ -36,12 +38,13 @@ class ImageFiles(Dataset):
     Args:
         paths: paths of the images.
         image_ids: one id per image.
-        scales, antialias: see `make_sample`.
+        scales, antialias, within: see `make_sample`.
     """
 
     def __init__(self, paths: Sequence[Path], image_ids: Sequence[int], scales: Sequence[tuple[int, int]],
-                 antialias: bool = False):
+                 antialias: bool = False, within: tuple[int | None, int | None] = (None, None)):
         self.paths, self.image_ids, self.scales, self.antialias = list(paths), list(image_ids), scales, antialias
+        self.within = within
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,7 +54,7 @@ class ImageFiles(Dataset):
             image = read_image(self.paths[index])
         except UnreadableImage as error:
             return str(error)
-        return make_sample(image, self.image_ids[index], self.scales, self.antialias)
+        return make_sample(image, self.image_ids[index], self.scales, self.antialias, self.within)
 
 
 def batches_of_one_size(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

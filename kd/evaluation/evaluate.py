@@ -14,6 +14,7 @@ from models import Detector
 
 from ..config import Config
 from ..inference.detectors import load_with_data
+from ..inference.exported import ExportedDetector, open_with_data
 from ..inference.precision import autocast
 from ..inference.tta import merge_results, views
 from ..processes import distributed
@@ -58,7 +59,7 @@ def figures_on_first(results: list[ImageResult], dataset: CocoDataset, curves: P
 
 
 @torch.no_grad()
-def detect(model: Detector, loader: DataLoader, device: torch.device, amp: str = "none",
+def detect(model: Detector | ExportedDetector, loader: DataLoader, device: torch.device, amp: str = "none",
            shared: bool = True, signals: StopSignals | None = None) -> list[ImageResult]:
     """Detections on every image of a loader's data set, in its order.
 
@@ -105,7 +106,15 @@ def evaluate_checkpoint(cfg: Config, checkpoint: str, device: torch.device, part
     return figures_on_first(detect_views(detector, cfg, dataset, device), dataset, curves)
 
 
-def detect_views(detector: Detector, cfg: Config, dataset: CocoDataset, device: torch.device) -> list[ImageResult]:
+def evaluate_exported(cfg: Config, path: Path, device: torch.device, curves: Path | None = None) -> dict:
+    """The figures on data.val of an exported file, which runs on `device`; raises as `open_with_data`."""
+    on = distributed.start_processes(torch.device("cpu"))
+    detector, dataset = open_with_data(cfg, path, device.type)
+    return figures_on_first(detect_views(detector, cfg, dataset, on), dataset, curves)
+
+
+def detect_views(detector: Detector | ExportedDetector, cfg: Config, dataset: CocoDataset,
+                 device: torch.device) -> list[ImageResult]:
     """`detect` on every view of the data set that `eval.tta` asks for, merged."""
     detectors, scales = views(detector, cfg.eval.tta, dataset.scale)
     return merge_results([detect(one, eval_loader(cfg, dataset.at_scale(scale)), device)

@@ -1,25 +1,26 @@
 """Whether an exported file detects what PyTorch does, up to rounding."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
 from data.errors import counted
 from data.inputs.files import Sample
-from data.transforms import padded_size
 from models import Detector
 from models.coders import clip_boxes
 from models.heads import HeadOutputs
-from models.postprocess import TestConfig, class_nms, decode, postprocess
+from models.postprocess import TestConfig, decode, postprocess
 
 from ..exceptions import ExportError
+from .exported import finish
+from .recipe import Recipe
+from .runtimes import Run
 
 TOLERANCE = 1e-3            # of scores, and of boxes in pixels
 RELATIVE_TOLERANCE = 1e-5   # added for boxes: the precision of large coordinates in float32
 ALIKE = 10                  # a detection is taken for at most so many candidates
-
-ExportedDetector = Callable[[Tensor, Tensor], list[Tensor]]  # what `DeployedDetector.forward` takes and gives
 
 
 @dataclass
@@ -78,51 +79,40 @@ def candidates(detector: Detector, outputs: HeadOutputs, i: int, target: dict) -
                       (own > least + TOLERANCE) & (large | (test.min_bbox_size < 0)))
 
 
-def check_export(run: ExportedDetector, detector: Detector, samples: Sequence[Sample], least_size: int,
-                 nms: str) -> Agreement:
+def check_export(run: Run, detector: Detector, samples: Sequence[Sample], about: Recipe) -> Agreement:
     """Compare an exported file with the detector on each image and on one batch of all; ExportError if they differ.
 
-    Args:
-        least_size: images are padded to at least this height and width.
-        nms: inside: the file suppresses; outside: the caller must.
+    A file for a fixed number of images gets each image as often as it takes.
     """
     found = Agreement(images=len(samples))
-    batches = [[sample] for sample in samples] + ([list(samples)] if len(samples) > 1 else [])
+    batches = [[sample] * (about.batch or 1) for sample in samples]
+    if len(samples) > 1 and about.batch != 1:
+        batches.append(list(islice(cycle(samples), about.batch or len(samples))))
     for number, batch in enumerate(batches):
-        images, targets = pad_together(batch, least_size)
+        images, targets = pad_together(batch, about)
         results = run(images, torch.tensor([target["image_size"] for target in targets]))
         with torch.no_grad():
             outputs = detector.run(detector.preprocess(images, targets), targets).outputs
             expected = postprocess(detector.bbox_head, outputs, targets, detector.test, rescale=False)
             for i, (mine, target) in enumerate(zip(expected, targets)):
-                theirs = finish(*(result[i] for result in results), detector.test, nms, target["image_size"])
+                theirs = finish(*(result[i] for result in results), detector.test, about.nms, target["image_size"])
                 compare(mine, theirs, candidates(detector, outputs, i, target), detector.test, found)
-                found.detections += len(theirs["scores"]) * (number < len(samples))
+                found.detections += len(theirs["scores"]) * (number < len(samples) and not i)
     if not found.agrees:
         raise ExportError(f"the exported file does not agree with PyTorch ({found}): is there a layer that "
                           "depends on the image's size, as Swin's windows do?")
     return found
 
 
-def pad_together(samples: Sequence[Sample], least: int) -> tuple[Tensor, list[dict]]:
-    """Pad images to the largest, and at least to `least`; returns the batch (N, 3, H, W) and its targets."""
+def pad_together(samples: Sequence[Sample], about: Recipe) -> tuple[Tensor, list[dict]]:
+    """Pad images to the largest as a file needs it; returns the batch (N, 3, H, W) and its targets."""
     targets = [sample.targets[0] for sample in samples]
-    height, width = (max(least, *(target["pad_size"][axis] for target in targets)) for axis in (0, 1))
-    images = torch.zeros(len(samples), 3, *padded_size((height, width)), dtype=torch.uint8)
+    size = about.padded(*(max(target["pad_size"][axis] for target in targets) for axis in (0, 1)))
+    images = torch.zeros(len(samples), 3, *size, dtype=torch.uint8)
     for image, sample in zip(images, samples):
         h, w = sample.targets[0]["image_size"]
         image[:, :h, :w] = sample.views[0]
     return images, targets
-
-
-def finish(boxes: Tensor, scores: Tensor, labels: Tensor, test: TestConfig, nms: str, size: tuple[int, int]) -> dict:
-    """The work on one image's outputs that is left to the caller."""
-    real = scores > 0
-    boxes, scores, labels = boxes[real], scores[real], labels[real]
-    if nms == "outside":
-        keep = class_nms(boxes, scores, labels, test.nms_iou_threshold)[:test.max_per_img]
-        boxes, scores, labels = clip_boxes(boxes[keep], size), scores[keep], labels[keep]
-    return {"boxes": boxes, "scores": scores, "labels": labels}
 
 
 def compare(mine: dict, theirs: dict, possible: Candidates, test: TestConfig, found: Agreement) -> None:

@@ -87,9 +87,7 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
         raise ConfigError("", f"the names of the classes are not known: neither {checkpoint} nor annotations of "
                               "data.val contain them; give --classes")
     names = [str(name) for name in names]
-    ids = dict(zip(annotated.names, annotated.ids)) if annotated else {}
-    classes = Classes(names, [ids[name] for name in names] if ids.keys() >= set(names) else
-                      list(range(1, len(names) + 1)))
+    classes = with_ids(names, annotated)
     expected, where = (count, "model.head.num_classes") if class_map is None else (len(class_map), "eval.class_map")
     if expected not in (None, len(names)):
         there = f"there {'is' if len(names) == 1 else 'are'} {counted(len(names), 'name')}"
@@ -97,6 +95,13 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
     if class_map is not None and count is None:
         raise ConfigError("model.head.num_classes", "missing: the number of classes that eval.class_map selects from")
     return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
+
+
+def with_ids(names: list[str], annotated: Classes | None) -> Classes:
+    """The classes of these names, with the annotations' ids if they have all of them, otherwise counted from 1."""
+    ids = dict(zip(annotated.names, annotated.ids)) if annotated else {}
+    return Classes(names, [ids[name] for name in names] if ids.keys() >= set(names) else
+                   list(range(1, len(names) + 1)))
 
 
 def selected_classes(checkpoint: Checkpoint, count: int | None, class_map: Sequence[int] | None) -> list[str] | None:
@@ -161,7 +166,12 @@ def by_name(checkpoint: str | Path, part: str | None, classes: Sequence[str], ke
     Raises:
         ConfigError: the checkpoint has names, and one of the data's is not among them.
     """
-    names = checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) or []
+    return match_names(checkpoint_classes(open_checkpoint(checkpoint, part)[1].meta) or [], checkpoint, classes, key)
+
+
+def match_names(names: list[str], source: str | Path, classes: Sequence[str], key: str = "eval.class_map"
+                ) -> tuple[list[str], list[int] | None]:
+    """`by_name` for the class names of any file, which `source` names in messages."""
     if not names or names == list(classes):
         return names, None
     if set(classes) <= set(names) and len(set(names)) == len(names):
@@ -170,7 +180,7 @@ def by_name(checkpoint: str | Path, part: str | None, classes: Sequence[str], ke
     if key == TEACHERS_MAP and set(classes) & set(names):
         found = [names.index(name) if names.count(name) == 1 else None for name in classes]
         advice += f"; {key}={json.dumps(found, separators=(',', ':'))} lets it teach only the classes that it knows"
-    raise ConfigError(key, f"missing: {checkpoint} has {said(names)}, and the data {said(classes)}: {advice}")
+    raise ConfigError(key, f"missing: {source} has {said(names)}, and the data {said(classes)}: {advice}")
 
 
 def said(classes: Sequence[str]) -> str:

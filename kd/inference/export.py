@@ -1,16 +1,13 @@
-"""Detectors for other runtimes: ONNX and torch.export files, checked against PyTorch."""
+"""Detectors for other runtimes: ONNX, torch.export and OpenVINO files, checked against PyTorch."""
 import contextlib
 import io
-import json
 import os
-import re
+import shutil
 import tempfile
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -20,46 +17,34 @@ from data import build_dataset
 from data.extras import MissingExtra, need
 from data.images import read_image
 from data.inputs.files import Sample, make_sample
-from data.output import write_text, writing
+from data.output import naming, write_text, writing
 from models import ConfigError, Detector
-from models.deploy import DeployedDetector, suppress
+from models.deploy import DeployedDetector
 
 from ..config import Config
-from ..exceptions import ExportError
-from .agreement import Agreement, ExportedDetector, check_export
+from ..exceptions import ExportError, UsageError
+from .agreement import Agreement, check_export
+from .onnx_graph import write_onnx
+from .recipe import DIVISOR, KEY, Recipe
+from .runtimes import first_sentence, open_exported
 
-OPSET = 18
-DIVISOR = 32
-INPUTS, OUTPUTS = ("images", "image_sizes"), ("boxes", "scores", "labels")
+SUFFIXES = {".pt2": "pt2", ".xml": "openvino"}  # all other names mean onnx
+PACKAGES = {"onnx": [(name, "export") for name in ("onnx", "onnxscript", "onnxruntime")]}
+PACKAGES["openvino"] = [*PACKAGES["onnx"][:2], ("openvino", "openvino")]
+OTHERS = {"onnx": "pt2", "pt2": "onnx", "openvino": "pt2"}    # what may work where a kind does not
 CHECKED_IMAGES = 2          # of data.val, where none are given
 
 
-@dataclass
-class Recipe:
-    """What a program needs to know to run an exported file; the file contains it as JSON."""
+def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Sequence[Sample], opset: int = 18,
+           beside: bool = False) -> tuple[Agreement, list[Path]]:
+    """Write a detector, in evaluation mode on the CPU, as an "onnx", "pt2" or "openvino" file, and check it on samples.
 
-    classes: list[str]
-    scale: tuple[int, int]      # images are resized to fit it: longest long edge, longest short edge
-    antialias: bool             # smooth when shrinking
-    divisor: int                # of the padded height and width
-    least_size: int             # smallest padded height and width
-    nms: str                    # inside: the file suppresses; outside: the caller must
-    nms_iou_threshold: float
-    max_per_img: int
-
-
-def recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str, nms: str) -> Recipe:
-    # torch.export assumes that no feature map has a single row or column.
-    least = DIVISOR if kind == "onnx" else max(detector.bbox_head.prior_generator.strides) + DIVISOR
-    return Recipe(list(classes), cfg.input.scale, cfg.input.antialias, DIVISOR, least, nms,
-                  detector.test.nms_iou_threshold, detector.test.max_per_img)
-
-
-def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Sequence[Sample]) -> Agreement:
-    """Write a detector, in evaluation mode on the CPU, as a file of `kind` "onnx" or "pt2", and check it on samples.
-
-    See `DeployedDetector.forward` for inputs and outputs. The number of images, their height and width may vary; both
-    edges are multiples of 32, and in a pt2 file at least `about.least_size`.
+    See `DeployedDetector.forward` for inputs and outputs. The number of images, their height and width may vary, unless
+    `about` has them; both edges are multiples of 32, and in a pt2 file at least `about.least_size`.
+    Args:
+        opset, beside: see `write_onnx`.
+    Returns:
+        How well they agree, and the files: with weights beside it, there are two.
     Raises:
         ConfigError: model.test leaves the number of detections open.
         MissingExtra: a package that it needs is not installed.
@@ -67,22 +52,38 @@ def export(detector: Detector, path: Path, kind: str, about: Recipe, samples: Se
             has what an exporter reported.
     """
     log = path.with_name(f"{path.name}.log")
-    side = 2 * about.least_size if kind == "onnx" else about.least_size
-    example = torch.zeros(2, 3, side, side + DIVISOR, dtype=torch.uint8), torch.tensor([[side, side], [side - 1, side]])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
         try:
-            with writing(path) as partial, printing_to(printed):
-                with torch.no_grad():
-                    partial.write_bytes((to_onnx if kind == "onnx" else to_pt2)(detector, example, about))
-                return check_export(load_exported(partial, kind), detector, samples, about.least_size, about.nms)
+            with naming(path), tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+                made = Path(folder) / path.name  # the name is in the file that has its weights beside it
+                with printing_to(printed):
+                    with torch.no_grad():
+                        write(detector, made, kind, about, opset, beside)
+                    agreement = check_export(open_exported(made).run, detector, samples, about)
+                return agreement, put_in_place(Path(folder), path)
         except (ConfigError, MissingExtra, ExportError, OSError):
             raise
         except Exception as error:  # torch's exporters and runtimes raise errors of all types
             printed.seek(0)
             write_text(log, f"{printed.read()}\n{traceback.format_exc()}")
-            raise ExportError(f"this detector cannot be exported as {kind}: {first_sentence(error)}. Try --format "
-                              f"{'pt2' if kind == 'onnx' else 'onnx'}, or change the layer; {log} has the whole report"
-                              ) from error
+            raise ExportError(f"this detector cannot be exported as {kind}: {reason(error)}. Try --format "
+                              f"{OTHERS[kind]}, or change the layer; {log} has the whole report") from error
+
+
+def put_in_place(folder: Path, path: Path) -> list[Path]:
+    """Move what was written into a temporary folder beside `path` to where it belongs, the file itself last."""
+    files = sorted(folder.iterdir(), key=lambda file: (file.name == path.name, file.name))
+    for file in files:
+        with writing(path.with_name(file.name)) as partial:
+            shutil.copyfile(file, partial) if partial.exists() else os.replace(file, partial)  # a pipe stays one
+    return [path.with_name(file.name) for file in reversed(files)]
+
+
+def reason(error: Exception) -> str:
+    """Why an exporter failed: its own message, which torch hides below a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_sentence(error)
 
 
 @contextlib.contextmanager
@@ -101,80 +102,63 @@ def printing_to(file: TextIO) -> Iterator[None]:
             os.close(copy)
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's message, which may go on for pages; with the error's type if it is one word."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
-    sentence = re.split(r"(?<=[.!?])\s|\n", text)[0].rstrip(" .!?:")[:200]
-    return sentence if " " in sentence else f"{type(error).__name__} {sentence}".strip()
+def write(detector: Detector, partial: Path, kind: str, about: Recipe, opset: int, beside: bool) -> None:
+    """Write a file of a kind, without a check."""
+    # torch.export takes no example whose feature maps have a single row or column, if their size may vary.
+    side = max(detector.bbox_head.prior_generator.strides) + DIVISOR
+    height, width = about.height or side, about.width or side + DIVISOR
+    example = (torch.zeros(about.batch or 2, 3, height, width, dtype=torch.uint8),
+               torch.tensor([[height, width], [height - 1, width]]).repeat(about.batch or 1, 1)[:about.batch or 2])
+    batch = {} if about.batch else {0: Dim("batch")}
+    edges = {i: DIVISOR * Dim(name, min=side // DIVISOR)
+             for i, name, fixed in ((2, "h", about.height), (3, "w", about.width)) if not fixed}
+    shapes = batch | edges, batch
+    if kind == "pt2":
+        partial.write_bytes(to_pt2(detector, example, shapes, about))
+    elif kind == "onnx":
+        write_onnx(detector, partial, example, shapes, about, opset, beside)
+    else:
+        openvino = need("openvino", "openvino", "OpenVINO export")
+        with tempfile.TemporaryDirectory() as folder:
+            onnx = Path(folder) / "model.onnx"
+            write_onnx(detector, onnx, example, shapes, about, opset)
+            openvino.save_model(openvino.Core().read_model(str(onnx)), str(partial), compress_to_fp16=False)
 
 
-def to_onnx(detector: Detector, example: tuple[Tensor, Tensor], about: Recipe) -> bytes:
-    """Trace with the older of torch's two exporters: it takes a second, the newer one half a minute."""
-    onnx = need("onnx", "export", "ONNX export")
-    model = DeployedDetector(detector, about.nms == "inside", OnnxSuppress.apply)
-    file = io.BytesIO()
-    free = {"images": {0: "batch", 2: "height", 3: "width"}} | {name: {0: "batch"} for name in INPUTS[1:] + OUTPUTS}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings that it is the older one, and about constants
-        # Inlining would trace `suppress` as well, which is not needed, and fails for a single class.
-        torch.onnx.export(model, example, file, dynamo=False, autograd_inlining=False, opset_version=OPSET,
-                          input_names=list(INPUTS), output_names=list(OUTPUTS), dynamic_axes=free)
-    content = onnx.load_model_from_string(file.getvalue())
-    onnx.checker.check_model(content)
-    onnx.helper.set_model_props(content, {"densekd": json.dumps(asdict(about))})
-    return content.SerializeToString()
-
-
-class OnnxSuppress(torch.autograd.Function):
-    """`suppress`, which ONNX's own operator replaces in the file."""
-
-    @staticmethod
-    def forward(ctx: object, boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, iou_threshold: float,
-                max_per_class: int) -> tuple[Tensor, ...]:
-        return suppress(boxes, scores, labels, num_classes, iou_threshold, max_per_class)
-
-    @staticmethod
-    def symbolic(graph: Any, boxes: Any, scores: Any, labels: Any, num_classes: int, iou_threshold: float,
-                 max_per_class: int) -> Any:
-        def constant(value: list | float) -> object:
-            return graph.op("Constant", value_t=torch.tensor(value))
-
-        # (N, classes, K): a box's score in its class, 0 in the others, where the operator then leaves it out
-        own = graph.op("Equal", graph.op("Unsqueeze", labels, constant([1])),
-                       constant([[[k] for k in range(num_classes)]]))
-        per_class = graph.op("Where", own, graph.op("Unsqueeze", scores, constant([1])), constant(0.0))
-        kept = graph.op("NonMaxSuppression", boxes, per_class, constant([max_per_class]),
-                        constant([float(iou_threshold)]), constant([0.0]))  # rows of image, class, box
-        index = graph.op("Gather", kept, constant([0, 2]), axis_i=1)
-        zeros = graph.op("Mul", scores, constant(0.0))
-        return graph.op("ScatterND", zeros, index, graph.op("GatherND", scores, index)).setType(scores.type())
-
-
-def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], about: Recipe) -> bytes:
+def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], shapes: tuple[dict, dict], about: Recipe) -> bytes:
     """Use torch.export. A program must import torchvision, for its suppression, before it loads the file."""
-    batch = Dim("batch")
-    edges = {i: about.divisor * Dim(name, min=about.least_size // about.divisor) for i, name in ((2, "h"), (3, "w"))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about torchvision's own code
-        program = torch.export.export(DeployedDetector(detector, about.nms == "inside"), example,
-                                      dynamic_shapes=({0: batch} | edges, {0: batch}))
+    model = DeployedDetector(detector, about.nms == "inside", about.nms == "end2end")
+    program = torch.export.export(model, example, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine
     file = io.BytesIO()  # because PyTorch's writer ends the whole process if the disk is full
-    torch.export.save(program, file, extra_files={"densekd.json": json.dumps(asdict(about))})
+    torch.export.save(program, file, extra_files={f"{KEY}.json": about.to_json()})
     return file.getvalue()
 
 
-def load_exported(path: Path, kind: str) -> ExportedDetector:
-    """A function that runs an exported file."""
-    if kind == "pt2":
-        module = torch.export.load(str(path)).module()
-        return lambda images, sizes: list(module(images, sizes))
-    runtime = need("onnxruntime", "export", "ONNX export")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+def check_options(path: Path, given: str | None, opset: int | None, beside: bool, nms: str, end2end: int | None,
+                  fixed: dict[str, int]) -> str:
+    """The kind of the file at `path`: what is given, or what its name says. See export.py for the options.
 
-    def run(images: Tensor, sizes: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(out) for out in session.run(None, {"images": images.numpy(),
-                                                                    "image_sizes": sizes.numpy()})]
-    return run
+    Raises:
+        UsageError: options that contradict each other, or a size that cannot be.
+        MissingExtra: a package that it needs is not installed.
+    """
+    kind = given or SUFFIXES.get(path.suffix, "onnx")
+    if kind == "openvino" and path.suffix != ".xml":
+        raise UsageError(f"--out {path}: an OpenVINO file must be called .xml, and its weights are in a .bin beside it")
+    if kind != "onnx" and (beside or opset is not None):
+        raise UsageError(f"{'--weights beside' if beside else '--opset'} is for ONNX files, and {path} is to be {kind}")
+    if end2end is not None and nms == "outside":
+        raise UsageError("--end2end suppresses overlaps inside the file, and --nms outside does not: remove one")
+    for name, size in fixed.items():
+        if name not in ("batch", "height", "width"):
+            raise UsageError(f"--fixed {name}={size}: there are batch, height and width")
+        if name != "batch" and size % DIVISOR:
+            raise UsageError(f"--fixed {name}={size}: must be a multiple of {DIVISOR}")
+    for package, extra in PACKAGES.get(kind, ()):
+        need(package, extra, f"{'OpenVINO' if kind == 'openvino' else 'ONNX'} export")
+    return kind
 
 
 def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
@@ -195,4 +179,4 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
         generator = torch.Generator().manual_seed(0)
         images = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
                   for size in ((short, long), (long, short))]
-    return [make_sample(image, i, [about.scale], about.antialias) for i, image in enumerate(images)]
+    return [make_sample(image, i, [about.scale], about.antialias, about.within) for i, image in enumerate(images)]

@@ -39,11 +39,12 @@ class Predictor:
         cfg: gives `data.scale`, `data.antialias` and `eval.tta`.
         thresholds: (classes,), lowest score of each class.
         batch_size: images per step; by default data.batch_size. The detections do not depend on it.
+        within: the largest height and width of a resized image, where an exported file has a fixed size.
     """
 
     def __init__(self, detector: Detector, cfg: Config, thresholds: Tensor, device: torch.device,
-                 batch_size: int | None = None):
-        data = cfg.input
+                 batch_size: int | None = None, within: tuple[int | None, int | None] = (None, None)):
+        data, self.within = cfg.input, within
         self.detector, self.thresholds, self.device = detector, thresholds, device
         self.detectors, self.scales = views(detector, cfg.eval.tta, data.scale)
         self.antialias, self.batch_size, self.workers = data.antialias, batch_size or data.batch_size, data.workers
@@ -65,7 +66,8 @@ class Predictor:
     def image_samples(self, sources: Sequence[Source], image_ids: Sequence[int], problems: list[str]
                       ) -> Iterator[Sample]:
         """The images in files, read by worker processes; problems are printed, and added to `problems`."""
-        dataset = ImageFiles([source.path for source in sources], image_ids, self.scales, self.antialias)
+        dataset = ImageFiles([source.path for source in sources], image_ids, self.scales, self.antialias,
+                             self.within)
         workers = min(self.workers, len(sources) // IMAGES_PER_WORKER)
         for sample in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is):
             if isinstance(sample, Sample):
@@ -162,7 +164,8 @@ def predict_video(predictor: Predictor, classes: Classes, source: Source, path: 
         bar = stack.enter_context(tqdm(total=video.num_frames, desc=source.name, disable=None))
         writer = stack.enter_context(VideoWriter(partial, video.rate))
         frames = count()
-        samples = (make_sample(frame, next(image_ids), predictor.scales, predictor.antialias) for frame in video)
+        samples = (make_sample(frame, next(image_ids), predictor.scales, predictor.antialias, predictor.within)
+                   for frame in video)
         try:
             for batch in batches_of_one_size(samples, predictor.batch_size):  # of one video, so they stay in order
                 for sample, found in zip(batch, predictor(batch)):

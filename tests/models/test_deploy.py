@@ -58,6 +58,27 @@ def test_without_suppression_all_candidates_come_out(head):
         assert torch.equal(labels[i][real], one["labels"])
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("test", [{}, {"clip": "after"}, {"clip": "after", "min_bbox_size": 8.0}, {"max_per_img": 400}],
+                         ids=str)
+def test_end_to_end_the_detections_are_counted_and_come_first(head, test):
+    """The same detections as without the count; the number of entries is fixed, also where there are not as many."""
+    detector = enliven(small_detector(head, dtype=torch.float32, test=TEST | test)).eval()
+    images, _ = batch()
+    sizes = torch.tensor([[64, 96], [3, 3]])
+    with torch.no_grad():
+        boxes, scores, labels = DeployedDetector(detector)(images, sizes)
+        count, *found = DeployedDetector(detector, end2end=True)(images, sizes)
+    assert count.shape == (2, 1) and count.dtype == torch.int32 and found[0].shape == (2, detector.test.max_per_img, 4)
+    for i, k in enumerate(count.squeeze(1).tolist()):
+        real = scores[i] > 0
+        assert k == real.sum() and found[2].dtype == torch.int64
+        for mine, theirs in zip((boxes, scores, labels), found):
+            assert torch.equal(mine[i][real], theirs[i][:k])
+        assert not found[0][i][k:].any() and not found[1][i][k:].any() and (found[2][i][k:] == -1).all()
+    assert 0 < count[0] and count.min() < detector.test.max_per_img
+
+
 def test_suppression_is_of_each_class_of_each_image_by_itself():
     generator = torch.Generator().manual_seed(1)
     corner = torch.rand(3, 40, 2, generator=generator) * 30 - 10

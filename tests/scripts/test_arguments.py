@@ -71,7 +71,7 @@ def test_numbers_out_of_range(script, action, needed, monkeypatch, capsys):
     outside = [allowed.low - 1, *[allowed.low] * allowed.open, *[allowed.high + 1] * (allowed.high != inf), "many", ""]
     outside += ["1.5", "1e2"] if kind is int else ["nan", "inf", "1e999"]
     for value in map(str, outside):
-        value = f"train={value}" if action.dest in ("class_thr", "split") else value
+        value = f"train={value}" if action.dest in ("class_thr", "split", "fixed") else value
         words = [f"{action.option_strings[0]}={value}"]
         if action.nargs == 2:
             words = [action.option_strings[0], value, value]

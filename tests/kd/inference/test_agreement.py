@@ -3,11 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import enliven, small_detector
+from small_models import enliven, small_config, small_detector
 
 from data.inputs.files import make_sample
+from kd.config import parse_config
 from kd.exceptions import ExportError
 from kd.inference.agreement import Agreement, Candidates, check_export, compare
+from kd.inference.recipe import make_recipe
 from models.deploy import DeployedDetector, suppress
 from models.postprocess import TestConfig as Settings
 
@@ -15,12 +17,13 @@ SCALE = (96, 64)
 TEST = {"score_thr": 0.0, "nms_pre": 1000, "max_per_img": 1000, "nms_iou_threshold": 0.6}
 
 
-def check(detector, run):
+def check(detector, run, **options):
     """Check a function in the place of an exported file on noise and on an image of one colour."""
     noise = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     samples = [make_sample(image, i, [SCALE]) for i, image in enumerate((noise, torch.full((3, 50, 70), 99).byte()))]
+    cfg = parse_config({"model": small_config()})
     with torch.no_grad():
-        return check_export(run, detector, samples, 32, "inside")
+        return check_export(run, detector, samples, make_recipe(cfg, detector, ["a", "b", "c"], **options))
 
 
 def tampered(detector, change=lambda *outputs: outputs, suppress=suppress, **test):
@@ -57,6 +60,21 @@ def test_rounding_is_accepted(detector, cut, clip):
     detector.test = replace(detector.test, clip=clip, **cut)
     found = check(detector, tampered(detector, noisy, suppress_after_noise))
     assert found.agrees and found.detections > 5 and 1e-6 < found.box < 1e-4 and found.score < 1e-4
+
+
+@pytest.mark.parametrize("fixed, batches", [
+    ({}, [(1, 64, 96), (1, 64, 96), (2, 64, 96)]), ({"batch": 1}, [(1, 64, 96)] * 2),
+    ({"batch": 3, "height": 96, "width": 128}, [(3, 96, 128)] * 3)], ids=str)
+def test_a_file_of_fixed_size_gets_that_size(fixed, batches):
+    detector, seen = enliven(small_detector(dtype=torch.float32, test=TEST)).eval(), []
+    run = tampered(detector)
+
+    def watched(images, sizes):
+        seen.append((len(sizes), *images.shape[2:]))
+        return run(images, sizes)
+
+    found = check(detector, watched, fixed=fixed)
+    assert found.agrees and found.images == 2 and seen == batches
 
 
 @pytest.mark.parametrize("clip", ["before", "after"])
