@@ -134,6 +134,19 @@ def test_answers_of_mixed_precision_are_stored_as_they_are(precision, tmp_path):
     assert all(each.dtype == torch.bfloat16 for each in [*seen.features, seen.outputs.cls, *seen.outputs.cuts[1][0]])
 
 
+@pytest.mark.parametrize("methods", [[{"type": "FGD"}], [{"type": "FGD"}, CROSSKD]], ids=["labelled", "all"])
+def test_a_batch_with_unlabelled_images(methods, tmp_path):
+    """The teacher answers for the labelled images alone if all methods need labels, otherwise for all of them."""
+    images, targets = make_batch(((64, 96),) * 3, (4, 2, 1), **FLOAT)
+    targets[2] |= {"unlabelled": True}
+    expected = small_distiller(*methods, **FLOAT).loss(images, targets)
+    distiller = caching(*methods, folder=tmp_path)
+    for _ in range(2):
+        assert same_losses(distiller.loss(images, targets), expected)
+        without_teacher(distiller)
+    assert distiller.caches[0].read == (2 if len(methods) == 1 else 3)
+
+
 # --- fp16 ---
 
 def test_fp16_rounds_within_its_bound(tmp_path):

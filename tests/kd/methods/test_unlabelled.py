@@ -163,3 +163,11 @@ def test_batch_norms_see_all_images():
         model.loss(images[cut], targets[cut])
         means.append(copy.deepcopy(model.student.backbone.layer4[0].bn1.running_mean))
     assert not torch.allclose(*means)
+
+
+def test_a_measured_weight_sees_what_the_method_sees():
+    """The share is of the gradients that training gets: the student's of labelled images, the method's of all."""
+    model, (images, targets) = small_distiller({"type": "PKD", "weight": {"gradient_share": 0.3}}), mixed_batch()
+    losses, run = model.loss_and_pass(images, targets)
+    norms = model.gradient_norms(losses, run.features)
+    assert norms["PKD0"] / norms["student"] == pytest.approx(0.3, rel=1e-6)
