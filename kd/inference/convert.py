@@ -14,7 +14,7 @@ from models.checkpoints.zoo import published_config
 from models.weights import CheckpointError, open_checkpoint
 
 from ..config import Config, load_config, parse_config
-from ..work_dir.model_card import NAME, model_card
+from ..work_dir.model_card import NAME, find_origin, model_card
 
 log = logging.getLogger("densekd")
 
@@ -40,7 +40,8 @@ def convert(checkpoint: str, to: str, out: Path, part: str | None = None, cfg: C
             log.warning(f"{checkpoint} holds no configuration, so {out} has none, and needs --cfg wherever it is used; "
                         "convert.py --cfg gives it one")
         page = out.parent / NAME
-        write_text(page, model_card(out, content.weights, config, classes, checkpoint))
+        write_text(page, model_card(out, content.weights, config, classes,
+                                     find_origin(checkpoint, content.meta.get("config"))))
         lines.append(f"wrote {page}")
     return lines
 

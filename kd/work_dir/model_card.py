@@ -38,7 +38,11 @@ class Origin:
 
 def find_origin(checkpoint: str, config: Mapping | None) -> Origin:
     """The records in a checkpoint's folder, if they are of this checkpoint: the configuration in run.json is its own,
-    and the evaluation is that of its step. The log says why records in the folder are not used."""
+    and the evaluation is that of its step. The log says why records in the folder are not used.
+
+    Args:
+        config: the configuration in the checkpoint, or None if it holds none.
+    """
     path = Path(checkpoint).expanduser()
     if is_address(checkpoint) or config is None or not (path.parent / "run.json").is_file():
         return Origin()
@@ -58,15 +62,14 @@ def find_origin(checkpoint: str, config: Mapping | None) -> Origin:
 
 
 def model_card(file: Path, weights: Mapping[str, Tensor], config: Mapping | None, classes: Sequence[str] | None,
-               source: str) -> str:
+               origin: Origin) -> str:
     """The page, in Markdown.
 
     Args:
         file: the file with these weights, which exists.
         config: the whole configuration, or None if it is not known.
-        source: the checkpoint that the weights are from; if it is in the folder of its run, the records there are used.
+        origin: the records of the run that the weights are from, see `find_origin`.
     """
-    origin = find_origin(source, config)
     rows = [*detector_rows(file, weights, config, classes), ("AP", figures_text(origin.figures)),
             *data_rows(config), *training_rows(config, origin.provenance)]
     table = markdown_table(["entry", "value"], [[name, one_line(value, 2000)] for name, value in rows])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data.errors import counted, one_line
 
+from ..anchors import AnchorGenerator
 from ..backbones.resnet import Bottleneck, ResNet
 from ..detector import Detector
 from .formats import Weights
@@ -229,9 +230,23 @@ def remarks(detector: Detector | None, project: str) -> list[str]:
     eps = {module.eps for module in detector.backbone.modules() if hasattr(module, "eps")}
     if eps != {EPS}:
         found.append(f"give its batch norms the eps {', '.join(f'{each:g}' for each in sorted(eps))}")
-    if project == "torchvision" and detector.bbox_head.prior_generator.style != "torchvision":
+    anchors, stage = detector.bbox_head.prior_generator, detector.backbone.layer2[0]
+    if project == "torchvision" and anchors.style != "torchvision":
         found.append("give it the anchors of this model, which torchvision rounds (docs/commands.md)")
+    elif not _are_default(anchors):
+        found.append("give it the sizes, ratios and offset of this model's anchors, which are not its own")
+    if project == "detectron2" and isinstance(stage, Bottleneck) and stage.conv1.stride == (1, 1):
+        found.append("set MODEL.RESNETS.STRIDE_IN_1X1 to False")
     return found
+
+
+def _are_default(anchors: AnchorGenerator) -> bool:
+    """Whether anchors have the sizes and ratios of both projects: 32 pixels on the finest of five levels, doubled on
+    each, times 1, 2^(1/3) and 2^(2/3)."""
+    own = [size * scale for size in anchors.base_sizes for scale in anchors.scales]
+    theirs = [32 * 2 ** (level + octave / 3) for level in range(5) for octave in range(3)]
+    return (anchors.ratios == [0.5, 1, 2] and not anchors.center_offset and len(own) == len(theirs)
+            and all(abs(a - b) < 1e-6 * b for a, b in zip(own, theirs)))
 
 
 def reorder(state: dict[str, Tensor], classifier: str, regressor: str, detector: Detector, style: str) -> None:

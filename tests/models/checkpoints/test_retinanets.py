@@ -13,6 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from models import build_detector
 from models.checkpoints.convert import convert_checkpoint, to_detectron2, to_torchvision
+from models.checkpoints.retinanets import remarks
 from models.weights import CheckpointError, load_weights, open_checkpoint
 
 SCALES = [2 ** (i / 3) for i in range(3)]
@@ -66,10 +67,10 @@ def file_of(folder, detector, model):
     return path
 
 
-def theirs_torchvision(state, norm=None):
+def theirs_torchvision(state, norm, p6):
     """torchvision's RetinaNet with a ResNet-18, loaded strictly."""
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d,
-                                   returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+                                   returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(p6, 256))
     model = RetinaNet(backbone, num_classes=4, head=RetinaNetHead(256, 9, 4, norm_layer=norm), min_size=128,
                       max_size=192, detections_per_img=100)
     model.double().load_state_dict(state, strict=True)
@@ -91,15 +92,16 @@ def same_detections(ours, theirs, size=(128, 192), most=1e-6):
     return (others[sized][:, None] - rows).abs().amax(2).amin(1).max() < most
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_torchvision_detects_the_same(tmp_path, norm):
-    model = section(head=GROUPS if norm else {})
+@pytest.mark.parametrize("norm, source", [(False, "on_output"), (True, "on_input")])
+def test_torchvision_detects_the_same(tmp_path, norm, source):
+    model = section(head=GROUPS if norm else {}, neck={"add_extra_convs": source})
     ours = lively(model)
     line = convert_checkpoint(file_of(tmp_path, ours, model), "torchvision", tmp_path / "out.pth")
     assert line.endswith("give torchvision the pixel mean [123.675, 116.28, 103.53] and deviation [58.395, 57.12, "
                          "57.375], RGB")
     state = torch.load(tmp_path / "out.pth", weights_only=True)
-    theirs = theirs_torchvision(state, (lambda channels: torch.nn.GroupNorm(32, channels)) if norm else None)
+    norm = (lambda channels: torch.nn.GroupNorm(32, channels)) if norm else None
+    theirs = theirs_torchvision(state, norm, 256 if source == "on_output" else 512)
     assert same_detections(ours, theirs)
     back = lively(model, seed=1)
     load_weights(back, tmp_path / "out.pth")
@@ -248,6 +250,20 @@ def test_without_a_configuration(tmp_path):
     with pytest.raises(CheckpointError, match=r"the configuration of .* cannot be used \(.*\): give --cfg"):
         convert_checkpoint(out, "detectron2", tmp_path / "no.pth", config={"model": {"backbone": 3}})
     assert not (tmp_path / "no.pth").exists()
+
+
+def test_what_the_other_model_must_be_given():
+    def said(project, **changes):
+        return remarks(build_detector(tiny(**changes)), project)
+
+    pixels = "give detectron2 the pixel mean [123.675, 116.28, 103.53] and deviation [58.395, 57.12, 57.375], RGB"
+    assert said("detectron2") == said("detectron2", anchors="mmdet") == [pixels]
+    assert said("detectron2", offset=0.5)[1:] == ["give it the sizes, ratios and offset of this model's anchors, which "
+                                                  "are not its own"]
+    norm = {"depth": 50, "style": "pytorch", "norm_cfg": {"type": "FrozenBN", "eps": 0.0}}
+    found = remarks(build_detector(section("detectron2", backbone=norm | {"base_channels": 8}, width=32)), "detectron2")
+    assert found[1:] == ["give its batch norms the eps 0", "set MODEL.RESNETS.STRIDE_IN_1X1 to False"]
+    assert len(remarks(build_detector(section(width=32)), "torchvision")) == 1
 
 
 def test_only_retinanets():
