@@ -58,7 +58,7 @@ def plot_reliability(found: Sequence[Analysis], score_thr: float) -> Any:
             there = own.count > 0
             axis.plot(own.score[there], own.precision[there], color=color, linewidth=1.2, label=each.name)
             axis.scatter(own.score[there], own.precision[there], 6 + 300 * own.count[there] / max(own.detections, 1),
-                         color=color, alpha=0.7, linewidth=0)
+                         color=color, alpha=0.7, linewidth=0, clip_on=False)
         axis.set(title=name, xlabel="mean score", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     legend(figure, axes[:len(panels)])

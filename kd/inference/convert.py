@@ -6,7 +6,6 @@ from pathlib import Path
 from data import DataError
 from data.output import write_text
 from models import ConfigError
-from models.build import check_value
 from models.checkpoints.classes import checkpoint_classes, known_classes
 from models.checkpoints.convert import convert_checkpoint
 from models.checkpoints.formats import Checkpoint
@@ -32,21 +31,22 @@ def convert(checkpoint: str, to: str, out: Path, part: str | None = None, cfg: C
     if to in ("mmdet", "student"):
         return [convert_checkpoint(checkpoint, to, out, part)]
     content = open_checkpoint(checkpoint, part)[1]
-    config = cfg or published(checkpoint, to) or own_config(checkpoint, content)
+    own = own_config(checkpoint, content, needed=cfg is None)
+    config = cfg or published_settings(checkpoint, to) or own
     classes = class_names(content, config)
     lines = [convert_checkpoint(checkpoint, to, out, part, config, classes)]
     if to == "safetensors":
         if config is None:
             log.warning(f"{checkpoint} holds no configuration, so {out} has none, and needs --cfg wherever it is used; "
                         "convert.py --cfg gives it one")
+        origin = find_origin(checkpoint, own)
         page = out.parent / NAME
-        write_text(page, model_card(out, content.weights, config, classes,
-                                     find_origin(checkpoint, content.meta.get("config"))))
+        write_text(page, model_card(out, content.weights, config, classes, origin))
         lines.append(f"wrote {page}")
     return lines
 
 
-def published(checkpoint: str, to: str) -> Config | None:
+def published_settings(checkpoint: str, to: str) -> Config | None:
     """The configuration of `zoo:NAME`; None for others, and for one whose classes a map selects: a file that holds a
     configuration has no such map."""
     path = published_config(checkpoint)
@@ -54,17 +54,19 @@ def published(checkpoint: str, to: str) -> Config | None:
     return None if found is not None and to == "safetensors" and found.eval.class_map is not None else found
 
 
-def own_config(checkpoint: str, content: Checkpoint) -> dict | None:
-    """The configuration in a checkpoint, or None; CheckpointError if this version cannot read it."""
-    config = content.meta.get("config")
-    if config is None:
+def own_config(checkpoint: str, content: Checkpoint, needed: bool) -> dict | None:
+    """The configuration in a checkpoint, or None if it holds none, or one that this version cannot read and that is not
+    needed; otherwise that is a CheckpointError."""
+    if content.config is None:
         return None
     try:
-        parse_config(check_value(config, dict, "config"))
+        parse_config(content.config)
     except (ConfigError, DataError) as error:
-        raise CheckpointError(f"the configuration in checkpoint {checkpoint} cannot be used, {error}: give --cfg"
-                              ) from None
-    return config
+        if needed:
+            raise CheckpointError(f"the configuration in checkpoint {checkpoint} cannot be used, {error}: give --cfg"
+                                  ) from None
+        return None
+    return content.config
 
 
 def class_names(content: Checkpoint, config: Mapping | None) -> list[str] | None:

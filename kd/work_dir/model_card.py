@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from data import DataError, find_data
 from data.errors import counted, listed, one_line
 from data.tables import markdown_table, points
 from models.checkpoints.sources import is_address
+from models.checkpoints.zoo import published
 from models.weights import read_checkpoint
 
 from .records import methods_of, read_json, read_run, teacher_entries
@@ -30,8 +31,10 @@ log = logging.getLogger("densekd")
 
 @dataclass
 class Origin:
-    """The records of the run that wrote a checkpoint; empty where there are none."""
+    """What is known about the training of a checkpoint; empty where nothing is."""
 
+    config: Mapping | None = None                   # the configuration that the checkpoint holds
+    published_ap: float | None = None               # of `zoo:NAME`, in points
     provenance: dict = field(default_factory=dict)  # run.json
     figures: dict = field(default_factory=dict)     # the evaluation at the checkpoint's step
 
@@ -43,9 +46,10 @@ def find_origin(checkpoint: str, config: Mapping | None) -> Origin:
     Args:
         config: the configuration in the checkpoint, or None if it holds none.
     """
-    path = Path(checkpoint).expanduser()
+    entry, path = published(checkpoint), Path(checkpoint).expanduser()
+    origin = Origin(config, None if entry is None else entry.ap)
     if is_address(checkpoint) or config is None or not (path.parent / "run.json").is_file():
-        return Origin()
+        return origin
     try:
         provenance = read_json(path.parent / "run.json", "the model card does not use it")
         if provenance.get("config") != json.loads(json.dumps(config)):
@@ -55,10 +59,11 @@ def find_origin(checkpoint: str, config: Mapping | None) -> Origin:
         evaluations = read_run(path.parent, metrics).evaluations if metrics.is_file() else []
     except DataError as error:
         log.warning(str(error))
-        return Origin()
+        return origin
     content = read_checkpoint(path)
     step = content.get("step") if isinstance(content, dict) else None
-    return Origin(provenance, next((line for line in evaluations[::-1] if line["step"] == step), {}))
+    return replace(origin, provenance=provenance,
+                   figures=next((line for line in evaluations[::-1] if line["step"] == step), {}))
 
 
 def model_card(file: Path, weights: Mapping[str, Tensor], config: Mapping | None, classes: Sequence[str] | None,
@@ -67,11 +72,12 @@ def model_card(file: Path, weights: Mapping[str, Tensor], config: Mapping | None
 
     Args:
         file: the file with these weights, which exists.
-        config: the whole configuration, or None if it is not known.
-        origin: the records of the run that the weights are from, see `find_origin`.
+        config: the configuration of this detector, or None if it is not known. It need not be what it was trained
+            with: only `origin` says this.
+        origin: see `find_origin`.
     """
-    rows = [*detector_rows(file, weights, config, classes), ("AP", figures_text(origin.figures)),
-            *data_rows(config), *training_rows(config, origin.provenance)]
+    rows = [*detector_rows(file, weights, config, classes), ("AP", figures_text(origin)),
+            *data_rows(origin.config), *training_rows(origin.config, origin.provenance)]
     table = markdown_table(["entry", "value"], [[name, one_line(value, 2000)] for name, value in rows])
     parts = [f"# {one_line(file.stem, 80)}",
              "An object detector from densekd. `scripts/convert.py` wrote this page from the checkpoint and from the "
@@ -81,7 +87,8 @@ def model_card(file: Path, weights: Mapping[str, Tensor], config: Mapping | None
                     f"detect = load_detector({file.name!r}, cfg=...)  # the configuration that it was trained with")
                  + "\nfound = detect(\"photo.jpg\")  # boxes, scores, labels, names\n```")
     if config is not None:
-        shown = {key: config[key] for key in ("model", "distill") if config.get(key)}
+        trained = {"distill": (origin.config or {}).get("distill")}
+        shown = {key: value for key, value in {"model": config["model"], **trained}.items() if value}
         text = yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False, default_flow_style=None, width=100)
         parts.append(f"## Configuration\n\n```yaml\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
@@ -115,8 +122,11 @@ def detector_text(config: Mapping | None) -> str:
     return ", ".join(filter(None, parts))
 
 
-def figures_text(figures: Mapping) -> str:
-    """AP at the checkpoint's step, in points."""
+def figures_text(origin: Origin) -> str:
+    """AP at the checkpoint's step, in points, or that of a published checkpoint."""
+    figures = origin.figures
+    if origin.published_ap is not None:
+        return f"{origin.published_ap:.1f} on COCO val2017, as its authors publish it"
     if figures.get("AP") is None:
         return UNKNOWN
     more = ", ".join(f"{name} {points(figures[name])}" for name in ("AP50", "AP75") if figures.get(name) is not None)

@@ -51,7 +51,7 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
     out, said = Path(os.path.abspath(os.fspath(out))), []
     if to == "safetensors":
         if config is None:
-            config = checkpoint.meta.get("config")
+            config = checkpoint.config
         else:
             _matching(label, config, checkpoint.weights, classes)
         write_bytes(out, to_safetensors(checkpoint.weights, {"config": config, "classes": classes}))
@@ -70,7 +70,7 @@ def convert_checkpoint(source: str | os.PathLike, to: str, out: str | os.PathLik
 def _for_project(to: str, label: str, checkpoint: Checkpoint, config: Mapping | None, classes: list[str] | None
                  ) -> tuple[dict, list[str]]:
     """The content of a file for torchvision or detectron2, and what the model there must be given."""
-    config = checkpoint.meta.get("config") if config is None else config
+    config = checkpoint.config if config is None else config
     detector, source = None, checkpoint.format
     try:
         check_retinanet(checkpoint.weights, to)

@@ -149,19 +149,20 @@ def test_a_checkpoint_of_others(place, tmp_path, monkeypatch, capsys):
     """It holds no configuration: the page says so, and --cfg gives one, if it fits."""
     content = torch.load(place / "run" / "last.pth", weights_only=True)
     source, out = tmp_path / "mmdet.pth", tmp_path / "out.safetensors"
-    torch.save({"meta": {"CLASSES": tuple(CLASSES)}, "state_dict": content["model"]}, source)
+    meta = {"CLASSES": tuple(CLASSES), "config": "model = dict()"}  # mmdet's is a text
+    torch.save({"meta": meta, "state_dict": content["model"]}, source)
     base = ["--checkpoint", source, "--to", "safetensors", "--out", out]
     code, lines, _ = convert(monkeypatch, capsys, *base)
     assert code == 0 and len(lines) == 3 and "holds no configuration" in lines[0] and "--cfg" in lines[0]
     rows = rows_of(tmp_path / "model_card.md")
     known = {"entry", "---", "parameters", "file", "6 classes"}
     assert {key for key, value in rows.items() if value != "not known"} == known
-    model = {"model": content["config"]["model"]}
-    cfg = write_config(tmp_path / "cfg.yaml", model)
+    cfg = write_config(tmp_path / "cfg.yaml", {"model": content["config"]["model"], "train": {"epochs": 9}})
     code, lines, _ = convert(monkeypatch, capsys, "--cfg", cfg, *base)
     assert code == 0 and len(lines) == 2 and load_detector(out).classes == CLASSES
     rows = rows_of(tmp_path / "model_card.md")
-    assert rows["teacher"] == rows["methods"] == "none" and rows["training data"] == "not known"
+    # A configuration that the user gives says what it is, and not how others trained it.
+    assert {key for key, value in rows.items() if value != "not known"} == known | {"detector"}
     code, _, errors = convert(monkeypatch, capsys, "--cfg", cfg, *base, "model.head.stacked_convs=2")
     assert code == 2 and len(errors) == 1 and "the configuration is not the one of" in errors[0]
 
@@ -171,13 +172,19 @@ def test_a_published_checkpoint(place, tmp_path, monkeypatch, capsys):
     model = torch.load(place / "run" / "last.pth", weights_only=True)["config"]["model"]
     cfg = write_config(tmp_path / "cfg.yaml", {"model": model})
     mapped = write_config(tmp_path / "mapped.yaml", {"model": model, "eval": {"class_map": [0, 1]}})
-    monkeypatch.setattr(sources, "_download", lambda url: str(place / "run" / "last.pth"))
+    bare = tmp_path / "bare.pth"
+    torch.save({key: value for key, value in torch.load(place / "run" / "last.pth", weights_only=True).items()
+                if key != "config"}, bare)
+    monkeypatch.setattr(sources, "_download", lambda url: str(bare))
     for name, path in (("mine", cfg), ("mapped", mapped)):
         monkeypatch.setitem(ZOO, name, Published("https://example.org/a.pth", str(path), 1.0))
         out = tmp_path / f"{name}.safetensors"
         assert convert(monkeypatch, capsys, "--checkpoint", f"zoo:{name}", "--to", "safetensors", "--out", out)[0] == 0
-    assert open_checkpoint(tmp_path / "mine.safetensors")[1].meta["config"] == {"model": model}
-    assert rows_of(tmp_path / "model_card.md")["command"] == "not known"
+        rows = rows_of(tmp_path / "model_card.md")
+        assert rows["AP"] == "1.0 on COCO val2017, as its authors publish it"
+        assert rows["command"] == rows["training"] == rows["teacher"] == "not known"
+    assert open_checkpoint(tmp_path / "mine.safetensors")[1].config == {"model": model}
+    assert open_checkpoint(tmp_path / "mapped.safetensors")[1].config is None
 
 
 def test_bad_usage(place, tmp_path, monkeypatch, capsys):
@@ -194,3 +201,6 @@ def test_bad_usage(place, tmp_path, monkeypatch, capsys):
         code, _, errors = convert(monkeypatch, capsys, *arguments, "--out", out)
         assert code == 2 and len(errors) == 1 and part in errors[0], errors
         assert not out.exists()
+    right = write_config(tmp_path / "right.yaml", {"model": torch.load(source, weights_only=True)["config"]["model"]})
+    arguments = ["--checkpoint", old, "--to", "safetensors", "--cfg", right, "--out", out]
+    assert convert(monkeypatch, capsys, *arguments)[0] == 0
