@@ -145,8 +145,8 @@ def _used(weights: Weights, project: str, keep_counters: bool = False) -> Iterat
 
 
 def _no_counterpart(project: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{project}'s RetinaNet has no counterpart of {what}; docs/commands.md lists the settings of "
-                           "models that can be converted")
+    return CheckpointError(f"{project}'s RetinaNet has no counterpart of {what}; docs/commands.md lists the settings "
+                           "of models that can be converted")
 
 
 def _check_shapes(weights: Weights, project: str) -> None:
