@@ -16,7 +16,8 @@ setup(
     install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib",
-                 "tensorboard", "onnx", "onnxscript", "onnxruntime", "timm>=1.0", "simplejpeg>=1.8"],
+                 "tensorboard", "onnx", "onnxscript", "onnxruntime", "timm>=1.0", "simplejpeg>=1.8",
+                 "safetensors>=0.4"],
         "eval": ["faster-coco-eval>=1.8"],  # COCO figures ten times as fast
         "viz": ["matplotlib", "tensorboard"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
@@ -24,5 +25,6 @@ setup(
         "video": ["av"],
         "jpeg": ["simplejpeg>=1.8"],  # decodes JPEG faster than Pillow, to the same pixels
         "timm": ["timm>=1.0"],  # its models as backbones
+        "hub": ["safetensors>=0.4"],  # .safetensors files
     },
 )

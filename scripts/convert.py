@@ -1,18 +1,32 @@
-"""Convert a checkpoint of any known format to mmdet's or torchvision's, or an FGD checkpoint to its student."""
+"""Convert a checkpoint of any known format to mmdet's, torchvision's or detectron2's, or to .safetensors, or an FGD
+checkpoint to its student. Beside a .safetensors file it writes model_card.md, a page about the detector."""
+from pathlib import Path
+
 from kd import cli
+from kd.exceptions import UsageError
 
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/convert.py --checkpoint runs/student/last.pth --to mmdet "
-                                 "--out student.pth", "--checkpoint", "--part")
-    parser.add_argument("--to", required=True, choices=("mmdet", "torchvision", "student"),
-                        help="torchvision: for RetinaNet; student: the student of an FGD checkpoint, in mmdet's format")
-    parser.add_argument("--out", required=True, help="file to write")
-    args = parser.parse_args()
-    cli.check_early(None, (), checkpoint=args.checkpoint)
-    from models.checkpoints.convert import convert_checkpoint
+                                 "--out student.pth", "--cfg", "--checkpoint", "--part", "overrides",
+                        cfg={"required": False, "help": "configuration of the checkpoint, to put into a .safetensors "
+                             "file or to compare with torchvision's or detectron2's; default: the one in the "
+                             "checkpoint"})
+    parser.add_argument("--to", required=True, choices=("mmdet", "torchvision", "detectron2", "safetensors", "student"),
+                        help="torchvision, detectron2: for RetinaNet; safetensors: to publish a detector; student: the "
+                             "student of an FGD checkpoint, in mmdet's format")
+    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    args = parser.parse_intermixed_args()
+    if args.overrides and args.cfg is None:
+        raise UsageError(f"{args.overrides[0]}: settings replace those of --cfg, which is missing")
+    if args.cfg is not None and args.to in ("mmdet", "student"):
+        raise UsageError(f"--cfg has no effect with --to {args.to}: leave it out")
+    cli.check_early(args.cfg, args.overrides, checkpoint=args.checkpoint)
+    from kd.config import load_config
+    from kd.inference.convert import convert
 
-    print(convert_checkpoint(args.checkpoint, args.to, args.out, args.part))
+    cfg = None if args.cfg is None else load_config(args.cfg, args.overrides)
+    print("\n".join(convert(args.checkpoint, args.to, args.out, args.part, cfg)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Detect objects in images and videos, draw them, and write them as COCO-format results."""
+import sys
 from pathlib import Path
 
-from data.errors import counted
+from data.errors import counted, listed
 from data.inputs.find import find_files
 from data.ranges import Count, Share
 from kd import cli
-from kd.exceptions import Incomplete
+from kd.exceptions import Incomplete, UsageError
+from kd.inference.thresholds import read_thresholds, scores_for
+
+SCORE_THR = 0.3
 
 
 def main() -> None:
@@ -13,22 +17,28 @@ def main() -> None:
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --input photos --out found",
                         "--cfg", "--checkpoint", "--exported", "--part", "--classes", "--score-thr", "--device",
                         "overrides", cfg=cli.OPTIONAL,
-                        score_thr={"help": "detections with a lower score are left out, in addition to "
-                                           "model.test.score_thr; default: 0.3"})
+                        score_thr={"default": None, "help": "detections with a lower score are left out, in addition "
+                                                            f"to model.test.score_thr; default: {SCORE_THR}"})
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
                         help="images, videos, folders (searched with their subfolders) or quoted globs")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
     parser.add_argument("--class-thr", nargs="+", action="extend", type=cli.named(Share), default=[],
                         metavar="NAME=SCORE", help="lowest score for a single class")
+    parser.add_argument("--thresholds", type=Path, metavar="FILE",
+                        help="lowest score of each class, in place of --score-thr: a thresholds.json from analyze.py")
     parser.add_argument("--batch-size", type=cli.number(Count), metavar="N",
                         help="images at a time; default: data.batch_size")
     args = parser.parse_intermixed_args()
+    if args.thresholds is not None and args.score_thr is not None:
+        raise UsageError("--thresholds has a lowest score for each class, so --score-thr has no effect: give only one "
+                         "of them")
+    chosen = None if args.thresholds is None else read_thresholds(args.thresholds)
     sources = find_files(args.input)
     cli.check_exported(args)
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint) if args.cfg or args.checkpoint else None
     from kd.inference.detectors import load_named
     from kd.inference.exported import open_named
-    from kd.inference.predict import Predictor, class_thresholds, predict_files
+    from kd.inference.predict import Predictor, class_thresholds, left_out_classes, predict_files
 
     device, within = cli.choose_device(args.device or ("cpu" if args.exported else None)), (None, None)
     if args.exported:
@@ -36,7 +46,13 @@ def main() -> None:
         device, within = detector.device, detector.file.about.within
     else:
         detector, classes = load_named(cfg, args.checkpoint, device, args.part, args.classes)
-    thresholds = class_thresholds(classes, args.score_thr, args.class_thr)
+    if chosen is not None:
+        chosen = scores_for(args.thresholds, chosen, classes.names)
+    score_thr = SCORE_THR if args.score_thr is None else args.score_thr
+    thresholds = class_thresholds(classes, score_thr, args.class_thr, chosen=chosen)
+    if left_out := left_out_classes(classes, thresholds):
+        print(f"{args.thresholds} has no score for {listed(left_out, ', ')}: all their boxes are left out; --class-thr "
+              "NAME=SCORE gives one", file=sys.stderr)
     predictor = Predictor(detector, cfg, thresholds, device, args.batch_size, within)
     results, unread = predict_files(predictor, classes, sources, args.out)
     print(f"{counted(len(results.results), 'detection')} on {counted(len(results.images), 'image')}; pictures, "

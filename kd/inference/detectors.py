@@ -49,8 +49,8 @@ def find_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     if path is not None:
         return load_config(path, overrides)
     advice = "give cfg, a configuration file (--cfg)"
-    stored = open_checkpoint(checkpoint, preferred="student")[1].meta.get("config")
-    if not isinstance(stored, dict):
+    stored = open_checkpoint(checkpoint, preferred="student")[1].config
+    if stored is None:
         raise CheckpointError(f"checkpoint {checkpoint} holds no configuration: {advice}")
     kept = copy.deepcopy({key: stored[key] for key in ("model", "data", "eval") if key in stored})
     kept.get("eval", {}).pop("class_map", None)  # the run trained on the classes of its data

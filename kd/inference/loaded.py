@@ -14,7 +14,8 @@ from models import Detector
 from ..config import Config, load_config, parse_config
 from ..exceptions import UsageError
 from .detectors import Classes, find_config, load_named
-from .predict import Predictor
+from .predict import Predictor, class_thresholds
+from .thresholds import load_thresholds
 
 Photo = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -25,9 +26,10 @@ class LoadedDetector:
     Attributes: `detector`, the `nn.Module`; `classes`, the names; `cfg`, the configuration.
     """
 
-    def __init__(self, detector: Detector, classes: Classes, cfg: Config, device: torch.device, score_thr: float):
+    def __init__(self, detector: Detector, classes: Classes, cfg: Config, device: torch.device, thresholds: Tensor):
+        """`thresholds` (classes,): the lowest score of each class."""
         self.detector, self.classes, self.cfg = detector, classes.names, cfg
-        self.predictor = Predictor(detector, cfg, torch.full((len(classes.names),), score_thr), device)
+        self.predictor = Predictor(detector, cfg, thresholds, device)
 
     def __call__(self, photos: Photo | Sequence[Photo]) -> dict | list[dict]:
         """Detections on a photograph, or a list of them on a list.
@@ -50,7 +52,7 @@ class LoadedDetector:
 
 
 def load_detector(checkpoint: str | Path, cfg: str | Path | Mapping | None = None, device: str | None = None,
-                  score_thr: float = 0.3) -> LoadedDetector:
+                  score_thr: float = 0.3, thresholds: str | Path | None = None) -> LoadedDetector:
     """A detector from a checkpoint, ready for photographs.
 
     Args:
@@ -58,8 +60,9 @@ def load_detector(checkpoint: str | Path, cfg: str | Path | Mapping | None = Non
         cfg: the configuration, its tree, or its file, for a checkpoint that holds none.
         device: "cpu", "cuda" or "mps"; by default cuda if there is one, otherwise cpu.
         score_thr: detections with a lower score are left out.
+        thresholds: a file from analyze.py with a lowest score for each class, in place of `score_thr`.
     Raises:
-        ConfigError, CheckpointError, UsageError, ValueError: bad input.
+        ConfigError, CheckpointError, DataError, UsageError, ValueError: bad input.
     """
     if not 0 <= score_thr <= 1:
         raise ValueError(f"score_thr must be from 0 to 1, not {score_thr}")
@@ -72,7 +75,9 @@ def load_detector(checkpoint: str | Path, cfg: str | Path | Mapping | None = Non
         cfg = find_config(checkpoint)
     elif not isinstance(cfg, Config):
         cfg = parse_config(cfg) if isinstance(cfg, Mapping) else load_config(cfg)
-    return LoadedDetector(*load_named(cfg, checkpoint, place), cfg, place, score_thr)
+    detector, classes = load_named(cfg, checkpoint, place)
+    chosen = None if thresholds is None else load_thresholds(thresholds, classes.names)
+    return LoadedDetector(detector, classes, cfg, place, class_thresholds(classes, score_thr, chosen=chosen))
 
 
 def pixels(photo: Photo) -> Tensor:

@@ -28,6 +28,7 @@ from .draw import draw_boxes
 from .tta import merge, views
 
 PIXELS_PER_THICKNESS = 900  # of the longer edge, so that lines are visible when a screen shrinks the picture
+ROUNDING = 1e-5  # a chosen score is that of a box, whose last digits depend on the batch and on the machine
 IMAGES_PER_WORKER = 8  # fewer are read faster than a worker process starts
 
 
@@ -194,17 +195,26 @@ def picture_name(name: str) -> str:
 
 
 def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tuple[str, float]] = (),
-                     option: str = "--class-thr") -> Tensor:
+                     option: str = "--class-thr", chosen: Sequence[float | None] | None = None) -> Tensor:
     """The lowest score of each class, from one for all classes and exceptions, each a class and its score.
 
     Args:
         option: where the exceptions are from, for the error.
+        chosen: a score for each class in place of `score_thr`, see `load_thresholds`; None leaves out all detections
+            of the class.
     Raises:
         UsageError: an exception names a class that does not exist.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
+    if chosen is not None:
+        thresholds = torch.tensor([float("inf") if score is None else score - ROUNDING for score in chosen])
     for name, score in per_class:
         if name not in classes.names:
             raise UsageError(f'{option} {name}={score}: there is no class "{name}"; {nearest(name, classes.names)}')
         thresholds[classes.names.index(name)] = score
     return thresholds
+
+
+def left_out_classes(classes: Classes, thresholds: Tensor) -> list[str]:
+    """The names of the classes whose detections are all left out."""
+    return [name for name, score in zip(classes.names, thresholds.tolist()) if score > 1]

@@ -12,6 +12,7 @@ from data.errors import listed
 from data.output import OutputError, reason_of, writing
 from models import ConfigError
 from models.build import check_value
+from models.checkpoints.safetensors_file import is_safetensors
 from models.checkpoints.wrappers import check_size
 from models.weights import CheckpointError
 
@@ -69,6 +70,11 @@ def read_checkpoint(path: Path) -> dict:
     Raises:
         CheckpointError: missing, damaged, or not a checkpoint of a run.
     """
+    if path.is_file():
+        with open(path, "rb") as file:
+            if is_safetensors(file.read(9)):
+                raise CheckpointError(f"checkpoint {path} holds only weights, as every .safetensors file: a run is "
+                                      "resumed from its .pth file; train.init starts a new run from weights")
     return read_plain(path, FORMAT, "checkpoint", "one that a run can be resumed from")
 
 

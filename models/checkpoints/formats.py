@@ -31,6 +31,12 @@ class Checkpoint:
     weights: Weights
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def config(self) -> dict | None:
+        """The configuration in a checkpoint of ours; those of other projects have texts under this name."""
+        found = self.meta.get("config")
+        return found if self.format == OUR_FORMAT and isinstance(found, dict) else None
+
 
 def parse_checkpoint(content: Any, part: str | None = None, preferred: str | None = None) -> Checkpoint:
     """Finds the weights in the result of `read_checkpoint` and gives them our names.

@@ -1,4 +1,5 @@
-"""Reads checkpoint files (torch's zip format, its older format, plain pickles) without running code from them.
+"""Reads checkpoint files (torch's zip format, its older format, plain pickles, .safetensors) without running code from
+them.
 
 `torch.load` is not used. With `weights_only=True` it refuses real mmdet 3 files and every detectron2 `.pkl`. Without
 it, some of its branches (TorchScript archives, tar files) never use the unpickler that was passed to it. Both formats
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from data.errors import one_line
+from data.extras import MissingExtra
 
+from .safetensors_file import is_safetensors, read_safetensors
 from .sources import check_file
 from .unpickler import CheckpointError, CheckpointUnpickler
 
@@ -26,17 +29,20 @@ _LEGACY_PROTOCOL = 1001
 def read_checkpoint(path: str | os.PathLike) -> Any:
     """The content of a checkpoint file, with every tensor on the CPU.
 
-    The file may be torch's (`.pth`, zip or older format) or a plain pickle (`.pkl`, also Python 2's). Its content
-    decides, not its name. Tensors, numpy arrays, plain containers and numbers are returned as they are; objects of
-    mmengine, mmcv and mmdet become empty placeholders.
+    The file may be torch's (`.pth`, zip or older format), a plain pickle (`.pkl`, also Python 2's) or `.safetensors`.
+    Its content decides, not its name. Tensors, numpy arrays, plain containers and numbers are returned as they are;
+    objects of mmengine, mmcv and mmdet become empty placeholders.
     Raises `CheckpointError`, in one line, if the file is missing, empty, damaged or not a checkpoint, or if it asks for
-    an object that weights do not need. This object is not even looked up.
+    an object that weights do not need. This object is not even looked up. Raises `MissingExtra` if the package for
+    `.safetensors` is not installed.
     """
     path = os.fspath(path)
     check_file(path)
     try:
         with open(path, "rb") as file:
             return _read(file)
+    except MissingExtra:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
     except OSError as error:
@@ -47,11 +53,13 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
 
 def _read(file: BinaryIO) -> Any:
-    head, size = file.read(2), os.fstat(file.fileno()).st_size
+    head, size = file.read(9), os.fstat(file.fileno()).st_size
     file.seek(0)
     if not head:
         raise CheckpointError("the file is empty")
-    if head == b"PK":
+    if is_safetensors(head):  # before the archives: the length of a header may have their first bytes
+        return read_safetensors(file.name)
+    if head[:2] == b"PK":
         return _read_zip(file)
     first = CheckpointUnpickler(file, size).load()
     if isinstance(first, int) and first == _LEGACY_MAGIC:

@@ -14,6 +14,7 @@ from data.encrypted import UnencryptedAddress, check_encrypted, open_encrypted
 from data.errors import one_line
 from data.output import OutputError, no_room, reason_of
 
+from .safetensors_file import check_installed
 from .unpickler import CheckpointError
 from .zoo import PREFIX, checksum, published
 
@@ -43,9 +44,11 @@ def local_path(source: str | os.PathLike) -> str:
     - `detectron2://ImageNetPretrained/MSRA/R-50.pkl`;
     - `open-mmlab://detectron2/resnet50_caffe` and the other keys of `_OPEN_MMLAB`.
     Raises `CheckpointError` for an unknown name, a plain http address, and if the download fails or does not have the
-    checksum in its name; `OutputError` if the disk is full.
+    checksum in its name; `OutputError` if the disk is full; `MissingExtra` for an address of a `.safetensors` file
+    without the package that reads it.
     """
     source = os.fspath(source)
+    check_installed(source)
     if entry := published(source):
         return _download(entry.url)
     scheme, separator, name = source.partition("://")
@@ -71,11 +74,13 @@ def is_address(source: str | os.PathLike) -> bool:
 
 
 def check_file(source: str | os.PathLike) -> None:
-    """Raise CheckpointError for a path where there is no file, or an unknown name `zoo:...`; it downloads nothing."""
+    """Raise CheckpointError for a path where there is no file, or an unknown name `zoo:...`, and MissingExtra for a
+    `.safetensors` file without the package that reads it; it downloads nothing."""
     source = os.fspath(source)
     published(source)
     if not is_address(source) and not os.path.exists(os.path.expanduser(source)):
         raise CheckpointError(f"no such checkpoint file: {source}")
+    check_installed(source)
 
 
 def torchvision_url(name: str, detector: bool = False) -> str:

@@ -1,5 +1,6 @@
 """analyze.py from the command line, and the curves that eval.py writes."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from runs import config, model, run_script, write_config
 from small_models import enliven
 
 from data import generate_scenes
+from data.images import read_image
 from models import build_detector
 
 
@@ -34,6 +36,7 @@ def test_two_models_of_different_configurations(models, tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     for title in ("AP, and by size of object", "AP50, and what it would gain without the errors of one kind",
                   "How many errors there are, whatever their score", "Objects found (IoU 0.5, score 0.3 or more)",
+                  "Lowest score of each class: the best F1", "Reliability of scores of 0.3 or more",
                   "narrow: objects (rows) taken for", "wide: objects (rows) taken for"):
         assert title in printed
     narrow, wide = json.loads((out / "analysis.json").read_text())
@@ -43,7 +46,31 @@ def test_two_models_of_different_configurations(models, tmp_path, monkeypatch, c
         assert sum(sum(row) for row in each["confusion"][:-1]) == len(truth["annotations"])
         assert sum(errors[kind] for errors in each["errors"] for kind in each["lost"]) > 0
     assert narrow["name"] == "narrow" and narrow["AP50"] != wide["AP50"]
-    assert (out / "analysis.md").read_text().count("## ") == 6
+    assert (out / "analysis.md").read_text().count("## ") == 8
+    assert {path.name for path in out.glob("thresholds*")} == {"thresholds_narrow.json", "thresholds_wide.json"}
+    for each in (narrow, wide):
+        chosen = json.loads((out / f"thresholds_{each['name']}.json").read_text())
+        assert chosen["checkpoint"] == str(models / each["name"] / "last.pth")
+        assert list(chosen["classes"]) == each["classes"] == list(each["reliability"]["per_class"])
+        assert sum(entry["objects"] for entry in chosen["classes"].values()) == len(truth["annotations"])
+        assert 0 < each["reliability"]["ECE"] < 1
+
+
+def test_pictures_of_scores(models, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="plots need the extra viz")
+    arguments = ["analyze.py", "--cfg", models / "wide.yaml", "--checkpoint", models / "wide" / "last.pth",
+                 "--precision", 0.2, "--device", "cpu", "--out"]
+    assert run_script(monkeypatch, *arguments, tmp_path) == 0
+    assert "precision 0.2 or more" in capsys.readouterr().out
+    assert json.loads((tmp_path / "thresholds.json").read_text())["chosen_by"].startswith("precision 0.2 or more")
+    for name in ("scores.png", "reliability.png"):
+        assert read_image(tmp_path / name).float().std() > 10
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run_script(monkeypatch, *arguments, tmp_path / "without") == 0
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("no pictures: a plot needs matplotlib") and "densekd[viz]" in error[-1]
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"analysis.json", "analysis.md",
+                                                                        "thresholds.json"}
 
 
 def test_one_model(models, monkeypatch, capsys):

@@ -114,6 +114,46 @@ def test_thresholds_of_classes(lively, tmp_path, monkeypatch, capsys):
         assert code == 2 and len(error) == 1 and part in error[0]
 
 
+def thresholds_file(path, **scores):
+    """A file as analyze.py writes it."""
+    path.write_text(json.dumps({"classes": {name: {"score": score} for name, score in scores.items()}}))
+    return path
+
+
+def test_thresholds_from_a_file(lively, tmp_path, monkeypatch, capsys):
+    """What is left are the boxes that analyze.py counts, class by class; a class without a score has none."""
+    root, cfg, checkpoint, _ = lively
+    assert run_script(monkeypatch, "analyze.py", "--cfg", cfg, "--checkpoint", checkpoint, "--out", tmp_path,
+                      "--device", "cpu") == 0
+    path = tmp_path / "thresholds.json"
+    chosen = json.loads(path.read_text())["classes"]
+    assert list(chosen) == CLASSES and {each["score"] is None for each in chosen.values()} == {True, False}
+    code, error, results, _ = predict(monkeypatch, capsys, lively, tmp_path / "found", "--thresholds", path)
+    assert code == 0
+    for k, each in enumerate(chosen.values()):
+        own = [result["score"] for result in results if result["category_id"] == 10 * (k + 1)]
+        assert len(own) == each["boxes"] and (not own or min(own) == pytest.approx(each["score"], abs=1e-6))
+    without = [name for name, each in chosen.items() if each["score"] is None]
+    assert f"{path} has no score for {', '.join(without)}: all their boxes are left out" in error[-1]
+    both = predict(monkeypatch, capsys, lively, tmp_path / "more", "--thresholds", path, "--class-thr",
+                   f"{without[0]}=0")[2]
+    assert len(both) > len(results) and {r["category_id"] for r in both} > {r["category_id"] for r in results}
+
+
+def test_bad_files_of_thresholds(lively, tmp_path, monkeypatch, capsys):
+    right = thresholds_file(tmp_path / "right.json", **dict.fromkeys(CLASSES, 0.5))
+    other = thresholds_file(tmp_path / "other.json", disc=0.5, ball=0.5)
+    (tmp_path / "cut.json").write_text(right.read_text()[:-20])
+    cases = [(["--thresholds", right, "--score-thr", 0.3], "give only one of them"),
+             (["--thresholds", other], f"{other} is for 2 classes (disc, ball), and the detector has 6 classes "),
+             (["--thresholds", tmp_path / "cut.json"], "cut.json cannot be read"),
+             (["--thresholds", tmp_path / "none.json"], "none.json cannot be read (No such file")]
+    for arguments, part in cases:
+        code, error, *_ = predict(monkeypatch, capsys, lively, tmp_path / "out", *arguments)
+        assert code == 2 and part in error[-1] and sum(line.startswith("error") for line in error) == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_unreadable_images_are_told_and_the_rest_goes_on(lively, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(lively[0] / "val", tmp_path / "in")
     (folder / "000000.jpg").write_bytes((folder / "000000.jpg").read_bytes()[:-300])

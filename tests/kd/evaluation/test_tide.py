@@ -1,12 +1,10 @@
 """Types of errors and their costs, in cases with known answers and against pycocotools."""
-import json
-
 import numpy as np
 import pytest
+from hand_detections import A, B, evaluated, make_dataset
 
-from data import CocoDataset
 from kd.evaluation.analyze import analyze_evaluation, format_tables
-from kd.evaluation.coco import coco_evaluation, read_figures
+from kd.evaluation.coco import read_figures
 from kd.evaluation.tide import (
     BOTH,
     BOX,
@@ -24,28 +22,7 @@ from kd.evaluation.tide import (
     mean,
 )
 
-A, B = 0, 1  # classes
 ONE, TWO, FAR = [0, 0, 100, 100], [100, 100, 100, 100], [100, 0, 60, 60]
-
-
-def make_dataset(folder, objects, images=1):
-    """`objects`: (image, class, box) or (image, class, box, iscrowd), in classes A and B."""
-    folder.mkdir(exist_ok=True)
-    annotations = [{"id": n, "image_id": im, "category_id": 10 * (c + 1), "bbox": list(box), "iscrowd": int(any(crowd)),
-                    "area": box[2] * box[3]} for n, (im, c, box, *crowd) in enumerate(objects)]
-    (folder / "a.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 200, "height": 200} for i in range(images)],
-        "annotations": annotations, "categories": [{"id": 10, "name": "A"}, {"id": 20, "name": "B"}]}))
-    return CocoDataset(folder, folder / "a.json", training=False)
-
-
-def evaluated(dataset, detections):
-    """`detections`: (image, class, box, score)."""
-    rows = {image_id: [] for image_id in dataset.image_ids}
-    for image_id, label, box, score in detections:
-        rows[image_id].append([*map(float, box), score, label])
-    return coco_evaluation([(image_id, np.array(own).reshape(-1, 6)) for image_id, own in rows.items()], dataset,
-                           fast=False)
 
 
 def judged(folder, objects, detections, images=1):

@@ -1,11 +1,13 @@
 """`load_detector`: a checkpoint of a run, called on photographs of every kind."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from runs import config, write_checkpoint, write_config
 
-from data import generate_scenes
+from data import DataError, generate_scenes
 from data.images import read_image
 from kd import load_detector
 from kd.config import parse_config
@@ -41,6 +43,23 @@ def test_detections_are_those_of_evaluation(run):
         assert (found["scores"][:-1] >= found["scores"][1:]).all()
     few = load_detector(path, device="cpu", score_thr=float(expected[0][2, 4]) + 1e-6)(files[0])
     assert 0 < len(few["boxes"]) <= 2
+
+
+def test_thresholds_from_a_file(run, tmp_path):
+    folder, _, path = run
+    file = folder / "scenes" / "val" / "000000.jpg"
+    everything = load_detector(path, device="cpu", score_thr=0)
+    found = everything(file)
+    label = int(found["labels"][1])
+    thresholds = tmp_path / "thresholds.json"
+    scores = {name: {"score": float(found["scores"][1]) if k == label else None}
+              for k, name in enumerate(everything.classes)}
+    thresholds.write_text(json.dumps({"classes": scores}))
+    kept = load_detector(path, device="cpu", thresholds=thresholds)(file)
+    assert kept["labels"].tolist() == [k for k in found["labels"][:2].tolist() if k == label]
+    thresholds.write_text(json.dumps({"classes": {"ball": {"score": 0.5}}}))
+    with pytest.raises(DataError, match=r"is for 1 class \(ball\), and the detector has 6 classes"):
+        load_detector(path, device="cpu", thresholds=thresholds)
 
 
 def test_photographs_of_every_kind(run, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from runs import run_script
 
 from models import build_detector
-from models.checkpoints.convert import convert_checkpoint, to_mmdet, to_torchvision
+from models.checkpoints.convert import convert_checkpoint, to_mmdet
 from models.weights import CheckpointError, load_weights
 
 
@@ -83,42 +83,6 @@ def test_fgd_to_its_parts(tmp_path, part):
     del written["state_dict"]["bbox_head.integral.project"]
     assert_same(written["state_dict"], student if part == "student" else teacher)
     assert written["meta"]["CLASSES"] == ("a", "b", "c", "d")
-
-
-@pytest.mark.parametrize("with_norm", [False, True])
-def test_to_torchvision_and_back(tmp_path, with_norm):
-    from torchvision.models.detection import RetinaNet
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-    from torchvision.models.detection.retinanet import RetinaNetHead
-    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-
-    norm = {"norm_cfg": {"type": "GN", "num_groups": 32}} if with_norm else {}
-    model = detector("RetinaHead", channels=256, base_channels=64, **norm)
-    torch.save({"format": "densekd", "model": model.state_dict()}, tmp_path / "last.pth")
-    convert_checkpoint(tmp_path / "last.pth", "torchvision", tmp_path / "out.pth")
-    state = torch.load(tmp_path / "out.pth", weights_only=True)
-
-    options = {
-        "norm_layer": torch.nn.BatchNorm2d,
-        "returned_layers": [2, 3, 4],
-        "extra_blocks": LastLevelP6P7(256, 256),
-    }
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, **options)
-    layer = (lambda channels: torch.nn.GroupNorm(32, channels)) if with_norm else None
-    theirs = RetinaNet(backbone, num_classes=4, head=RetinaNetHead(256, 9, 4, norm_layer=layer))
-    theirs.load_state_dict(state, strict=True)
-    back = detector("RetinaHead", channels=256, base_channels=64, **norm)
-    for value in back.parameters():
-        value.detach().zero_()
-    load_weights(back, theirs.state_dict())
-    assert_same(back.state_dict(), model.state_dict())
-
-
-def test_to_torchvision_is_for_retinanet_only():
-    with pytest.raises(CheckpointError, match="only a RetinaNet can be converted to torchvision"):
-        to_torchvision(detector("GFLHead").state_dict())
-    with pytest.raises(CheckpointError, match="no counterpart of mask_head.weight"):
-        to_torchvision({"bbox_head.retina_cls.weight": torch.ones(1), "mask_head.weight": torch.ones(1)})
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
