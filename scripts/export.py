@@ -29,9 +29,9 @@ def main() -> None:
                         help="images to check on; default: the first two of data.val, or noise if there are none")
     args = parser.parse_intermixed_args()
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
+    from kd.deploy.export import check_options, check_samples, export
+    from kd.deploy.recipe import make_recipe, with_detections
     from kd.inference.detectors import load_named
-    from kd.inference.export import check_options, check_samples, export
-    from kd.inference.recipe import make_recipe, with_detections
 
     beside, fixed = args.weights == "beside", dict(args.fixed)
     kind = check_options(args.out, args.format, args.opset, beside, args.nms, args.end2end, fixed)

@@ -36,8 +36,8 @@ def main() -> None:
     sources = find_files(args.input)
     cli.check_exported(args)
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint) if args.cfg or args.checkpoint else None
+    from kd.deploy.exported import open_named
     from kd.inference.detectors import load_named
-    from kd.inference.exported import open_named
     from kd.inference.predict import Predictor, class_thresholds, left_out_classes, predict_files
 
     device, within = cli.choose_device(args.device or ("cpu" if args.exported else None)), (None, None)

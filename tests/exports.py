@@ -11,11 +11,11 @@ from data import generate_scenes
 from data.inputs.files import make_sample
 from data.sources.scenes import CLASSES
 from kd.config import Config, parse_config
+from kd.deploy.agreement import Agreement
+from kd.deploy.export import check_samples, export
+from kd.deploy.recipe import Recipe, make_recipe, with_detections
 from kd.evaluation.evaluate import detect, eval_loader
-from kd.inference.agreement import Agreement
 from kd.inference.detectors import load_named, load_with_data
-from kd.inference.export import check_samples, export
-from kd.inference.recipe import Recipe, make_recipe, with_detections
 
 SCALE = [160, 120]  # that of the scenes: how a resize rounds depends on the processor
 FIXED = {"height": 128, "width": 160}  # a fixed size takes half the time

@@ -13,8 +13,8 @@ from losses import widest_float
 from models import Detector
 
 from ..config import Config
+from ..deploy.exported import ExportedDetector, open_with_data
 from ..inference.detectors import load_with_data
-from ..inference.exported import ExportedDetector, open_with_data
 from ..inference.precision import autocast
 from ..inference.tta import merge_results, views
 from ..processes import distributed

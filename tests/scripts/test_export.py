@@ -19,10 +19,10 @@ from data.images import read_image
 from data.sources.scenes import CLASSES
 from data.transforms import resize_image, resized_size
 from kd.config import parse_config
+from kd.deploy.agreement import Agreement
+from kd.deploy.export import check_samples
 from kd.evaluation.evaluate import detect, eval_loader
-from kd.inference.agreement import Agreement
 from kd.inference.detectors import load_with_data
-from kd.inference.export import check_samples
 from models.preprocess import Preprocess
 
 pytestmark = onnx_rules.needed

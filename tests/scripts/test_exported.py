@@ -13,10 +13,10 @@ from runs import ROOT, config_with, run_script, write_config
 
 from data.sources.scenes import CLASSES
 from kd.config import parse_config
+from kd.deploy.exported import open_with_data
+from kd.deploy.recipe import read_recipe
 from kd.evaluation.evaluate import detect_views
 from kd.inference.detectors import load_with_data
-from kd.inference.exported import open_with_data
-from kd.inference.recipe import read_recipe
 
 pytestmark = onnx_rules.needed
 BCCD = ROOT.parent / "shared" / "data" / "bccd"

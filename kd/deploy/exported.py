@@ -16,7 +16,7 @@ from models.postprocess import TestConfig, class_nms
 
 from ..config import Config
 from ..exceptions import ExportedFileError
-from .detectors import Classes, annotated_classes, match_names, said, with_ids
+from ..inference.detectors import Classes, annotated_classes, match_names, said, with_ids
 from .recipe import Recipe
 from .runtimes import ExportedFile, first_sentence, open_exported
 

@@ -17,7 +17,7 @@ class Suppress(nn.Module):
         self.settings = settings
 
     def forward(self, boxes, scores, labels):
-        from kd.inference.onnx_graph import one_operator
+        from kd.deploy.onnx_graph import one_operator
 
         return one_operator(boxes, scores, labels, *self.settings)
 
@@ -27,7 +27,7 @@ def test_it_keeps_the_same(tmp_path, classes, threshold):
     """For one class, too, and where the threshold is a whole number."""
     import onnxruntime
 
-    from kd.inference.onnx_graph import suppress_in_onnx
+    from kd.deploy.onnx_graph import suppress_in_onnx
     generator = torch.Generator().manual_seed(0)
     low = 40 * torch.rand(2, 50, 2, generator=generator)
     boxes = torch.cat([low, low + 5 + 20 * torch.rand(2, 50, 2, generator=generator)], dim=-1)

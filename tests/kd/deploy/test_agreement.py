@@ -7,9 +7,9 @@ from small_models import enliven, small_config, small_detector
 
 from data.inputs.files import make_sample
 from kd.config import parse_config
+from kd.deploy.agreement import Agreement, Candidates, check_export, compare
+from kd.deploy.recipe import make_recipe
 from kd.exceptions import ExportError
-from kd.inference.agreement import Agreement, Candidates, check_export, compare
-from kd.inference.recipe import make_recipe
 from models.deploy import DeployedDetector, suppress
 from models.postprocess import TestConfig as Settings
 

@@ -9,9 +9,9 @@ from exports import tiny_detector, tiny_export
 from small_models import HEADS, VARIANTS
 
 from data.extras import MissingExtra
+from kd.deploy.export import check_options
+from kd.deploy.runtimes import open_exported
 from kd.exceptions import ExportError, UsageError
-from kd.inference.export import check_options
-from kd.inference.runtimes import open_exported
 
 pytestmark = onnx_rules.needed
 
@@ -92,7 +92,7 @@ def test_what_disagrees_is_not_left_behind(tmp_path, monkeypatch):
         file = open_exported(path)
         return replace(file, run=lambda *inputs: [file.run(*inputs)[0] + 0.01, *file.run(*inputs)[1:]])
 
-    monkeypatch.setattr("kd.inference.export.open_exported", shifted)
+    monkeypatch.setattr("kd.deploy.export.open_exported", shifted)
     (tmp_path / "a.onnx").write_bytes(b"before")
     with pytest.raises(ExportError, match="does not agree with PyTorch.*0.01 pixels"):
         tiny_export(tmp_path / "a.onnx", tiny_detector())
