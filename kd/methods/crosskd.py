@@ -17,6 +17,7 @@ from .base import (
     adapter,
     build_mimic_losses,
     check_same_grid,
+    known_scores,
     link,
     mimic,
 )
@@ -75,8 +76,9 @@ class CrossKD(Method):
         features = zip(("classification", "box"), student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut])
         where = f"tower after {counted(self.cut, 'convolution')}, finest of {counted(len(student.features), 'level')}"
         through, made = f"through the teacher's layers {self.cut + 1}.. of its head", teacher.outputs
+        scores = known_scores(made.cls, teacher.head)
         # The predictions from the student's features have the shapes of the teacher's, whatever the student's head is.
-        lines = [link("class scores", made.cls, "class scores", made.cls), link("boxes", made.box, "boxes", made.box)]
+        lines = [link("class scores", scores, "class scores", scores), link("boxes", made.box, "boxes", made.box)]
         return [link(f"{tower} {where}", own[0], f"{tower} tower", other[0]) for tower, own, other in features] + [
             f"{through}: {line}" for line in lines] + kinds(student.head, teacher.head)
 

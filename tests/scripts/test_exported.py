@@ -37,6 +37,7 @@ def assert_same(mine, theirs):
 
 def evaluated(monkeypatch, capsys, cfg, out, *arguments):
     """The figures and the table of eval.py."""
+    capsys.readouterr()  # an export may have printed something
     assert run_script(monkeypatch, "eval.py", "--cfg", cfg, "--out", out, *arguments) == 0
     return json.loads(out.read_text()), capsys.readouterr().out.splitlines()[:-1]
 

@@ -118,7 +118,7 @@ def find_places(call: Any, cfg: dict, path: tuple, found: dict[Any, tuple[dict, 
                 if not inner.takes or each.takes in inner.takes:
                     find_places(each, put(cfg, place, {"type": kind}), place, found)
             if inner.common:
-                found[inner.common] = put(cfg, place, {"type": kind}), place
+                find_places(inner.common, put(cfg, place, {"type": kind}), place, found)
 
 
 ALL: dict[Any, tuple[dict, tuple]] = {}
