@@ -196,6 +196,10 @@ class CocoDataset(Dataset):
         folder, annotation_file = self.origins[index]
         return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
+    def original(self, index: int) -> Tensor:
+        """An image as it is in its file, uint8 (3, h, w); raises as `dataset[...]`."""
+        return self._read_image(index)
+
     def at_scale(self, scale: tuple[int, int]) -> "CocoDataset":
         """The same images, but evaluation resizes them to fit another scale (long edge, short edge)."""
         other = copy.copy(self)
