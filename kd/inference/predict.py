@@ -34,7 +34,7 @@ from .tta import Views
 PIXELS_PER_THICKNESS = 900  # of the longer edge, so that lines are visible when a screen shrinks the picture
 IMAGES_PER_WORKER = 8  # fewer are read faster than a worker process starts
 BATCHES = 4  # so many batches of images, at most, are read before the results of the first of them are written
-PICTURES = 4  # that wait to be written, at most
+WAITING = 4  # pictures and results that wait to be written, at most
 
 
 class Predictor:
@@ -123,7 +123,10 @@ class Counts:
 
 
 class Output:
-    """Writes results and pictures of images and frames as they come.
+    """Writes results and pictures of images and frames as they come, in their order.
+
+    A thread writes while the detector works. Ctrl-C does not reach it, so it never stops in the middle of a file. Its
+    errors are raised by a later call.
 
     Args:
         pictures: whether to write pictures.
@@ -131,26 +134,30 @@ class Output:
 
     def __init__(self, writer: Writer, classes: Classes, counts: Counts, pictures: bool):
         self.writer, self.classes, self.counts, self.pictures = writer, classes, counts, pictures
-        self.pool, self.waiting = ThreadPoolExecutor(1), deque[Future]()
+        self.thread, self.waiting = ThreadPoolExecutor(1), deque[Future]()
 
-    def add(self, image: ImageDetections) -> None:
-        self.writer.add(image)
-        self.counts.images += 1
-        self.counts.detections += len(image.scores)
+    def add(self, images: Sequence[ImageDetections]) -> None:
+        """Write results."""
+        self.counts.images += len(images)
+        self.counts.detections += sum(len(image.scores) for image in images)
+        self._later(lambda: [self.writer.add(image) for image in images])
 
-    def draw_later(self, path: Path, sample: Sample, found: dict) -> None:
-        """Draw and write a picture in a thread, while the detector works; errors are raised by a later call."""
-        self.waiting.append(self.pool.submit(lambda: write_picture(path, draw(sample, found, self.classes))))
-        self.wait(PICTURES)
+    def draw(self, path: Path, sample: Sample, found: dict) -> None:
+        """Draw and write a picture."""
+        self._later(lambda: write_picture(path, draw(sample, found, self.classes)))
+
+    def _later(self, work: Callable[[], object]) -> None:
+        self.waiting.append(self.thread.submit(work))
+        self.wait(WAITING)
 
     def wait(self, most: int = 0) -> None:
-        """Wait until at most so many pictures wait to be written."""
+        """Wait until at most so many things are left to write."""
         while len(self.waiting) > most:
             self.waiting.popleft().result()
 
     def close(self) -> None:
-        """Write what waits, also after an error."""
-        self.pool.shutdown()
+        """Write what is left, also after an error."""
+        self.thread.shutdown()
         self.writer.close()
 
 
@@ -215,11 +222,10 @@ def predict_images(predictor: Predictor, images: Sequence[Source], pictures: dic
                         source = images[sample.targets[0]["image_id"] - 1]
                         done.append(detections(sample, found, source.name))
                         if output.pictures:
-                            output.draw_later(pictures[source], sample, found)
+                            output.draw(pictures[source], sample, found)
                     bar.update(len(batch))
             finally:
-                for image in sorted(done, key=lambda image: image.image_id):
-                    output.add(image)
+                output.add(sorted(done, key=lambda image: image.image_id))
 
 
 def predict_video(predictor: Predictor, source: Source, path: Path | None, image_ids: Iterator[int], output: Output
@@ -250,7 +256,7 @@ def predict_frames(predictor: Predictor, samples: Iterator[Sample], name: str, w
     frames = count()
     for batch in batches_of_one_size(samples, predictor.batch_size):  # of one video, so they stay in order
         for sample, found in zip(batch, predictor(batch)):
-            output.add(detections(sample, found, name, next(frames)))
+            output.add([detections(sample, found, name, next(frames))])
             if write:
                 write(draw(sample, found, output.classes))
             bar.update()
