@@ -100,30 +100,41 @@ def build_loader(dataset: CocoDataset, batch_size: int, training: bool, workers:
                                     0 if dataset.unlabelled is None else len(dataset.unlabelled), unlabelled_ratio)
     else:
         sampler = EvalBatchSampler(dataset.eval_sizes(), batch_size, rank, world)
-    # On Linux they are forked, whatever Python's default is: then they start at once.
-    worker_start = worker_start or ("fork" if sys.platform == "linux" else "spawn")
-    if worker_start not in get_all_start_methods():
-        raise DataError(f"data.worker_start={worker_start} does not exist on this system: remove it")
+    start = start_method(worker_start)
     generator = torch.Generator().manual_seed(seed)  # else each epoch would draw a number from the global generator
     collate_fn = partial(collate_with_digests, views=digests) if digests else collate
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-                      persistent_workers=workers > 0, multiprocessing_context=worker_start if workers else None,
+                      persistent_workers=workers > 0, multiprocessing_context=start if workers else None,
                       generator=generator, pin_memory=torch.cuda.is_available(),
                       worker_init_fn=partial(_init_worker, seed=seed, rank=rank))
 
 
-def _init_worker(worker: int, seed: int, rank: int) -> None:
-    """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread.
+def start_method(worker_start: str | None) -> str:
+    """How workers start, see `DataConfig`. Raises DataError if the system cannot start them in this way."""
+    # On Linux they are forked, whatever Python's default is: then they start at once.
+    worker_start = worker_start or ("fork" if sys.platform == "linux" else "spawn")
+    if worker_start not in get_all_start_methods():
+        raise DataError(f"data.worker_start={worker_start} does not exist on this system: remove it")
+    return worker_start
 
-    Ctrl-C reaches only the training process, which needs batches until it has saved: where there are process groups,
-    the worker leaves that of the terminal. If the training process dies, the worker notices and ends by itself.
-    """
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _init_worker(worker: int, seed: int, rank: int) -> None:
+    """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread."""
+    leave_terminal()
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
     random.seed(worker_seed)
     np.random.seed(worker_seed)
     torch.manual_seed(worker_seed)
     torch.set_num_threads(1)
+
+
+def leave_terminal(worker: int = 0) -> None:
+    """Let Ctrl-C reach only the main process, which needs a worker's items until it has saved.
+
+    Where there are process groups, the worker leaves that of the terminal. If the main process dies, the worker notices
+    and ends by itself.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

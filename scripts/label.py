@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the annotations, a new JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--batch-size", type=cli.number(Count), metavar="N",
-                        help="images at a time; default: data.batch_size")
+                        help="images or tiles at a time; default: eval.batch_size, or data.batch_size")
     args = parser.parse_intermixed_args()
     check_sources(args, parser.error)
     if args.out.exists() and not args.overwrite:

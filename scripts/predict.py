@@ -1,10 +1,11 @@
-"""Detect objects in images and videos, draw them, and write them as COCO-format results."""
+"""Detect objects in images and videos, draw them, and write them as results in common formats."""
 import sys
 from pathlib import Path
 
 from data.errors import counted, listed
 from data.inputs.find import find_files
 from data.ranges import Count, Share
+from data.results import WRITERS
 from kd import cli
 from kd.exceptions import Incomplete, UsageError
 from kd.inference.thresholds import read_thresholds, scores_for
@@ -27,7 +28,11 @@ def main() -> None:
     parser.add_argument("--thresholds", type=Path, metavar="FILE",
                         help="lowest score of each class, in place of --score-thr: a thresholds.json from analyze.py")
     parser.add_argument("--batch-size", type=cli.number(Count), metavar="N",
-                        help="images at a time; default: data.batch_size")
+                        help="images or tiles at a time; default: eval.batch_size, or data.batch_size")
+    parser.add_argument("--format", choices=tuple(WRITERS), default="coco",
+                        help="of the results: COCO's JSON, YOLO's text files, Pascal VOC's XML files or one CSV table; "
+                             "default: coco")
+    parser.add_argument("--no-pictures", action="store_true", help="write results only, which is faster")
     args = parser.parse_intermixed_args()
     if args.thresholds is not None and args.score_thr is not None:
         raise UsageError("--thresholds has a lowest score for each class, so --score-thr has no effect: give only one "
@@ -54,12 +59,13 @@ def main() -> None:
         print(f"{args.thresholds} has no score for {listed(left_out, ', ')}: all their boxes are left out; --class-thr "
               "NAME=SCORE gives one", file=sys.stderr)
     predictor = Predictor(detector, cfg, thresholds, device, args.batch_size, within)
-    results, unread = predict_files(predictor, classes, sources, args.out)
-    print(f"{counted(len(results.results), 'detection')} on {counted(len(results.images), 'image')}; pictures, "
-          f"predictions.json and images.json are in {args.out}")
-    if unread:
-        raise Incomplete(f"{len(unread)} of {counted(len(sources), 'file')} could not be read and were left out, "
-                         "see above")
+    done = predict_files(predictor, classes, sources, args.out, args.format, not args.no_pictures)
+    files = WRITERS[args.format].files
+    print(f"{counted(done.detections, 'detection')} on {counted(done.images, 'image')}; "
+          f"{files if args.no_pictures else f'pictures, {files}'} are in {args.out}")
+    if done.problems:
+        raise Incomplete(f"{len(done.problems)} of {counted(len(sources), 'file')} could not be read and were left "
+                         "out, see above")
 
 
 if __name__ == "__main__":

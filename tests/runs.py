@@ -77,6 +77,18 @@ def script(log: Path, name: str, *arguments: object) -> None:
     runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
+def peak_memory(log: Path, result: Path, name: str, *arguments: object) -> None:
+    """`script`, and write by how many bytes the peak memory of its process has grown."""
+    from resource import RUSAGE_SELF, getrusage
+
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    try:
+        script(log, name, *arguments)
+    finally:
+        unit = 1 if sys.platform == "darwin" else 1024
+        result.write_text(str((getrusage(RUSAGE_SELF).ru_maxrss - before) * unit))
+
+
 def shrunk(model: dict) -> dict:
     """The same model, but narrow and without weights to download."""
     model = without_weights(model)

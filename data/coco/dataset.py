@@ -209,6 +209,10 @@ class CocoDataset(Dataset):
             return read_image(folder / self.file_names[index])
         return read_annotated_image(folder / self.file_names[index], self.sizes[index], annotation_file)
 
+    def original(self, index: int) -> Tensor:
+        """An image as it is in its file, uint8 (3, h, w); raises as `dataset[...]`."""
+        return self._read_image(index)
+
     def at_scale(self, scale: tuple[int, int], within: tuple[int | None, int | None] | None = None) -> "CocoDataset":
         """The same images, but evaluation resizes them to fit another scale (long edge, short edge); and `within`
         (height, width), which further calls keep."""

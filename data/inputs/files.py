@@ -1,7 +1,8 @@
 """Images without annotations: from files or videos, prepared for a detector."""
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -10,11 +11,13 @@ from data.errors import UnreadableImage
 from data.images import read_image
 from data.transforms import padded_size, resize_image, resized_size
 
+Item = TypeVar("Item")
+
 
 class Sample(NamedTuple):
     """An image prepared for a detector, at one or more scales."""
 
-    image: Tensor  # uint8 (3, h, w), as in the file
+    image: Tensor | None  # uint8 (3, h, w), as in the file; None if nobody needs it
     views: list[Tensor]  # uint8 (3, h, w), resized to fit each scale
     targets: list[dict]  # for each view: image_size, pad_size, original_size and image_id
 
@@ -39,12 +42,14 @@ class ImageFiles(Dataset):
         paths: paths of the images.
         image_ids: one id per image.
         scales, antialias, within: see `make_sample`.
+        originals: whether a sample holds the image as in the file, too. It is large, and takes time to be sent.
     """
 
     def __init__(self, paths: Sequence[Path], image_ids: Sequence[int], scales: Sequence[tuple[int, int]],
-                 antialias: bool = False, within: tuple[int | None, int | None] = (None, None)):
+                 antialias: bool = False, originals: bool = True,
+                 within: tuple[int | None, int | None] = (None, None)):
         self.paths, self.image_ids, self.scales, self.antialias = list(paths), list(image_ids), scales, antialias
-        self.within = within
+        self.originals, self.within = originals, within
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,7 +59,8 @@ class ImageFiles(Dataset):
             image = read_image(self.paths[index])
         except UnreadableImage as error:
             return str(error)
-        return make_sample(image, self.image_ids[index], self.scales, self.antialias, self.within)
+        sample = make_sample(image, self.image_ids[index], self.scales, self.antialias, self.within)
+        return sample if self.originals else sample._replace(image=None)
 
 
 def batches_of_one_size(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
@@ -70,3 +76,10 @@ def batches_of_one_size(samples: Iterable[Sample], batch_size: int) -> Iterator[
         if len(batch) == batch_size:
             yield waiting.pop(key)
     yield from waiting.values()
+
+
+def portions(items: Iterable[Item], size: int) -> Iterator[Iterator[Item]]:
+    """The items in portions of `size`, the last one smaller. Use up each portion before you ask for the next."""
+    items = iter(items)
+    for first in items:
+        yield chain([first], islice(items, size - 1))

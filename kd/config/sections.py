@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from data.errors import shown
-from data.ranges import Count, Few, NonNegative, Number, Positive, Seed, Share, Some
+from data.ranges import Count, Few, NonNegative, Number, Positive, Range, Seed, Share, Some
 from models import ConfigError, ModelConfig, Precision
 from models.build import OneOf
 from models.preprocess import Preprocess
@@ -39,11 +39,24 @@ class TrainConfig:
 
 
 @dataclass
+class TilesConfig:
+    """The `eval.tta.tiles` section: large images are cut into overlapping tiles, so that small objects stay visible.
+
+    Each tile is resized to `data.scale`, or to each of `eval.tta.scales`, as an image of its own would be.
+    """
+
+    size: tuple[Annotated[int, Range(32)], Annotated[int, Range(32)]]  # width, height in pixels of the image
+    overlap: Annotated[float, Range(0, 0.9)] = 0.2  # least part of a tile that it shares with the next one
+    whole: bool = True  # also detect on the whole image: needed for objects that are larger than the overlap
+
+
+@dataclass
 class TTAConfig:
     """The `eval.tta` section: test-time augmentation, which merges detections on several views of every image."""
 
     flip: bool = False                               # also detect on each image mirrored
     scales: Some[tuple[Count, Count]] | None = None  # detect at all of these, in place of data.scale
+    tiles: TilesConfig | None = None                 # also detect on overlapping tiles; null: on whole images only
 
 
 @dataclass

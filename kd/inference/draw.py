@@ -52,6 +52,8 @@ def text_font(factor: int = 1) -> dict:
 
 def enlarge(image: Tensor, zoom: float) -> Tensor:
     """Enlarge to uint8 (3, H * zoom, W * zoom); a whole `zoom` repeats pixels, any other interpolates."""
+    if zoom == 1:  # in floats, a photograph would take gigabytes
+        return image
     how = {"mode": "nearest"} if zoom == int(zoom) else {"mode": "bilinear", "antialias": True}
     return F.interpolate(image[None].float(), scale_factor=zoom, **how)[0].round().to(torch.uint8)
 

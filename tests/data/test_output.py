@@ -173,7 +173,8 @@ def test_every_file_is_written_with_these_functions():
                         r"""open\([^#]*["'][wax]\+?b?["']""")
     allowed = re.compile(r"\bpartial\b|\bnaming\(|, file[,)]")
     exceptions = {("data/inputs/video.py", "_av.open("), ("kd/work_dir/lock.py", "run.lock"),
-                  ("kd/cache/entry.py", 'open(path, "wb", buffering=0)'), ("kd/cache/store.py", "lambda path: path.write_text")}
+                  ("kd/cache/entry.py", 'open(path, "wb", buffering=0)'),
+                  ("kd/cache/store.py", "lambda path: path.write_text")}
     found = []
     for folder in ("kd", "data", "models", "losses", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):

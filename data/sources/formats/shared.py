@@ -62,12 +62,13 @@ class Source:
     def annotation_files(self, kind: str, suffix: str, *usual: str) -> list[Path]:
         """The annotation files in the given place, or in the subfolder with one of the usual names, or in the folder.
 
-        They end with `suffix`, in upper or lower case. Subfolders are searched if the place itself has none.
+        They end with `suffix`, in upper or lower case. A folder for annotations alone is searched with its subfolders;
+        the subfolders of `folder` itself, which may hold anything, only if it has none.
         Raises DataError, which names the `kind` of format, if there are none.
         """
         place = self.annotations or subfolder(self.folder, *usual)
         files = [place] if place.is_file() else []
-        for pattern in ("*", "**/*"):
+        for pattern in ("*", "**/*") if place == self.folder else ("**/*",):
             files = files or sorted(path for path in place.glob(pattern) if path.suffix.lower() == suffix
                                     and path.is_file() and not path.name.startswith("."))
         if not files:
