@@ -10,7 +10,7 @@ from small_models import HEADS, VARIANTS
 
 from data.extras import MissingExtra
 from kd.exceptions import ExportError, UsageError
-from kd.inference.export import check_options
+from kd.inference.options import check_options
 from kd.inference.runtimes import open_exported
 
 pytestmark = onnx_rules.needed
