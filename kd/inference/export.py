@@ -133,8 +133,8 @@ def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], shapes: tuple[dic
     return file.getvalue()
 
 
-def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
-    """The images to check on: those at `paths`; if there are none, the first of data.val; without data, noise.
+def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path], count: int = CHECKED_IMAGES) -> list[Sample]:
+    """The images to check on: those at `paths`; if there are none, the first `count` of data.val; without data, noise.
 
     Raises:
         UnreadableImage: one of them cannot be read.
@@ -143,7 +143,7 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
     if not images and cfg.data and cfg.data.val:
         try:
             dataset = build_dataset(cfg.data, "val", training=False)
-            images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:CHECKED_IMAGES]]
+            images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:count]]
         except ValueError:  # an export needs no data
             images = []
     if not images:
