@@ -1,5 +1,5 @@
 """Measure the time of training steps, with torchvision's RetinaNet for comparison, of inference, of the parts of both,
-of the input pipeline and of the evaluation."""
+of the input pipeline and of the evaluation; or, with --exported, of exported files."""
 import json
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Annotated
 from data.output import write_text
 from data.ranges import Count, Range
 from kd import cli
-from kd.benchmark.workload import CONFIGS, SIZES, Workload
+from kd.benchmark.workload import CONFIGS, SIZES, Workload, check_options
 from kd.early import check_early
 
 
@@ -29,19 +29,36 @@ def main() -> None:
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="replaces train.amp of the configurations")
     parser.add_argument("--eval-images", type=cli.number(Count), default=Workload.eval_images, metavar="N",
                         help="images, with 100 detections each, for timing the evaluation; default: %(default)s")
+    parser.add_argument("--exported", action="append", type=Path, metavar="FILE",
+                        help="time this file of export.py on the CPU instead; may be given several times")
+    parser.add_argument("--checkpoint", metavar="PATH", help="with --exported: also time PyTorch with these weights")
+    parser.add_argument("--compile", action="store_true",
+                        help="with --exported and --checkpoint: also time torch.compile, which takes a minute")
+    parser.add_argument("--no-ap", action="store_true", help="with --exported: do not compute the AP on data.val")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     args = parser.parse_intermixed_args()
+    check_options(parser, args)
     for path in args.cfg or CONFIGS:
-        check_early(path, args.overrides)
-    from kd.benchmark.run import format_report, run_benchmark
+        check_early(path, args.overrides, ["val"] if args.exported and not args.no_ap else [], args.checkpoint)
 
-    device = cli.choose_device(args.device)
-    size, batch = SIZES[device.type]
-    work = Workload(tuple(args.size or size), args.batch or batch, boxes=args.boxes, rounds=args.rounds, amp=args.amp,
-                    eval_images=args.eval_images)
-    report = run_benchmark(args.cfg or CONFIGS, device, work, args.overrides,
-                           note=lambda text: print(text, "...", file=sys.stderr))
-    print(format_report(report))
+    def note(text: str) -> None:
+        print(text, "...", file=sys.stderr)
+
+    if args.exported:
+        from kd.benchmark.exported import format_exported, run_exported
+
+        cfg = cli.load_config(args.cfg[0], args.overrides, checkpoint=args.checkpoint)
+        report = run_exported(cfg, args.exported, args.checkpoint, args.compile, not args.no_ap, args.rounds, note=note)
+        print(format_exported(report))
+    else:
+        from kd.benchmark.run import format_report, run_benchmark
+
+        device = cli.choose_device(args.device)
+        size, batch = SIZES[device.type]
+        work = Workload(tuple(args.size or size), args.batch or batch, boxes=args.boxes, rounds=args.rounds,
+                        amp=args.amp, eval_images=args.eval_images)
+        report = run_benchmark(args.cfg or CONFIGS, device, work, args.overrides, note=note)
+        print(format_report(report))
     if args.out:
         write_text(args.out, json.dumps(report, indent=1))
 

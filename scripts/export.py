@@ -3,8 +3,9 @@ to run an ONNX file."""
 from pathlib import Path
 from typing import Annotated
 
-from data.ranges import Count, Range
+from data.ranges import Count, Range, Share
 from kd import cli
+from kd.deploy.options import check_int8, check_options
 
 
 def main() -> None:
@@ -27,14 +28,25 @@ def main() -> None:
                         help="beside: in a second file FILE.data, as always above 2 GB; default: inside")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="images to check on; default: the first two of data.val, or noise if there are none")
+    parser.add_argument("--int8", action="store_true",
+                        help="also write FILE.int8.onnx, whose convolutions compute with 8-bit integers, and compare "
+                             "its AP on data.val")
+    parser.add_argument("--calibrate", type=cli.number(Count), metavar="N",
+                        help="images of data.train that give the ranges of --int8; default: 128")
+    parser.add_argument("--max-drop", type=cli.number(Share), metavar="X",
+                        help="the AP that --int8 may lose, as a fraction: 0.01 is one point; default: 0.01")
     args = parser.parse_intermixed_args()
-    cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
-    from kd.deploy.export import check_options, check_samples, export
-    from kd.deploy.recipe import make_recipe, with_detections
-    from kd.inference.detectors import load_named
-
     beside, fixed = args.weights == "beside", dict(args.fixed)
     kind = check_options(args.out, args.format, args.opset, beside, args.nms, args.end2end, fixed)
+    check_int8(args.out, kind, args.int8, args.calibrate, args.max_drop)
+    cfg = cli.load_config(args.cfg, args.overrides, *["train", "val"] * args.int8, checkpoint=args.checkpoint)
+    from kd.deploy.export import check_samples, export
+    from kd.deploy.recipe import make_recipe, with_detections
+    from kd.evaluation.quantize import check_data, write_int8
+    from kd.inference.detectors import load_named
+
+    if args.int8:
+        check_data(cfg)
     detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes)
     about = make_recipe(cfg, detector, classes.names, kind, args.nms, args.end2end, fixed)
     with_detections(detector, args.end2end)
@@ -42,6 +54,10 @@ def main() -> None:
                               beside)
     written = " and ".join(f"{file}, {file.stat().st_size / 2 ** 20:.1f} MiB" for file in files)
     print(f"wrote {written}. Checked: {agreement}")
+    if args.int8:
+        found = write_int8(cfg, args.out, args.calibrate or 128, 0.01 if args.max_drop is None else args.max_drop)
+        print(f"wrote {found.paths[1]}, {found.in_float} in float besides the first and the last ones\n\n{found}")
+        found.check()
 
 
 if __name__ == "__main__":

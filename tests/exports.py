@@ -1,10 +1,11 @@
 """Small exported files for tests. An export takes seconds, so all tests, and all workers of pytest, share them."""
+import importlib.util
 import json
 from pathlib import Path
 
 import torch
 from filelock import FileLock  # a dependency of torch
-from runs import config, write_checkpoint, write_config
+from runs import ROOT, config, write_checkpoint, write_config
 from small_models import enliven, small_config, small_detector
 
 from data import generate_scenes
@@ -24,6 +25,14 @@ CPU = torch.device("cpu")
 FORMS = {"any.onnx": {"fixed": {}}, "end2end.onnx": {"head": "RetinaHead", "end2end": 20},
          "fixed.onnx": {"head": "ATSSHead", "beside": True, "fixed": FIXED | {"batch": 2}},
          "outside.onnx": {"head": "FCOSHead", "nms": "outside"}, "any.pt2": {"fixed": {}}, "openvino.xml": {}}
+
+
+def example():
+    """docs/run_onnx.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_onnx", ROOT / "docs" / "run_onnx.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def few_levels(head: str, strides: tuple[int, ...] = (16, 32)) -> tuple[dict, dict]:

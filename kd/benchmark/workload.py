@@ -1,5 +1,8 @@
 """What the benchmark times, if it is not told otherwise."""
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+
+from ..exceptions import UsageError
 
 CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.yaml",
            "configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml")
@@ -21,3 +24,28 @@ class Workload:
     amp: str | None = None     # in place of every configuration's train.amp, and of the yardstick's "none"
     input_images: int = 128    # JPEG files that the input pipeline is timed on
     eval_images: int = 500     # images with 100 detections each that the evaluation is timed on
+
+
+def check_options(parser: ArgumentParser, args: Namespace) -> None:
+    """Raise UsageError for options of benchmark.py that contradict --exported, or that need it."""
+    def given(*names: str) -> list[str]:
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
+
+    if not args.exported:
+        if wrong := given("checkpoint", "compile", "no_ap"):
+            raise UsageError(f"{wrong[0]} is for --exported: add --exported FILE, or remove {wrong[0]}")
+        return
+    if wrong := given("size", "batch", "boxes", "amp", "eval_images"):
+        raise UsageError(f"{wrong[0]} is not for --exported, which times images of data.val as the files need them: "
+                         f"remove {wrong[0]}")
+    if len(args.cfg or []) != 1:
+        raise UsageError("--exported needs one --cfg, the configuration of the files' detector")
+    if args.device not in (None, "cpu"):
+        raise UsageError(f"--device {args.device}: --exported times on the CPU: remove it")
+    if args.compile and args.checkpoint is None:
+        raise UsageError("--compile compiles the detector in PyTorch: add its --checkpoint")
+    for path in args.exported:
+        if not path.is_file():
+            raise UsageError(f"no such exported file: {path}")
+    if len(set(args.exported)) < len(args.exported):
+        raise UsageError("--exported names a file twice: give each once")

@@ -22,15 +22,12 @@ from models import ConfigError, Detector
 from models.deploy import DeployedDetector
 
 from ..config import Config
-from ..exceptions import ExportError, UsageError
+from ..exceptions import ExportError
 from .agreement import Agreement, check_export
 from .onnx_graph import write_onnx
 from .recipe import DIVISOR, KEY, Recipe
 from .runtimes import first_sentence, open_exported
 
-SUFFIXES = {".pt2": "pt2", ".xml": "openvino"}  # all other names mean onnx
-PACKAGES = {"onnx": [(name, "export") for name in ("onnx", "onnxscript", "onnxruntime")]}
-PACKAGES["openvino"] = [*PACKAGES["onnx"][:2], ("openvino", "openvino")]
 OTHERS = {"onnx": "pt2", "pt2": "onnx", "openvino": "pt2"}    # what may work where a kind does not
 CHECKED_IMAGES = 2          # of data.val, where none are given
 
@@ -136,33 +133,8 @@ def to_pt2(detector: Detector, example: tuple[Tensor, Tensor], shapes: tuple[dic
     return file.getvalue()
 
 
-def check_options(path: Path, given: str | None, opset: int | None, beside: bool, nms: str, end2end: int | None,
-                  fixed: dict[str, int]) -> str:
-    """The kind of the file at `path`: what is given, or what its name says. See export.py for the options.
-
-    Raises:
-        UsageError: options that contradict each other, or a size that cannot be.
-        MissingExtra: a package that it needs is not installed.
-    """
-    kind = given or SUFFIXES.get(path.suffix, "onnx")
-    if kind == "openvino" and path.suffix != ".xml":
-        raise UsageError(f"--out {path}: an OpenVINO file must be called .xml, and its weights are in a .bin beside it")
-    if kind != "onnx" and (beside or opset is not None):
-        raise UsageError(f"{'--weights beside' if beside else '--opset'} is for ONNX files, and {path} is to be {kind}")
-    if end2end is not None and nms == "outside":
-        raise UsageError("--end2end suppresses overlaps inside the file, and --nms outside does not: remove one")
-    for name, size in fixed.items():
-        if name not in ("batch", "height", "width"):
-            raise UsageError(f"--fixed {name}={size}: there are batch, height and width")
-        if name != "batch" and size % DIVISOR:
-            raise UsageError(f"--fixed {name}={size}: must be a multiple of {DIVISOR}")
-    for package, extra in PACKAGES.get(kind, ()):
-        need(package, extra, f"{'OpenVINO' if kind == 'openvino' else 'ONNX'} export")
-    return kind
-
-
-def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sample]:
-    """The images to check on: those at `paths`; if there are none, the first of data.val; without data, noise.
+def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path], count: int = CHECKED_IMAGES) -> list[Sample]:
+    """The images to check on: those at `paths`; if there are none, the first `count` of data.val; without data, noise.
 
     Raises:
         UnreadableImage: one of them cannot be read.
@@ -171,7 +143,7 @@ def check_samples(cfg: Config, about: Recipe, paths: Sequence[Path]) -> list[Sam
     if not images and cfg.data and cfg.data.val:
         try:
             dataset = build_dataset(cfg.data, "val", training=False)
-            images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:CHECKED_IMAGES]]
+            images = [read_image(dataset.image_folder / name) for name in dataset.file_names[:count]]
         except ValueError:  # an export needs no data
             images = []
     if not images:

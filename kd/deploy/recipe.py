@@ -14,10 +14,10 @@ from models.postprocess import TestConfig
 
 from ..config import Config
 from ..exceptions import ExportedFileError
+from .options import DIVISOR
 
 KEY = "densekd"         # of the JSON in the metadata of an ONNX file, and of its file in a pt2 archive
 FORMAT = 1              # of the JSON; a later version may not be understood
-DIVISOR = 32
 INPUTS, OUTPUTS = ("images", "image_sizes"), ("boxes", "scores", "labels")
 Form = Literal["inside", "outside", "end2end"]
 
@@ -44,6 +44,7 @@ class Recipe:
     channel_order: Literal["rgb", "bgr"] | None = None  # of the detector inside the file, as the statistics
     mean: tuple[float, float, float] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
+    int8: bool = False                  # whether most convolutions compute with 8-bit integers
     densekd: str | None = None          # the version that wrote the file
     format: Number = FORMAT
 

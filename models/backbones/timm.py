@@ -1,8 +1,11 @@
 """Any features-only model of timm (pip install timm) as a backbone. The strides of its maps select the features."""
+import math
 from difflib import get_close_matches
+from functools import partial
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import one_line
@@ -15,6 +18,7 @@ from ..layers import keep_in_eval
 from ..weights import load_backbone_weights
 from .torchvision import PROBE, as_map, layout
 
+DIVISOR = 32  # of the height and width of the detectors' images
 OWN = {"features_only", "out_indices", "pretrained", "checkpoint_path"}  # arguments of create_model that are given here
 
 
@@ -59,7 +63,8 @@ class TimmBackbone(nn.Module):
         self.net = (net,)  # hidden in a tuple: its modules get the names that the whole model gives them
         self._adopt(net, whole)
         self.out_strides, self.norm_eval, self.out_norm, self.frozen = list(out_strides), norm_eval, out_norm, []
-        self.out_channels, self.channels_last = self._measure(name)
+        self.divisor = 1  # of the heights and widths that `forward` takes
+        self.out_channels, self.channels_last = self._measure(name, same_padded(net))
         norms = {f"norm{i}": nn.LayerNorm(channels) for i, channels in enumerate(self.out_channels) if out_norm}
         for norm, module in norms.items():
             self.add_module(norm, module)
@@ -86,17 +91,29 @@ class TimmBackbone(nn.Module):
             else:
                 self.add_module(child, module)
 
-    def _measure(self, name: str) -> tuple[list[int], list[bool]]:
+    def _measure(self, name: str, padded: list[nn.Module]) -> tuple[list[int], list[bool]]:
         """Channels, and whether channels come last, for each output on one black image.
 
-        Parameters that no output depends on are frozen: timm keeps some, and they would never have a gradient.
+        Parameters that no output depends on are frozen: timm keeps some, and they would never have a gradient. The
+        layers `padded` then pad by constant widths where they can, see `fix_padding`.
         """
         self.eval()
+        sizes: dict[nn.Module, tuple[int, int]] = {}
+
+        def note(layer: nn.Module, args: tuple[Tensor]) -> None:
+            sizes[layer] = tuple(args[0].shape[2:])
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in padded]
         try:
             outs = self.net[0](torch.zeros(1, 3, *PROBE))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError("name", f"{name} cannot run on an image of {PROBE[0]}x{PROBE[1]}; a backbone must accept "
                                       f"any multiple of 32 ({one_line(error, 120)})") from error
+        for hook in hooks:
+            hook.remove()
+        divisor = min(self.out_strides[-1], DIVISOR)
+        if any([fix_padding(layer, size, divisor) for layer, size in sizes.items()]):
+            self.divisor = divisor
         found = [layout(out) for out in outs]
         if [each and each[1] for each in found] != self.out_strides:
             raise ConfigError("name", f"{name} gives {[list(out.shape) for out in outs]} for an image of "
@@ -134,9 +151,53 @@ class TimmBackbone(nn.Module):
 
         Args:
             x: images (N, 3, H, W); H and W are multiples of the last stride.
+        Raises:
+            ValueError: they are not, and layers that depend on it pad by constant widths, see `fix_padding`.
         """
+        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            raise ValueError(f"this backbone takes heights and widths that are multiples of {self.divisor}, not "
+                             f"{x.shape[2]} x {x.shape[3]}")
         norms = [getattr(self, f"norm{i}") if self.out_norm else None for i in range(len(self.out_strides))]
         return [as_map(*each) for each in zip(self.net[0](x), self.channels_last, norms)]
+
+
+def same_padded(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that pad by the size of their input, as TensorFlow does: timm's `Conv2dSame` and others."""
+    return [module for module in model.modules() if type(module).__name__.endswith("Same")
+            and type(module).__module__.startswith("timm.layers.") and getattr(module, "same_pad", True)]
+
+
+def fix_padding(layer: nn.Module, size: tuple[int, int], divisor: int) -> bool:
+    """Make a layer of `same_padded` pad by constant widths, if they are the same for all images; whether they are.
+
+    It pads to ceil(n / stride) outputs, by max((ceil(n / stride) - 1) * stride + (kernel - 1) * dilation + 1 - n, 0),
+    half on each side. With sizes that vary, exporters take minutes with this. If n is always a multiple of the stride,
+    the first term is n - stride, and the sum does not depend on n.
+
+    Args:
+        size: of its input, (h, w), for an image of size `PROBE`.
+        divisor: heights and widths of images are multiples of it.
+    """
+    for image, n, stride in zip(PROBE, size, layer.stride):
+        if image % n or divisor % (image // n * stride):
+            return False
+    pads = []
+    for axis in (1, 0):  # F.pad takes the last axis first
+        dilation = getattr(layer, "dilation", (1, 1))[axis]
+        total = max((layer.kernel_size[axis] - 1) * dilation + 1 - layer.stride[axis], 0)
+        pads += [total // 2, total - total // 2]
+    value = -math.inf if isinstance(layer, nn.MaxPool2d) else 0
+    if hasattr(layer, "same_pad"):
+        layer.same_pad = False
+    else:
+        layer.__class__ = type(layer).__mro__[1]  # torch's layer, with this one's parameters and hooks
+    if any(pads):
+        layer.register_forward_pre_hook(partial(pad_input, pads=tuple(pads), value=value))
+    return True
+
+
+def pad_input(layer: nn.Module, args: tuple[Tensor], pads: tuple[int, ...], value: float) -> Tensor:
+    return F.pad(args[0], pads, value=value)
 
 
 def create(timm: ModuleType, name: str, options: dict) -> nn.Module:

@@ -1,5 +1,4 @@
 """export.py: files that other runtimes run as PyTorch does, and the example that runs them."""
-import importlib.util
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import numpy as np
 import onnx_rules
 import pytest
 import torch
-from exports import CPU, FORMS, SCALE, few_levels
+from exports import CPU, FORMS, SCALE, example, few_levels
 from odd_images import write_rotated
 from PIL import Image
 from runs import ROOT, run_script
@@ -34,14 +33,6 @@ def export(monkeypatch, capsys, exports, out, *arguments, head="GFLHead"):
     code = run_script(monkeypatch, "export.py", "--cfg", path, "--checkpoint", checkpoint, "--out", out, *arguments)
     printed = capsys.readouterr()
     return code, printed.out, printed.err.strip().splitlines()
-
-
-def example():
-    """docs/run_onnx.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_onnx", ROOT / "docs" / "run_onnx.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name.endswith(".onnx")])

@@ -9,7 +9,7 @@ from exports import tiny_detector, tiny_export
 from small_models import HEADS, VARIANTS
 
 from data.extras import MissingExtra
-from kd.deploy.export import check_options
+from kd.deploy.options import check_options
 from kd.deploy.runtimes import open_exported
 from kd.exceptions import ExportError, UsageError
 
