@@ -11,6 +11,7 @@ import torch
 from models.checkpoints.sources import file_hash, local_path
 
 from ..config import Config
+from ..processes.distributed import world_size
 
 
 def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
@@ -26,6 +27,7 @@ def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
+                    "processes": world_size(),
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type},
         "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None},
         "init": init}
