@@ -20,6 +20,7 @@ from ..config import TrainConfig, parse_config
 SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
           "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
                     "vis_period")}
+LENGTH = {"train": ("epochs", "patience"), "schedule": ("warmup_steps", "milestones")}
 COSTS = ("images_per_second", "training_seconds", "peak_memory_bytes")
 
 
@@ -32,6 +33,7 @@ class RunRecord:
     config: dict | None = None  # None for a metrics.jsonl alone, for which teachers is empty
     teachers: dict[str, str] = field(default_factory=dict)  # SHA-256 of the teachers' checkpoints by path
     init: dict[str, str] = field(default_factory=dict)      # likewise of train.init
+    teacher_models: list = field(default_factory=list)      # what they are built from; None: a network of others
     machine: dict = field(default_factory=dict)             # system, threads, device, and processes since they are kept
     steps: list[dict] = field(default_factory=list)         # training lines of metrics.jsonl
     evaluations: list[dict] = field(default_factory=list)   # its evaluation lines
@@ -141,6 +143,8 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
         if not isinstance(run.teachers, dict) or not all(isinstance(digest, str) for digest in run.teachers.values()):
             raise DataError(f"{provenance}: teachers must be SHA-256 by path, not {shown(run.teachers)}")
         run.init = content.get("init", {})
+        models = content.get("teacher_models")
+        run.teacher_models = models if isinstance(models, list) else []
         run.machine = content.get("machine") if isinstance(content.get("machine"), dict) else {}
     return run
 
@@ -171,17 +175,22 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
-def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True) -> str:
+def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True, length: bool = True) -> str:
     """What a configuration trains, apart from the seed, as a text that can be compared.
 
     Args:
         files: SHA-256 of checkpoints by path, which replaces the path where it is known.
         distilled: False leaves out teachers and methods, which gives the setting of the student alone.
+        length: False leaves out the number of epochs, and the warm-up and milestones, which change with it.
     """
     config = copy.deepcopy(config)
     for section, names in SILENT.items():
         for name in names:
             (config.get(section) or {}).pop(name, None)
+    if not length:
+        for section, names in LENGTH.items():
+            for name in names:
+                (config.get(section) or {}).pop(name, None)
     data = config.get("data") or {}
     if isinstance(data.get("train"), list) and len(data["train"]) == 1:  # the same as without a list
         data["train"], = data["train"]

@@ -87,7 +87,9 @@ def test_distillation_from_a_run_of_our_own(trained, scenes, tmp_path, monkeypat
     assert ("loss_cls_kd" in line) == (methods[0]["type"] == "CrossKD")
     assert ("loss_fgd" in line) == (methods[-1]["type"] == "FGD")
     assert weights(tmp_path / "run" / "last.pth").keys() == weights(teacher_dir / "last.pth").keys()
-    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["teachers"]
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    recorded, (built,) = provenance["teachers"], provenance["teacher_models"]
+    assert built["head"]["num_classes"] == 6 and built["backbone"] == model()["backbone"]
     assert list(recorded) == [str(teacher_dir / "last.pth")] and len(recorded[str(teacher_dir / "last.pth")]) == 64
 
 
