@@ -1,5 +1,5 @@
-"""Show runs in a table: AP over seeds, the gain over the student alone, the share of the gap to the teacher that is
-closed, parameters, GFLOPs and speed."""
+"""Show runs in a table: AP over seeds, the gain over the student alone and whether it pays, the share of the gap to the
+teacher that is closed, hours, memory, parameters, GFLOPs and speed."""
 import sys
 from pathlib import Path
 
@@ -13,7 +13,8 @@ def main() -> None:
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
     args = parser.parse_args()
     cli.check_runs(args.runs)
-    from kd.experiments.compare import compare, explain, format_rows, save_rows
+    from kd.experiments.compare import compare
+    from kd.experiments.tables import explain, format_rows, save_rows
     from kd.work_dir.records import read_runs
 
     runs, notes = read_runs(args.runs)

@@ -37,8 +37,9 @@ def main() -> None:
                     ("train", "val", "init"))
     import torch
 
-    from kd.experiments.compare import compare, explain, format_rows, save_rows
+    from kd.experiments.compare import compare
     from kd.experiments.sweep import plan, run_jobs
+    from kd.experiments.tables import explain, format_rows, save_rows
     from kd.work_dir.records import read_runs
 
     device = cli.choose_device(args.device).type

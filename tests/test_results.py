@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
-from data.tables import percent
-from kd.experiments.compare import Row, compare, over_seeds, with_deviation
+from kd.experiments.compare import Row, compare, over_seeds
+from kd.experiments.tables import gap_text, with_deviation
 from kd.work_dir.records import read_runs
 
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_row(record, cells, teacher):
         elif column == "gain":
             assert shown == with_deviation(row.gain, row.interval, signed=True)
         elif column == "of the gap closed":
-            assert shown == percent(row.gap_closed)
+            assert shown == gap_text(row.gap_closed)
         elif column == "seeds":
             assert shown == ", ".join(str(run.seed) for run in row.runs)
         elif column == "epochs":

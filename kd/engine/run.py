@@ -27,6 +27,7 @@ from ..inference.detectors import TEACHERS_MAP, by_name, knowledge, said, with_c
 from ..inference.precision import memory_format
 from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
+from ..processes.memory import peak_memory
 from ..processes.sharding import shard
 from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
@@ -37,7 +38,7 @@ FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
 STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
          "config": dict | None, "classes": list[str] | None, "averaged": Number | None, "waited": Number | None,
-         "init": dict | None, "unlabelled": Number | None}
+         "init": dict | None, "unlabelled": Number | None, "seconds": float | None, "peak_memory": float | None}
 INNER = ("training", "methods", "gradient_shares")  # more of them that hold weights, where a run has them
 
 
@@ -60,6 +61,8 @@ class Run:
     evaluated: bool = False    # whether the figures of this step are in metrics.jsonl
     best: float = -1.0         # AP of the best evaluation
     waited: int = 0            # evaluations since then
+    seconds: float | None = 0.0  # of training so far, without evaluations; None after a checkpoint that has no time
+    peak: float | None = None  # memory of the first process in bytes, see `peak_memory`; also before a resumption
     overflows: Tensor | int = 0  # steps that fp16 has skipped
     weights_said: bool = False  # whether the log has the weights that follow from gradient_share
     start: InitialReport | None = None  # what was taken from train.init
@@ -87,6 +90,17 @@ class Run:
         """Whether the last evaluation was the one that ends training, see `train.patience`."""
         patience = self.cfg.train.patience
         return patience is not None and self.evaluated and self.waited >= patience
+
+    def spend(self, seconds: float) -> None:
+        """Count the time of a step."""
+        if self.seconds is not None:
+            self.seconds += seconds
+
+    def costs(self) -> dict[str, float]:
+        """What training has cost so far, for metrics.jsonl; without what is not known."""
+        self.peak = max((each for each in (self.peak, peak_memory(self.device)) if each is not None), default=None)
+        known = {"training_seconds": self.seconds, "peak_memory_bytes": self.peak}
+        return {name: value for name, value in known.items() if value is not None}
 
     def evaluates(self, epoch: int) -> bool:
         """Whether an evaluation is due after an epoch, counted from 0."""
@@ -173,7 +187,8 @@ def save_run(run: Run, name: str) -> None:
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": run.step,
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
              "waited": run.waited, "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
-             "classes": run.train_loader.dataset.classes, "unlabelled": unlabelled_count(run)}
+             "classes": run.train_loader.dataset.classes, "unlabelled": unlabelled_count(run),
+             "seconds": run.seconds, "peak_memory": None if run.peak is None else float(run.peak)}
     if run.distiller:
         state["gradient_shares"] = run.distiller.gradient_shares.state()
     if run.average is not None:
@@ -227,6 +242,7 @@ def restore_run(run: Run, state: dict, path: Path) -> list[Change]:
         raise CheckpointError(f"checkpoint {path} is of another model or configuration: {first}") from None
     run.step, run.evaluated, run.best = state["step"], state["evaluated"], state["best"]
     run.waited, run.init = state.get("waited", 0), state.get("init", {})
+    run.seconds, run.peak = state.get("seconds"), state.get("peak_memory")
     before, now = (counted(number, "image") for number in (state.get("unlabelled", 0), unlabelled_count(run)))
     if before != now:
         found.append(Change("data.unlabelled.images", before, now))

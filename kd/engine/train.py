@@ -122,7 +122,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
                 log.warning(warning)
         run.finite.check()
         losses, norms = train_step(run, model, batches)
-        clock.tick("step")
+        run.spend(clock.tick("step"))
         meter.add(losses, sum(len(images) for images, _ in batches) * distributed.world_size())
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
@@ -255,6 +255,7 @@ def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals)
 
     A signal stops the evaluation, so that a resumed run repeats it.
     """
+    costs = run.costs()
     distributed.share_buffers(run.evaluated_model)
     try:
         figures = evaluate(run.evaluated_model, run.val_loader, run.device, run.cfg.train.amp,
@@ -264,7 +265,7 @@ def evaluate_epoch(run: Run, epoch: int, reports: Reports, signals: StopSignals)
         raise stopped(run, *stop.args) from None
     run.evaluated, better = True, (figures["AP"] or 0) > run.best
     run.waited = 0 if better else run.waited + 1
-    reports.metrics.write({"epoch": epoch, "step": run.step} | figures |
+    reports.metrics.write({"epoch": epoch, "step": run.step} | figures | costs |
                           ({"out_of_patience": True} if run.out_of_patience else {}))
     reports.log.info("epoch %d on data.val, in points\n%s", epoch + 1, format_figures(figures))
     if better:

@@ -1,27 +1,21 @@
-"""A table of runs: figures over seeds, gains over the student alone, and costs."""
+"""What runs show: figures over seeds, gains over the student alone with a verdict, and costs."""
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
 
-import numpy as np
 import torch
 
 from data import DataConfig
-from data.errors import listed
-from data.output import write_text
-from data.tables import csv_table, markdown_table, percent, points, text_table
 from models import build_detector
 from models.checkpoints.sources import file_hash, is_address
 
 from ..evaluation.coco import AP_FIGURES
 from ..evaluation.cost import count_flops, count_parameters, typical_size
-from ..work_dir.records import RunRecord, group_runs, methods_of, read_run, setting
-
-CONFIDENCE = 0.95
+from ..work_dir.records import RunRecord, group_runs, methods_of, read_run, setting, teacher_entries
+from .verdict import CANNOT_TELL, Judgement, judge, paired_interval
 
 
 @dataclass
@@ -35,7 +29,16 @@ class Row:
     gain: float | None = None       # in AP over the student alone, mean over the seeds that both have
     interval: float | None = None   # half the width of its confidence interval, from two or more pairs of one seed
     teacher: float | None = None    # the teacher's AP
-    gap_closed: float | None = None  # the gain as a share of the teacher's lead over the student alone
+    gap_closed: float | None = None  # the gain as a share of the teacher's lead over the student alone, if that is sure
+    verdict: Judgement | None = None     # on the gain over the student alone in the same number of epochs
+    equal_time: Judgement | None = None  # over the shortest student alone that was trained for as long, or longer
+    longer: float | None = None          # the time of that as a multiple of this setting's
+    epochs_to_equal: float | None = None  # of the student alone, that take as long as this setting
+    seconds: float | None = None    # of training, without evaluations, mean over seeds
+    estimated: bool = False         # whether the seconds follow from images_per_second
+    relative_cost: float | None = None  # time as a multiple of the student's alone, over the seeds that both have
+    peak_memory: float | None = None    # bytes, see `peak_memory`, the most of all seeds
+    step_flops: float | None = None  # see `step_flops`
     parameters: int | None = None
     flops: int | None = None        # of one image of data.scale
     images_per_second: float | None = None  # in training
@@ -50,18 +53,24 @@ def compare(runs: Sequence[RunRecord], known_teacher: float | None = None) -> li
     rows = [Row(name, methods_of(members[0].config), members,
                 {figure: over_seeds([run.evaluations[-1].get(figure) for run in members]) for figure in AP_FIGURES},
                 images_per_second=speed(members)) for name, members in groups.items()]
+    for row in rows:
+        judge_costs(row)
     alone = {setting(row.runs[0].config): row for row in rows
              if row.runs[0].config is not None and row.runs[0].finished and not row.methods}
     for row in rows:
         config = row.runs[0].config
         if config is None:
             continue
-        row.parameters, row.flops = cost(json.dumps(config["model"]), tuple(
-            (config.get("data") or {}).get("scale", DataConfig.scale)))
+        scale = tuple((config.get("data") or {}).get("scale", DataConfig.scale))
+        row.parameters, row.flops = cost(json.dumps(config["model"]), scale)
+        row.step_flops = step_flops(row.runs[0], scale)
         if row.methods and row.runs[0].finished:
             row.teacher = teacher_ap(row.runs[0], runs)
             row.teacher = known_teacher if row.teacher is None else row.teacher
             judge_gain(row, alone.get(setting(config, distilled=False)))
+            judge_time(row, alone)
+        elif row.methods:
+            row.verdict = Judgement(CANNOT_TELL, "training has not ended")
     return rows
 
 
@@ -78,35 +87,95 @@ def speed(runs: Sequence[RunRecord]) -> float | None:
 
 
 def judge_gain(row: Row, alone: Row | None) -> None:
-    """Fill in the gain over the student alone, by pairs of one seed, and its share of the gap to the teacher."""
-    if alone is None:
-        return
-    own, base = ({run.seed: run.evaluations[-1]["AP"] for run in each.runs} for each in (row, alone))
-    pairs = [(base[seed], own[seed]) for seed in own if seed in base and None not in (own[seed], base[seed])]
+    """Fill in the gain over the student alone, by pairs of one seed, the verdict, the relative cost, and the share of
+    the gap to the teacher. The share is left out if the interval of the student's own AP is as wide as the gap."""
+    pairs = pairs_of(row, alone)
     if not pairs:
+        row.verdict = Judgement(CANNOT_TELL, "no run of the student alone with the same settings and seed")
         return
-    row.gain, row.interval = paired_interval([after - before for before, after in pairs])
-    gap = None if row.teacher is None else row.teacher - mean(before for before, _ in pairs)
-    row.gap_closed = row.gain / gap if gap is not None and gap > 0 else None
+    row.verdict = judge([after - before for before, after in pairs], alone.name)
+    row.gain, row.interval = row.verdict.gain, row.verdict.interval
+    times = times_of(row, alone)
+    if times is not None:
+        row.relative_cost = times[0] / times[1]
+        row.epochs_to_equal = row.relative_cost * alone.runs[0].done
+    student, uncertainty = paired_interval([before for before, _ in pairs])
+    gap = None if row.teacher is None else row.teacher - student
+    if gap is not None and uncertainty is not None and gap > uncertainty:
+        row.gap_closed = row.gain / gap
 
 
-def paired_interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of paired differences, and half the width of its confidence interval by Student's t; None for only one."""
-    n = len(differences)
-    if n < 2:
-        return mean(differences), None
-    return mean(differences), t_quantile(n - 1) * stdev(differences) / math.sqrt(n)
+def judge_time(row: Row, alone: dict[str, Row]) -> None:
+    """Fill in the verdict over the student alone at equal time, if one of the runs of it took long enough."""
+    kind, found = setting(row.runs[0].config, distilled=False, length=False), []
+    for other in alone.values():
+        times = times_of(row, other)
+        if (times is not None and times[1] >= times[0] and other.runs[0].done >= row.runs[0].done and
+                setting(other.runs[0].config, length=False) == kind):
+            found.append((times[1] / times[0], other))
+    if found:
+        row.longer, shortest = min(found, key=lambda each: each[0])
+        if pairs := pairs_of(row, shortest):
+            row.equal_time = judge([after - before for before, after in pairs], shortest.name)
 
 
-@cache
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The standard errors to either side that contain `confidence` of Student's t distribution.
+def pairs_of(row: Row, alone: Row | None) -> list[tuple[float, float]]:
+    """The last AP of the student alone and of this setting, for every seed that both have."""
+    if alone is None:
+        return []
+    own, base = ({run.seed: run.evaluations[-1]["AP"] for run in each.runs} for each in (row, alone))
+    return [(base[seed], own[seed]) for seed in own if seed in base and None not in (own[seed], base[seed])]
 
-    With t = sqrt(freedom) * tan(a), the density is proportional to cos(a) ** (freedom - 1), summed in fine steps.
+
+def times_of(row: Row, alone: Row) -> tuple[float, float] | None:
+    """The mean seconds of this setting and of the student alone, over the seeds that both have.
+
+    None if a time is not known, or if they are of different machines, which cannot be compared.
     """
-    edges = np.linspace(0, np.pi / 2, 1_000_001)
-    share = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
-    return float(np.sqrt(freedom) * np.tan(np.interp(confidence, share / share[-1], edges[1:])))
+    own, base = ({run.seed: run for run in each.runs} for each in (row, alone))
+    pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+    times = [(seconds_of(mine)[0], seconds_of(theirs)[0]) for mine, theirs in pairs]
+    if not times or any(not seconds for pair in times for seconds in pair):
+        return None
+    if any(machine_of(mine) != machine_of(theirs) for mine, theirs in pairs):
+        return None
+    return mean(mine for mine, _ in times), mean(theirs for _, theirs in times)
+
+
+def seconds_of(run: RunRecord) -> tuple[float | None, bool]:
+    """The seconds of training, and whether they are estimated."""
+    known = run.training_seconds
+    return (run.estimated_seconds, True) if known is None else (known, False)
+
+
+def machine_of(run: RunRecord) -> dict:
+    return {"processes": 1} | run.machine
+
+
+def judge_costs(row: Row) -> None:
+    """Fill in the time and the memory of training."""
+    times = [seconds_of(run) for run in row.runs]
+    if all(seconds is not None for seconds, _ in times):
+        row.seconds, row.estimated = mean(seconds for seconds, _ in times), any(guess for _, guess in times)
+    row.peak_memory = max((peak for run in row.runs
+                           if (peak := run.evaluations[-1].get("peak_memory_bytes")) is not None), default=None)
+
+
+def step_flops(run: RunRecord, scale: tuple[int, int]) -> float | None:
+    """Rough floating-point operations of an optimiser step on images of `scale`, without losses and methods.
+
+    The student counts three times, as its backward pass takes twice its forward pass; a teacher only runs forward.
+    None if it is not recorded what a teacher is built from.
+    """
+    entries = teacher_entries(run.config)
+    models = run.teacher_models or [entry.get("model") for entry in entries]
+    if len(models) != len(entries) or not all(models):
+        return None
+    classes = run.config["model"]["head"].get("num_classes")
+    teachers = [model | {"head": {"num_classes": classes} | model["head"]} for model in models]
+    images = 3 * cost(json.dumps(run.config["model"]), scale)[1] + sum(
+        cost(json.dumps(model), scale)[1] for model in teachers)
+    return images * run.images_per_step
 
 
 def teacher_ap(run: RunRecord, runs: Sequence[RunRecord]) -> float | None:
@@ -155,50 +224,3 @@ def cost(model: str, scale: tuple[int, int]) -> tuple[int, int]:
     with torch.device("meta"):
         detector = build_detector(json.loads(model), pretrained=False)
     return count_parameters(detector), count_flops(detector, typical_size(scale))
-
-
-def with_deviation(value: float | None, deviation: float | None, signed: bool = False) -> str:
-    return points(value, signed) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
-def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
-    """The table for people, AP in points."""
-    header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "gap closed", "parameters (M)", "GFLOPs",
-              "training images/s"]
-    cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
-              *(with_deviation(*row.figures[name]) for name in AP_FIGURES),
-              with_deviation(row.gain, row.interval, signed=True), percent(row.gap_closed),
-              "-" if row.parameters is None else f"{row.parameters / 1e6:.2f}",
-              "-" if row.flops is None else f"{row.flops / 1e9:.2f}",
-              "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"] for row in rows]
-    return (markdown_table if markdown else text_table)(header, cells)
-
-
-def explain(rows: Sequence[Row]) -> str:
-    """The meaning of those columns that the table has."""
-    lines = ["AP in points at the last evaluation; ± of AP: standard deviation over the seeds."]
-    if any(row.gain is not None for row in rows):
-        lines.append(f"gain: over the student alone, by pairs of one seed; ±: its {100 * CONFIDENCE:.0f}% confidence "
-                     "interval (Student's t).")
-    single = [row.name for row in rows if row.gain is not None and row.interval is None]
-    if single:
-        lines.append(f"CAUTION: only one pair of runs is behind the gain of {listed(single, ', ')}. Another seed alone "
-                     "often changes AP by a point or more: train more seeds (scripts/sweep.py --seeds) before you "
-                     "trust the gain and the gap closed.")
-    return "\n".join(lines)
-
-
-def rows_to_csv(rows: Sequence[Row]) -> str:
-    """The table for programs: AP as fractions, deviations in their own columns, and unknown values empty."""
-    header = ["run", "methods", "seeds", *(name for figure in AP_FIGURES for name in (figure, f"{figure}_deviation")),
-              "gain", "gain_interval", "teacher_AP", "gap_closed", "parameters", "flops", "images_per_second"]
-    cells = [[row.name, row.methods, " ".join(str(run.seed) for run in row.runs),
-              *(value for name in AP_FIGURES for value in row.figures[name]), row.gain, row.interval, row.teacher,
-              row.gap_closed, row.parameters, row.flops, row.images_per_second] for row in rows]
-    return csv_table(header, [["" if cell is None else str(cell) for cell in row] for row in cells])
-
-
-def save_rows(rows: Sequence[Row], out: Path) -> None:
-    """Write the table: as CSV to a .csv file, as markdown to any other."""
-    text = rows_to_csv(rows) if out.suffix == ".csv" else f"{format_rows(rows, markdown=True)}\n\n{explain(rows)}"
-    write_text(out, text + "\n")

@@ -9,11 +9,11 @@ import numpy as np
 from data import DataError
 from data.extras import need
 from data.output import writing
-from data.tables import percent
 
 from ..evaluation.coco import AP_FIGURES
 from ..work_dir.records import RunRecord, group_name, group_runs, is_number, methods_of, read_json, setting
 from .compare import Row
+from .tables import gap_text
 
 COLUMNS = 3
 MOST_CLASSES = 12  # if there are more, only the mean and these first ones get precision-recall curves
@@ -237,7 +237,7 @@ def plot_gap(rows: Sequence[Row]) -> Any | None:
     figure, (axis,) = matplotlib_figure(1, (8, 1 + 0.4 * len(known)))
     places, values = range(len(known)), [100 * row.gap_closed for row in known]
     bars = axis.barh(places, values, 0.6, color="C0", alpha=0.8)
-    axis.bar_label(bars, [percent(row.gap_closed) for row in known], padding=4)
+    axis.bar_label(bars, [gap_text(row.gap_closed) for row in known], padding=4)
     axis.set_yticks(list(places), [row.name for row in known])
     axis.set(xlabel="share of the gap between student alone and teacher that is closed, %")
     axis.margins(x=0.12)

@@ -81,10 +81,11 @@ class Clock:
     def __init__(self):
         self.before, self.seconds = time.perf_counter(), {}
 
-    def tick(self, part: str) -> None:
-        """Count the time since the last tick as that of a part, "step" or "evaluation"."""
+    def tick(self, part: str) -> float:
+        """Count the time since the last tick as that of a part, "step" or "evaluation", and return it in seconds."""
         before, self.before = self.before, time.perf_counter()
         self.seconds.setdefault(part, deque(maxlen=100)).append(self.before - before)
+        return self.before - before
 
     def left(self, **counts: int) -> str:
         """Hours, minutes and seconds for so many of each part. A part that never came yet is not included."""

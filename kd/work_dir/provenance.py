@@ -10,7 +10,9 @@ import torch
 
 from models.checkpoints.sources import file_hash, local_path
 
+from ..build import teacher_model
 from ..config import Config
+from ..processes.distributed import world_size
 
 
 def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
@@ -26,9 +28,17 @@ def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
+                    "processes": world_size(),
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type},
         "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None},
-        "init": init}
+        "teacher_models": teacher_models(cfg), "init": init}
+
+
+def teacher_models(cfg: Config) -> list[dict | None]:
+    """What each teacher is built from, because its configuration file may change; None for networks of others."""
+    models = [None if entry.cfg is None and entry.model is None else
+              teacher_model(entry).with_num_classes(cfg.model.head.get("num_classes")) for entry in cfg.teachers]
+    return [model and {"backbone": model.backbone, "neck": model.neck, "head": model.head} for model in models]
 
 
 def commit() -> str | None:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from sys import float_info
 
-from data import DataError
+from data import DataConfig, DataError
 from data.errors import counted, one_line, shown
 from models import ConfigError
 from models.build import check_value
@@ -19,6 +20,8 @@ from ..config import TrainConfig, parse_config
 SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
           "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
                     "vis_period")}
+LENGTH = {"train": ("epochs", "patience"), "schedule": ("warmup_steps", "milestones")}
+COSTS = ("images_per_second", "training_seconds", "peak_memory_bytes")
 
 
 @dataclass
@@ -30,6 +33,8 @@ class RunRecord:
     config: dict | None = None  # None for a metrics.jsonl alone, for which teachers is empty
     teachers: dict[str, str] = field(default_factory=dict)  # SHA-256 of the teachers' checkpoints by path
     init: dict[str, str] = field(default_factory=dict)      # likewise of train.init
+    teacher_models: list = field(default_factory=list)      # what they are built from; None: a network of others
+    machine: dict = field(default_factory=dict)             # system, threads, device, and processes since they are kept
     steps: list[dict] = field(default_factory=list)         # training lines of metrics.jsonl
     evaluations: list[dict] = field(default_factory=list)   # its evaluation lines
 
@@ -56,6 +61,27 @@ class RunRecord:
         """Whether training reached its end: the last epoch, or that of `train.patience`."""
         stopped = bool(self.evaluations) and self.evaluations[-1].get("out_of_patience", False)
         return self.epochs is None or self.done >= self.epochs or stopped
+
+    @property
+    def training_seconds(self) -> float | None:
+        """The time of all steps up to the last evaluation."""
+        return self.evaluations[-1].get("training_seconds") if self.evaluations else None
+
+    @property
+    def estimated_seconds(self) -> float | None:
+        """The same for runs that did not record it: the images of all steps, by the median of images per second."""
+        speeds = [speed for line in self.steps if (speed := line.get("images_per_second"))]
+        if self.config is None or not self.evaluations or not speeds:
+            return None
+        return self.evaluations[-1]["step"] * self.images_per_step / median(speeds)
+
+    @property
+    def images_per_step(self) -> int:
+        """Labelled images of an optimiser step, of all processes; runs that did not record their number had one."""
+        data, train = (self.config.get(section) or {} for section in ("data", "train"))
+        processes = self.machine.get("processes", 1)
+        return (data.get("batch_size", DataConfig.batch_size) * train.get("accumulate", TrainConfig.accumulate)
+                * (processes if isinstance(processes, int) else 1))
 
     @property
     def steps_per_epoch(self) -> float:
@@ -117,6 +143,9 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
         if not isinstance(run.teachers, dict) or not all(isinstance(digest, str) for digest in run.teachers.values()):
             raise DataError(f"{provenance}: teachers must be SHA-256 by path, not {shown(run.teachers)}")
         run.init = content.get("init", {})
+        models = content.get("teacher_models")
+        run.teacher_models = models if isinstance(models, list) else []
+        run.machine = content.get("machine") if isinstance(content.get("machine"), dict) else {}
     return run
 
 
@@ -136,7 +165,7 @@ def is_record(line: object) -> bool:
     if not isinstance(line, dict) or not isinstance(line.get("per_class", {}), dict):
         return False
     named = [value for name, value in line.items() if "loss" in name or name[:2] in ("AP", "AR")]
-    values = [*named, *line.get("per_class", {}).values(), line.get("images_per_second")]
+    values = [*named, *line.get("per_class", {}).values(), *(line.get(name) for name in COSTS)]
     return (all(is_number(line.get(key)) and line[key] >= 0 for key in ("epoch", "step"))
             and all(value is None or is_number(value) for value in values))
 
@@ -146,17 +175,22 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
-def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True) -> str:
+def setting(config: dict, files: dict[str, str] | None = None, distilled: bool = True, length: bool = True) -> str:
     """What a configuration trains, apart from the seed, as a text that can be compared.
 
     Args:
         files: SHA-256 of checkpoints by path, which replaces the path where it is known.
         distilled: False leaves out teachers and methods, which gives the setting of the student alone.
+        length: False leaves out the number of epochs, and the warm-up and milestones, which change with it.
     """
     config = copy.deepcopy(config)
     for section, names in SILENT.items():
         for name in names:
             (config.get(section) or {}).pop(name, None)
+    if not length:
+        for section, names in LENGTH.items():
+            for name in names:
+                (config.get(section) or {}).pop(name, None)
     data = config.get("data") or {}
     if isinstance(data.get("train"), list) and len(data["train"]) == 1:  # the same as without a list
         data["train"], = data["train"]

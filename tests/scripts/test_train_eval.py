@@ -49,7 +49,13 @@ def test_what_a_run_leaves(trained):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert {"epoch", "step", "lr", "loss_cls", "loss_bbox", "loss_dfl", "loss", "images_per_second"} <= steps[0].keys()
     assert [line["epoch"] for line in lines if "AP" in line] == [0, 1]
+    first, second = (line for line in lines if "AP" in line)
+    assert 0 < first["training_seconds"] < second["training_seconds"] < 600
+    assert 1e8 < first["peak_memory_bytes"] <= second["peak_memory_bytes"]
+    state = torch.load(work_dir / "last.pth", weights_only=True)
+    assert (state["seconds"], state["peak_memory"]) == (second["training_seconds"], second["peak_memory_bytes"])
     provenance = json.loads((work_dir / "run.json").read_text())
+    assert provenance["machine"]["processes"] == 1
     assert provenance["config"]["model"]["head"]["num_classes"] == 6  # from the annotations
     assert provenance["versions"]["torch"] == torch.__version__
     assert (work_dir / "last.pth").exists() and (work_dir / "best.pth").exists()
@@ -81,7 +87,9 @@ def test_distillation_from_a_run_of_our_own(trained, scenes, tmp_path, monkeypat
     assert ("loss_cls_kd" in line) == (methods[0]["type"] == "CrossKD")
     assert ("loss_fgd" in line) == (methods[-1]["type"] == "FGD")
     assert weights(tmp_path / "run" / "last.pth").keys() == weights(teacher_dir / "last.pth").keys()
-    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["teachers"]
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    recorded, (built,) = provenance["teachers"], provenance["teacher_models"]
+    assert built["head"]["num_classes"] == 6 and built["backbone"] == model()["backbone"]
     assert list(recorded) == [str(teacher_dir / "last.pth")] and len(recorded[str(teacher_dir / "last.pth")]) == 64
 
 

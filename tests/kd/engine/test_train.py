@@ -17,7 +17,7 @@ from data import generate_scenes
 from kd.config import parse_config
 from kd.engine import train as engine
 from kd.engine.replay import replay, save_replay
-from kd.engine.run import build_run, describe_run
+from kd.engine.run import build_run, describe_run, restore_run, save_run
 from kd.evaluation.coco import FIGURES
 from kd.evaluation.evaluate import evaluate_checkpoint
 from kd.exceptions import Stopped, TrainingError
@@ -37,11 +37,11 @@ def scenes(tmp_path_factory):
 
 
 def assert_same(first, second, place=""):
-    """Assert that two nested states are equal bit for bit."""
+    """Assert that two nested states are equal bit for bit, apart from the time and memory that they took."""
     assert type(first) is type(second), place
     if isinstance(first, dict):
         assert first.keys() == second.keys(), place
-        for key in first:
+        for key in first.keys() - {"seconds", "peak_memory"}:
             assert_same(first[key], second[key], f"{place}.{key}")
     elif isinstance(first, (list, tuple)):
         assert len(first) == len(second), place
@@ -99,11 +99,13 @@ def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path,
     monkeypatch.setattr(engine, "train_step", stop_in_time)
     with pytest.raises(KeyboardInterrupt):
         engine.train(cfg, tmp_path / "parts", CPU)
-    assert taken == [3, 3, 1, 3, 3, 1] and read_checkpoint(tmp_path / "parts" / "last.pth")["step"] == 5
+    broken_off = read_checkpoint(tmp_path / "parts" / "last.pth")
+    assert taken == [3, 3, 1, 3, 3, 1] and broken_off["step"] == 5
     monkeypatch.undo()
     engine.train(cfg, tmp_path / "parts", CPU, tmp_path / "parts" / "last.pth")
     whole, parts = (read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "parts"))
     assert_same(whole, parts)
+    assert 0 < broken_off["seconds"] < parts["seconds"]
     assert whole["gradient_shares"]["times"].tolist() == [7, 5] and (whole["gradient_shares"]["counts"] > 0).all()
     assert steps_in(tmp_path / "whole") == steps_in(tmp_path / "parts") == (list(range(1, 10)), [0, 1, 2])
     weights = [[line for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
@@ -113,6 +115,20 @@ def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path,
     assert weights[0] == weights[1] and [fgd is None for _, fgd in weights[0]] == [False, True] * 4 + [False]
     log = (tmp_path / "parts" / "train.log").read_text()
     assert log.count("MGD0: its weight is") == 2 and "for a gradient_share of 0.3" in log  # of both starts
+
+
+def test_the_time_of_training_goes_on_with_a_run(scenes, tmp_path):
+    """A checkpoint of an earlier version has no time: then the run does not make one up."""
+    run = build_run(parse_config(config(scenes)), tmp_path, CPU)
+    run.spend(2.5)
+    run.peak = 10 ** 15  # of the part before
+    save_run(run, "last.pth")
+    state = read_checkpoint(tmp_path / "last.pth")
+    for seconds, expected in ((2.5, {"training_seconds": 4.0}), (None, {})):
+        run = build_run(parse_config(config(scenes)), tmp_path, CPU)
+        restore_run(run, state | {"seconds": seconds}, tmp_path / "last.pth")
+        run.spend(1.5)
+        assert run.costs() == expected | {"peak_memory_bytes": 10 ** 15}
 
 
 def test_a_share_may_be_set_when_a_run_goes_on(scenes, tmp_path):

@@ -10,7 +10,9 @@ from runs import ROOT, run_script
 
 from data import DataError
 from kd.evaluation.cost import count_flops, count_parameters
-from kd.experiments.compare import compare, cost, explain, paired_interval, t_quantile
+from kd.experiments.compare import compare, cost
+from kd.experiments.tables import explain
+from kd.experiments.verdict import paired_interval, t_quantile
 from kd.work_dir.records import group_runs, read_runs, setting
 from models import build_detector
 
@@ -54,7 +56,7 @@ def test_what_inherits_only_is_not_alone(tmp_path):
         paths.append(write_run(tmp_path / name, [0.2, 0.35], cfg, {str(path): DIGEST}))
     rows = rows_of(paths)
     assert rows["inherits"].methods == "init_student" and rows["also_fgd"].methods == "FGD+init_student"
-    assert rows["inherits"].gain == pytest.approx(0.05) and rows["inherits"].gap_closed == pytest.approx(0.05 / 0.2)
+    assert rows["inherits"].gain == pytest.approx(0.05) and rows["inherits"].verdict.baseline == "alone"
 
 
 def test_a_gain_is_by_pairs_of_one_seed(tmp_path):
@@ -62,11 +64,14 @@ def test_a_gain_is_by_pairs_of_one_seed(tmp_path):
     rows = rows_of([path for path in paths if path.name != "alone_seed1"])
     crosskd = rows["crosskd"]
     assert crosskd.gain == pytest.approx(0.06) and crosskd.interval is None
-    assert crosskd.gap_closed == pytest.approx(0.06 / 0.2)
+    assert crosskd.gap_closed is None  # one AP of the student alone says nothing about its uncertainty
+    assert str(crosskd.verdict) == "cannot tell (1 seed: train at least 3)"
     assert "CAUTION: only one pair of runs is behind the gain of crosskd." in explain(list(rows.values()))
     assert "CAUTION" not in explain(list(rows_of(paths).values()))
     rows = rows_of([path for path in paths if not path.name.startswith("alone")])
     assert rows["crosskd"].gain is None and rows["crosskd"].gap_closed is None
+    assert str(rows["crosskd"].verdict) == (
+        "cannot tell (no run of the student alone with the same settings and seed)")
 
 
 @pytest.mark.parametrize("case, expected", [("folder", 0.5), ("file gone", 0.5), ("another file", None),
@@ -223,6 +228,9 @@ def test_compare_script(tmp_path, monkeypatch, capsys):
     assert "| crosskd | CrossKD | 0, 1 | 38.0 ± 2.8 |" in out[0].read_text()
     table = {row["run"]: row for row in csv.DictReader(out[1].open())}
     assert float(table["crosskd"]["gap_closed"]) == pytest.approx(0.07 / 0.19) and table["alone"]["gain"] == ""
+    assert "cannot tell (about 1 more seed)" in line and table["crosskd"]["seeds_needed"] == "3"
+    assert (table["crosskd"]["verdict"], table["crosskd"]["verdict_reason"]) == ("cannot tell", "about 1 more seed")
+    assert table["alone"]["verdict"] == "" and table["crosskd"]["hours_estimated"] == "true"
 
 
 def test_compare_refuses_a_folder_without_runs(tmp_path, monkeypatch, capsys):
