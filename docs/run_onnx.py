@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("images", nargs="+")
-    parser.add_argument("--score-thr", type=share, default=0.3)
+    parser.add_argument("--score-thr", type=share, help="default: the file's own for each class, or 0.3")
     parser.add_argument("--out", type=Path, help="folder for pictures with boxes")
     args = parser.parse_args()
     try:
@@ -113,10 +113,13 @@ def main():
         beside = Path(f"{args.model}.data")
         hint = "" if beside.exists() else f" (if its weights were written beside it: {beside} is missing)"
         parser.exit(2, f"error: {args.model} cannot be read{hint}: {' '.join(str(error).split())[:200]}\n")
+    lowest = np.full(len(about["classes"]), 0.3 if args.score_thr is None else args.score_thr)
+    if args.score_thr is None and about.get("thresholds"):  # null: no box of this class; rounding differs a little
+        lowest = np.array([np.inf if score is None else score - 1e-5 for score in about["thresholds"]])
     for path in args.images:
         image = read(path)
         boxes, scores, labels = detect(session, about, image)
-        shown = scores >= args.score_thr
+        shown = scores >= lowest[labels]
         boxes, texts = boxes[shown], [f"{about['classes'][k]} {s:.2f}" for s, k in zip(scores[shown], labels[shown])]
         print(f"{path}: {len(boxes)} detections")
         for box, text in zip(boxes, texts):

@@ -6,6 +6,7 @@ from typing import Annotated
 from data.ranges import Count, Range, Share
 from kd import cli
 from kd.deploy.options import check_int8, check_options
+from kd.inference.thresholds import read_thresholds, scores_for
 
 
 def main() -> None:
@@ -28,6 +29,9 @@ def main() -> None:
                         help="beside: in a second file FILE.data, as always above 2 GB; default: inside")
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="images to check on; default: the first two of data.val, or noise if there are none")
+    parser.add_argument("--thresholds", type=Path, metavar="FILE",
+                        help="lowest score of each class, for programs that use the file: a thresholds.json from "
+                             "analyze.py")
     parser.add_argument("--int8", action="store_true",
                         help="also write FILE.int8.onnx, whose convolutions compute with 8-bit integers, and compare "
                              "its AP on data.val")
@@ -39,6 +43,7 @@ def main() -> None:
     beside, fixed = args.weights == "beside", dict(args.fixed)
     kind = check_options(args.out, args.format, args.opset, beside, args.nms, args.end2end, fixed)
     check_int8(args.out, kind, args.int8, args.calibrate, args.max_drop)
+    chosen = None if args.thresholds is None else read_thresholds(args.thresholds)
     cfg = cli.load_config(args.cfg, args.overrides, *["train", "val"] * args.int8, checkpoint=args.checkpoint)
     from kd.deploy.export import check_samples, export
     from kd.deploy.recipe import make_recipe, with_detections
@@ -48,7 +53,9 @@ def main() -> None:
     if args.int8:
         check_data(cfg)
     detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes)
-    about = make_recipe(cfg, detector, classes.names, kind, args.nms, args.end2end, fixed)
+    if chosen is not None:
+        chosen = scores_for(args.thresholds, chosen, classes.names)
+    about = make_recipe(cfg, detector, classes.names, kind, args.nms, args.end2end, fixed, chosen)
     with_detections(detector, args.end2end)
     agreement, files = export(detector, args.out, kind, about, check_samples(cfg, about, args.check), args.opset or 18,
                               beside)

@@ -46,18 +46,20 @@ def main() -> None:
     from kd.inference.predict import Predictor, class_thresholds, left_out_classes, predict_files
 
     device, within = cli.choose_device(args.device or ("cpu" if args.exported else None)), (None, None)
+    own_scores = None  # an exported file may hold lowest scores
     if args.exported:
         detector, classes, cfg = open_named(args.exported, cfg, device.type)
         device, within = detector.device, detector.file.about.within
+        if chosen is None and args.score_thr is None:
+            own_scores = detector.file.about.thresholds
     else:
         detector, classes = load_named(cfg, args.checkpoint, device, args.part, args.classes)
-    if chosen is not None:
-        chosen = scores_for(args.thresholds, chosen, classes.names)
+    chosen = own_scores if chosen is None else scores_for(args.thresholds, chosen, classes.names)
     score_thr = SCORE_THR if args.score_thr is None else args.score_thr
     thresholds = class_thresholds(classes, score_thr, args.class_thr, chosen=chosen)
     if left_out := left_out_classes(classes, thresholds):
-        print(f"{args.thresholds} has no score for {listed(left_out, ', ')}: all their boxes are left out; --class-thr "
-              "NAME=SCORE gives one", file=sys.stderr)
+        print(f"{args.thresholds or args.exported} has no score for {listed(left_out, ', ')}: all their boxes are left "
+              "out; --class-thr NAME=SCORE gives one", file=sys.stderr)
     predictor = Predictor(detector, cfg, thresholds, device, args.batch_size, within)
     done = predict_files(predictor, classes, sources, args.out, args.format, not args.no_pictures)
     files = WRITERS[args.format].files

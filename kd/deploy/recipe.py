@@ -44,9 +44,14 @@ class Recipe:
     channel_order: Literal["rgb", "bgr"] | None = None  # of the detector inside the file, as the statistics
     mean: tuple[float, float, float] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
+    thresholds: Some[Share | None] | None = None  # lowest score to show of each class; null: no box of the class
     int8: bool = False                  # whether most convolutions compute with 8-bit integers
     densekd: str | None = None          # the version that wrote the file
     format: Number = FORMAT
+
+    def __post_init__(self):
+        if self.thresholds is not None and len(self.thresholds) != len(self.classes):
+            raise ConfigError("thresholds", f"must have {len(self.classes)} entries, one for each class")
 
     @property
     def within(self) -> tuple[int | None, int | None]:
@@ -73,13 +78,15 @@ class Recipe:
 
 
 def make_recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: str = "onnx", nms: Form = "inside",
-                end2end: int | None = None, fixed: dict[str, int] | None = None) -> Recipe:
+                end2end: int | None = None, fixed: dict[str, int] | None = None,
+                thresholds: Sequence[float | None] | None = None) -> Recipe:
     """The recipe of a detector's file.
 
     Args:
         kind: "onnx", "pt2" or "openvino".
         end2end: the number of entries, instead of `max_per_img`; the form is then "end2end".
         fixed: the sizes of the input that do not vary: "batch", "height", "width".
+        thresholds: the lowest score to show of each class, see `load_thresholds`.
     """
     test, pixels = detector.test, detector.preprocess
     # torch.export assumes that no feature map has a single row or column, if its size may vary.
@@ -91,7 +98,8 @@ def make_recipe(cfg: Config, detector: Detector, classes: Sequence[str], kind: s
     return Recipe(list(classes), cfg.input.scale, cfg.input.antialias, DIVISOR, least,
                   nms if end2end is None else "end2end", test.nms_iou_threshold, end2end or test.max_per_img,
                   test.score_thr, test.clip, test.min_bbox_size, **fixed or {}, channel_order=pixels.channel_order,
-                  mean=tuple(pixels.statistics[0]), std=tuple(pixels.statistics[1]), densekd=own)
+                  mean=tuple(pixels.statistics[0]), std=tuple(pixels.statistics[1]),
+                  thresholds=None if thresholds is None else list(thresholds), densekd=own)
 
 
 def read_recipe(text: str | None, path: Path) -> Recipe:

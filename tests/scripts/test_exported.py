@@ -1,6 +1,7 @@
 """eval.py and predict.py with --exported: a file detects what its checkpoint does, and bad files are one line."""
 import json
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import numpy as np
 import onnx_rules
 import pytest
 import torch
-from exports import CPU, FORMS, tiny_detector, tiny_export
+from exports import CPU, FIXED, FORMS, tiny_detector, tiny_export
 from runs import ROOT, config_with, run_script, write_config
 
+from data.images import write_picture
 from data.sources.scenes import CLASSES
 from kd.config import parse_config
 from kd.deploy.exported import open_with_data
 from kd.deploy.recipe import read_recipe
+from kd.deploy.runtimes import open_exported
 from kd.evaluation.evaluate import detect_views
+from kd.exceptions import ExportedFileError
 from kd.inference.detectors import load_with_data
 
 pytestmark = onnx_rules.needed
@@ -119,6 +123,31 @@ def refused(monkeypatch, capsys, *arguments, code=2):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: "), error
     return error[0]
+
+
+def test_a_file_holds_the_lowest_scores_of_its_classes(exports, tmp_path, monkeypatch, capsys):
+    """Of one class only the best boxes, of another none; a given score wins."""
+    cfg, checkpoint, _ = exports.model("GFLHead")
+    found = {name: {"score": score} for name, score in zip(CLASSES, (0.9, None, *[0.0] * (len(CLASSES) - 2)))}
+    (tmp_path / "chosen.json").write_text(json.dumps({"classes": found}))
+    file, photo = tmp_path / "a.onnx", tmp_path / "photo.png"
+    assert run_script(monkeypatch, "export.py", "--cfg", cfg, "--checkpoint", checkpoint, "--out", file, "--thresholds",
+                      tmp_path / "chosen.json", "--fixed", "batch=1", *(f"{k}={v}" for k, v in FIXED.items())) == 0
+    write_picture(photo, torch.randint(0, 256, (3, 120, 160), generator=torch.Generator().manual_seed(0)).byte())
+    counts = {}
+    for name, more in (("own", ()), ("given", ("--score-thr", "0"))):
+        assert run_script(monkeypatch, "predict.py", "--exported", file, "--input", photo, "--out", tmp_path / name,
+                          *more) == 0
+        results = json.loads((tmp_path / name / "predictions.json").read_text())
+        counts[name] = Counter(CLASSES[one["category_id"] - 1] for one in results)
+        if name == "own":
+            assert all(one["score"] >= 0.9 - 1e-5 for one in results if one["category_id"] == 1)
+    assert counts["given"][CLASSES[1]] and not counts["own"][CLASSES[1]]
+    assert counts["own"][CLASSES[2]] == counts["given"][CLASSES[2]] > 0
+    assert f"{file} has no score for {CLASSES[1]}" in capsys.readouterr().err
+    broken = json.dumps({**json.loads(open_exported(file).about.to_json()), "thresholds": [0.5]})
+    with pytest.raises(ExportedFileError, match=f"thresholds: must have {len(CLASSES)} entries"):
+        read_recipe(broken, file)
 
 
 def test_arguments(exports, tmp_path, monkeypatch, capsys):
