@@ -25,6 +25,8 @@ setup(
         "video": ["av"],
         "jpeg": ["simplejpeg>=1.8"],  # decodes JPEG faster than Pillow, to the same pixels
         "timm": ["timm>=1.0"],  # its models as backbones
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"],  # with its default store, a database file
         "hub": ["safetensors>=0.4"],  # .safetensors files
     },
 )

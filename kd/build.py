@@ -24,6 +24,7 @@ from models.weights import CheckpointError, load_weights, log, summary
 
 from .cache import TeacherCache, architecture, needs_of
 from .config import Config, TeacherConfig, load_config, parse_config
+from .config.loggers import check_loggers
 from .distiller import Distiller
 from .methods import METHODS
 from .methods.base import Method, MethodOptions
@@ -185,7 +186,8 @@ def check_teachers_map(entry: TeacherConfig, model: ModelConfig, num_classes: in
 
 def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path | None = None) -> None:
     """Raise DataError or CheckpointError for a file that does not exist, before anything is built: a teacher's, those
-    that are `needed`, or another checkpoint. Nothing is read or downloaded.
+    that are `needed`, or another checkpoint; and MissingExtra for a logger of a run that is not installed. Nothing is
+    read or downloaded.
 
     Args:
         needed: "train" and "val" for these parts of the data, "init" for `train.init`.
@@ -197,6 +199,8 @@ def check_files(cfg: Config, needed: Sequence[str] = (), checkpoint: str | Path 
     for entry in cfg.teachers:
         if entry.checkpoint is not None:
             check_teacher_file(entry)
+    if "train" in needed:
+        check_loggers(cfg.train.all_loggers)
     if "train" in needed and cfg.data and cfg.data.unlabelled:
         check_unlabelled(cfg)
         cfg.data.unlabelled.check_paths()

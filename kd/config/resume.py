@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     "train.log_every": TAKE,
     "train.check_images": TAKE,
     "train.grad_norm_every": TAKE,
+    "train.loggers": TAKE,
     "train.tensorboard": TAKE,
     "train.vis_period": TAKE,
 

@@ -1,6 +1,6 @@
 """The sections of a configuration that kd defines itself."""
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from data.errors import shown
@@ -11,6 +11,7 @@ from models.preprocess import Preprocess
 
 from ..methods import METHODS
 from ..methods.base import MethodOptions
+from .loggers import LoggerName
 
 
 @dataclass
@@ -34,8 +35,20 @@ class TrainConfig:
     log_every: Count = 10                           # steps between lines of metrics.jsonl and the log
     check_images: Number = 100                      # images for the teacher's AP before the first step; 0: off
     grad_norm_every: Number = 0                     # steps between gradient norms of each method; 0: never
-    tensorboard: bool = False                       # also write metrics.jsonl's records for TensorBoard (extra viz)
+    loggers: list[LoggerName] = field(default_factory=list)  # also get metrics.jsonl's records; each needs an extra
+    tensorboard: bool = False                       # the same as tensorboard in loggers (extra viz)
     vis_period: Number = 500                        # steps between TensorBoard's pictures of detections; 0: none
+
+    def __post_init__(self):
+        twice = next((name for name in self.loggers if self.loggers.count(name) > 1), None)
+        if twice:
+            raise ConfigError("loggers", f"has {twice} twice: name each once")
+
+    @property
+    def all_loggers(self) -> dict[str, str]:
+        """For each logger the key that asks for it: `loggers`, or `tensorboard`."""
+        return ({"tensorboard": "train.tensorboard"} if self.tensorboard else {}) | dict.fromkeys(
+            self.loggers, "train.loggers")
 
 
 @dataclass

@@ -27,9 +27,9 @@ from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
 from ..work_dir.log import Clock, Meter, Metrics, open_log
 from ..work_dir.provenance import provenance
-from .board import Board, open_board
 from .cached import ahead, describe_caches, open_caches, report_caches
 from .finite import describe_broken_step, keep_statistics
+from .loggers import Loggers, need_loggers, open_loggers
 from .replay import save_replay
 from .run import Run, build_run, describe_run, restore_run, save_run
 from .skipped import SkippedImages
@@ -44,7 +44,7 @@ class Reports(NamedTuple):
 
     log: Logger
     metrics: Metrics
-    board: Board | None
+    loggers: Loggers
     skipped: SkippedImages
     clock: Clock
     emptied: EmptiedImages
@@ -63,14 +63,18 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     """
     device = distributed.start_processes(device)
     resume_from = distributed.from_first(resume_from)
-    run = build_run(parse_config(cfg), work_dir, device, resumed=resume_from is not None)
+    cfg = parse_config(cfg)
+    need_loggers(cfg)
+    run = build_run(cfg, work_dir, device, resumed=resume_from is not None)
     changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
-    first, board = distributed.rank() == 0, open_board(run, work_dir)
+    first = distributed.rank() == 0
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
-    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, board and board.show)
+    origin = provenance(run.cfg, device, run.init) if first else {}
+    loggers = open_loggers(run, origin, log)
+    metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, loggers.show)
     if first:
-        write_text(work_dir / "run.json", json.dumps(provenance(run.cfg, device, run.init), indent=1))
+        write_text(work_dir / "run.json", json.dumps(origin, indent=1))
     log.info("\n".join([describe_run(run), *describe_caches(run)]))
     open_caches(run)
     for change in changes:
@@ -85,8 +89,8 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     figures = {}
     if run.step >= settings.epochs * run.steps_per_epoch and run.evaluated:
         log.info("all epochs are done already: set a larger train.epochs to go on")
-    reports = Reports(log, metrics, board, SkippedImages(log), Clock(), EmptiedImages())
-    with lock, StopSignals() as signals:
+    reports = Reports(log, metrics, loggers, SkippedImages(log), Clock(), EmptiedImages())
+    with lock, loggers, StopSignals() as signals:
         for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, settings.epochs):
             train_epoch(run, model, epoch, reports, signals)
             if run.evaluates(epoch) and not run.evaluated:
@@ -107,7 +111,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     done = run.step - epoch * run.steps_per_epoch
     if done == run.steps_per_epoch:  # resumed between the last step and the evaluation
         return
-    settings, (log, metrics, board, skipped, clock, emptied) = run.cfg.train, reports
+    settings, (log, metrics, loggers, skipped, clock, emptied) = run.cfg.train, reports
     model.train()
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
@@ -127,8 +131,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
         if norms:
             metrics.write({"epoch": epoch, "step": run.step} | {f"grad_norm/{k}": v for k, v in norms.items()})
             log.info("gradient norms at the neck: %s", " ".join(f"{k} {v:.3g}" for k, v in norms.items()))
-        if board is not None:
-            board.pictures(run.step, {"student" if run.distiller else "detector": run.evaluated_model})
+        loggers.pictures(run.step, {"student" if run.distiller else "detector": run.evaluated_model})
         if run.step % settings.log_every == 0:
             run.finite.check()
             record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()

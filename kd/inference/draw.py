@@ -101,8 +101,10 @@ def beside_truth(detectors: dict[str, Detector], dataset: CocoDataset, count: in
         for detector in detectors.values():
             was_training = detector.training
             batch = image[None].to(next(detector.parameters()).device)
-            found = detector.eval().predict(detector.preprocess(batch, [target]), [target], rescale=False)[0]
-            detector.train(was_training)
+            try:
+                found = detector.eval().predict(detector.preprocess(batch, [target]), [target], rescale=False)[0]
+            finally:
+                detector.train(was_training)  # also after an error: a run goes on without pictures
             row.append(draw_boxes(image, found["boxes"].cpu(), found["labels"].cpu(), dataset.classes,
                                   found["scores"].cpu(), score_thr, size))
         rows.append(row)

@@ -18,8 +18,8 @@ from ..config import TrainConfig, parse_config
 
 # The seed, and settings that change neither the weights nor the figures.
 SILENT = {"data": ("workers", "worker_start"), "eval": ("every", "batch_size"),
-          "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "tensorboard",
-                    "vis_period")}
+          "train": ("seed", "log_every", "checkpoint_every", "keep", "check_images", "grad_norm_every", "loggers",
+                    "tensorboard", "vis_period")}
 LENGTH = {"train": ("epochs", "patience"), "schedule": ("warmup_steps", "milestones")}
 COSTS = ("images_per_second", "training_seconds", "peak_memory_bytes")
 

@@ -16,7 +16,7 @@ from data.inputs.video import VideoWriter
 from data.output import OutputError, no_room, write_bytes, write_text, writing
 from data.sources import download
 from kd import cli
-from kd.engine.board import Board
+from kd.engine.loggers.board import Board
 from kd.exceptions import TrainingError
 from kd.work_dir.checkpoint import save_checkpoint
 from kd.work_dir.log import Metrics, open_log

@@ -113,6 +113,19 @@ print("torch" in sys.modules)
     assert (done.stdout, done.stderr) == ("False\n", "") and len(paths) > 50
 
 
+def test_a_logger_that_is_not_installed_is_found_before_pytorch_is_imported():
+    code = """
+import json, sys
+sys.modules["mlflow"] = None
+from kd.early import check_early
+try:
+    check_early(json.load(sys.stdin), ["train.loggers=[mlflow]"], ("train", "val"))
+except Exception as error:
+    print(json.dumps([type(error).__name__, error.exit_code, str(error)[:45], "torch" in sys.modules]))
+"""
+    assert in_new_process(code, STUDENT) == ["MissingExtra", 2, "train.loggers needs mlflow, which is not inst", False]
+
+
 def test_no_script_imports_pytorch_for_its_arguments():
     codes = in_new_process(ALL_SCRIPTS)
     assert codes == {path.name: [2, False] for path in (ROOT / "scripts").glob("*.py")}

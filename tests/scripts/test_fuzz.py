@@ -24,7 +24,7 @@ from kd.config import Config
 from kd.config.hints import with_defaults
 
 HEADS = ("GFLHead", "RetinaHead", "ATSSHead", "FCOSHead")
-COSTLY = {"epochs", "workers", "compile", "tensorboard", "cfg", "weights"}  # keys that are not changed
+COSTLY = {"epochs", "workers", "compile", "loggers", "tensorboard", "cfg", "weights"}  # keys that are not changed
 FEW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 SHORT = settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=FEW)
 LONG = settings(max_examples=80, deadline=None, database=None, suppress_health_check=FEW)

@@ -55,7 +55,8 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys, error, reason):
     assert len(error) == 1 and f"{reason} Lower data.batch_size" in error[0]
 
 
-EXTRAS = ("matplotlib", "tensorboard", "onnx", "onnxruntime", "av", "faster_coco_eval", "safetensors")
+EXTRAS = ("matplotlib", "tensorboard", "wandb", "mlflow", "onnx", "onnxruntime", "av", "faster_coco_eval",
+          "safetensors")
 
 
 def test_the_core_does_without_the_extras():

@@ -1,21 +1,19 @@
-"""TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth. Needs the extra `viz`."""
+"""TensorBoard: figures of metrics.jsonl, and pictures of detections beside the ground truth."""
 import threading
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
 from data import CocoDataset, build_dataset
-from data.extras import need
 from data.output import naming, no_room
 from models import Detector
 
-from ..config import Config
-from ..inference.draw import beside_truth
-from ..inference.precision import autocast
-from ..processes import distributed
-from .run import Run
+from ...config import Config
+from ...inference.draw import beside_truth
+from ...inference.precision import autocast
+from ..run import Run
+from .base import Ended, Logger, figures
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 IMAGES = 4  # per picture
 
 
-class Board:
+class Board(Logger):
     """An event file in `tensorboard/` of the work dir; it is created with the first record.
 
     Args:
@@ -41,21 +39,15 @@ class Board:
         if self.open is None:
             threading.excepthook = quiet_on_full_disk
             purge = self.from_step + 1 if self.from_step else None
-            self.open = tensorboard().SummaryWriter(str(self.folder), purge_step=purge)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.open = SummaryWriter(str(self.folder), purge_step=purge)
         return self.open
 
     def show(self, record: dict) -> None:
-        """Write the numbers of a record under `train/`, `val/` or, for single classes, `val_class/`."""
-        step = record["step"]
-        for name, value in record.items():
-            group = "val" if "AP" in record else "train"
-            values = {f"{group}_class/{k}": v for k, v in value.items()} if isinstance(value, dict) else {
-                name if "/" in name else f"{group}/{name}": value}
-            for tag, number in values.items():
-                if name not in ("epoch", "step") and number is not None:
-                    with naming(self.folder):
-                        self.writer.add_scalar(tag, number, step)
         with naming(self.folder):
+            for tag, number in figures(record).items():
+                self.writer.add_scalar(tag, number, record["step"])
             self.writer.flush()
 
     def pictures(self, step: int, detectors: dict[str, Detector]) -> None:
@@ -70,6 +62,11 @@ class Board:
         with naming(self.folder):
             self.writer.add_image("detections", picture, step)
 
+    def end(self, ended: Ended) -> None:
+        if self.open is not None:
+            with naming(self.folder):
+                self.open.close()
+
 
 def quiet_on_full_disk(failed: threading.ExceptHookArgs) -> None:
     """Print the traceback of a thread, except of TensorBoard's on a full disk: the next record raises its error."""
@@ -77,14 +74,7 @@ def quiet_on_full_disk(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def tensorboard() -> ModuleType:
-    return need("tensorboard", "viz", "train.tensorboard", module="torch.utils.tensorboard")
-
-
-def open_board(run: Run, work_dir: Path) -> Board | None:
-    """The board of a run, in its first process, if `train.tensorboard` is set; MissingExtra without TensorBoard."""
-    if not run.cfg.train.tensorboard:
-        return None
-    tensorboard()
+def open_board(run: Run, origin: dict) -> Board:
+    """The board of a run; its origin is in run.json only."""
     shown = run.val_loader.dataset if run.val_loader else None
-    return Board(run.cfg, work_dir, run.step, run.device, shown) if distributed.rank() == 0 else None
+    return Board(run.cfg, run.work_dir, run.step, run.device, shown)
