@@ -151,7 +151,8 @@ def prepare(path: Path, plain: Path) -> None:
     onnx = need("onnx", "export", FEATURE)
     pre_process = need("onnxruntime", "export", FEATURE, "onnxruntime.quantization.shape_inference").quant_pre_process
     whole = plain.with_name("whole.onnx")
-    onnx.save(onnx.load(str(path)), str(whole))
+    with naming(whole):
+        onnx.save(onnx.load(str(path)), str(whole))
     with TemporaryFile("w+") as printed, printing_to(printed):
         pre_process(str(whole), str(plain), skip_symbolic_shape=True)
     whole.unlink()
@@ -232,7 +233,8 @@ def write(plain: Path, made: Path, ranges: Any, convs: Sequence[str], about: Rec
     for entry in [entry for entry in model.opset_import if entry.domain not in used | {""}]:
         model.opset_import.remove(entry)  # onnxruntime names all that it knows
     onnx.checker.check_model(model)
-    onnx.save(model, str(made))
+    with naming(made):
+        onnx.save(model, str(made))
 
 
 @torch.no_grad()

@@ -27,9 +27,13 @@ CROSSKD = {"type": "CrossKD", "reused_teacher_head_idx": 1}
 
 
 def narrowed(path, classes):
-    """The `model` section of a published teacher, narrow for tests; everything that its format needs is kept."""
+    """The `model` section of a published teacher, narrow for tests; everything that its format needs is kept.
+
+    torchvision's ResNet always starts with 64 channels.
+    """
     model = without_weights(load_config(ROOT / path)["model"])
-    return model | {"backbone": model["backbone"] | {"base_channels": 8}, "neck": model["neck"] | {"out_channels": 16},
+    start = 64 if "torchvision" in path else 8
+    return model | {"backbone": model["backbone"] | {"base_channels": start}, "neck": model["neck"] | {"out_channels": 16},
                     "head": model["head"] | {"feat_channels": 16, "num_classes": classes}}
 
 

@@ -16,10 +16,10 @@ OURS, THEIRS = ["cat", "newt", "dog"], ["dog", "owl", "cat", "eel"]
 FROM_CAT_AND_DOG = [2, None, 0]  # for each of ours, the number among theirs
 
 
-def detector(kind="GFLHead", classes=3, seed=0, width=16, **head):
+def detector(kind="GFLHead", classes=3, seed=0, width=16, sections={}, **head):
     """A detector whose classifier has random weights and biases, so that no two rows are equal."""
     torch.manual_seed(seed)
-    model = build_detector(small_config(kind, width=width, head={"num_classes": classes, **head}))
+    model = build_detector(small_config(kind, width=width, head={"num_classes": classes, **head}, **sections))
     conv = getattr(model.bbox_head, model.bbox_head.classifier)
     torch.nn.init.normal_(conv.weight, std=0.1)
     torch.nn.init.normal_(conv.bias)
@@ -96,7 +96,11 @@ def test_coco_names_of_known_formats():
     assert [coco_classes(91).index(name) for name in ("person", "stop sign", "toothbrush")] == [1, 13, 90]
     assert coco_classes(91).count(None) == 11 and coco_classes(90) is None
     for count, numbers in ((80, [79, 0, 11, None]), (91, [90, 1, 13, None])):
-        source, model = detector("RetinaHead", count, seed=1), detector("RetinaHead", 4)
+        # torchvision always has 64 channels at the start of the ResNet, and four convolutions in a tower.
+        start = {"backbone": {"base_channels": 64}} if count == 91 else {}
+        towers = {"stacked_convs": 4} if count == 91 else {}
+        source, model = (detector("RetinaHead", n, seed=seed, sections=start, **towers)
+                         for n, seed in ((count, 1), (4, 0)))
         before, weights = copy.deepcopy(model), source.state_dict()
         content = to_torchvision(weights) if count == 91 else to_mmdet(weights)
         report = load_initial(model, content, names)

@@ -70,8 +70,10 @@ def test_analysis(root, command, tmp_path):
     printed = command("analyze.py", "--checkpoint", root / "run" / "last.pth", "--out", tmp_path)
     tables = re.split(r"\n\n(?=\S)", printed[printed.index("AP, and by size"):printed.index("\nwrote")])
     first = [[line.split()[0] for line in table.splitlines()[2:]] for table in tables]
-    assert first == [["thing", "run", "difference"]] * 2 + [["thing", "run"], ["thing", "thing"]] + [
-        ["thing", "(background)"]] * 2  # the fourth: objects of all sizes, and those of medium size, as all are
+    # The fourth: objects of all sizes, and those of medium size, as all are. Then come chosen scores and reliability.
+    assert first == [["thing", "run", "difference"]] * 2 + [["thing", "run"], ["thing", "thing"], ["thing", "run"],
+                                                            ["thing", "run", "difference"]] + [
+        ["thing", "(background)"]] * 2
     teacher, _ = json.loads((tmp_path / "analysis.json").read_text())
     objects = len(content(root, "val")["annotations"])
     assert teacher["errors"][0]["objects"] == sum(teacher["confusion"][0]) == objects
