@@ -33,7 +33,8 @@ def narrowed(path, classes):
     """
     model = without_weights(load_config(ROOT / path)["model"])
     start = 64 if "torchvision" in path else 8
-    return model | {"backbone": model["backbone"] | {"base_channels": start}, "neck": model["neck"] | {"out_channels": 16},
+    return model | {"backbone": model["backbone"] | {"base_channels": start},
+                    "neck": model["neck"] | {"out_channels": 16},
                     "head": model["head"] | {"feat_channels": 16, "num_classes": classes}}
 
 
