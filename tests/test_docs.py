@@ -293,6 +293,7 @@ def test_a_network_of_ones_own_teaches(tmp_path, monkeypatch):
     (tmp_path / "my_teacher.py").write_text(blocks("teachers.md", "python")[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_teacher", raising=False)  # another test's
     several, published, own = (parse_yaml(block, "page")["distill"] for block in blocks("teachers.md", "yaml")[1:])
     assert several["teacher"] == load_config(ROOT / "configs/demo/crosskd_specialists.yaml")["distill"]["teacher"]
     assert published["teacher"]["checkpoint"] == "DEFAULT"

@@ -224,6 +224,7 @@ def test_a_run_from_the_check_to_the_pictures(scenes, tmp_path, monkeypatch, cap
     (tmp_path / "my_teacher.py").write_text(source.read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_teacher", raising=False)  # another test's
     methods = [{"type": "FGD"}, {"type": "FitNet"}]
     teacher = FACTORY | {"factory": "my_teacher:build", "arguments": {"channels": 4}}
     path = write_config(tmp_path / "cfg.yaml", config(scenes, 2, {"teacher": teacher, "methods": methods}))

@@ -2,14 +2,13 @@
 import json
 import shutil
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx_rules
 import pytest
 import torch
-from exports import CPU, FIXED, FORMS, tiny_detector, tiny_export
+from exports import CPU, FIXED, FORMS, OPENVINO, tiny_detector, tiny_export
 from runs import ROOT, config_with, run_script, write_config
 
 from data.images import write_picture
@@ -25,7 +24,7 @@ from kd.inference.detectors import load_with_data
 pytestmark = onnx_rules.needed
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
 openvino = pytest.param("openvino.xml", marks=pytest.mark.skipif(
-    find_spec("openvino") is None, reason="needs the extra openvino"))
+    not OPENVINO, reason="needs the extra openvino"))
 NAMES = [openvino if name == "openvino.xml" else name for name in FORMS]
 
 
@@ -186,7 +185,7 @@ def test_damaged_and_foreign_files(exports, tmp_path, monkeypatch, capsys):
                 "later": (later.SerializeToString(), "was written by a later version of densekd (9.1)"),
                 "cut.pt2": (archive.read_bytes()[:9000], "cannot be read as a torch.export file"),
                 "checkpoint": ((tmp_path / "last.pth").read_bytes(), "is not a torch.export file"),
-                "page": (b"<html>404</html>", "" if find_spec("openvino") is None else "the weights of")}
+                "page": (b"<html>404</html>", "the weights of" if OPENVINO else "")}
     for name, (content, part) in contents.items():
         (tmp_path / name).write_bytes(content)
         line = refused(monkeypatch, capsys, "--cfg", cfg, "--exported", tmp_path / name)

@@ -1,11 +1,11 @@
 """benchmark.py --exported: the rows, the figures, and options that do not fit."""
 import json
-from importlib.util import find_spec
 
 import numpy as np
 import onnx_rules
 import pytest
 import torch
+from exports import OPENVINO
 from runs import run_script
 
 from kd.benchmark import exported as benchmark
@@ -29,7 +29,7 @@ def int8(exports, tmp_path):
 
 def test_the_command(exports, int8, tmp_path, monkeypatch, capsys):
     cfg, checkpoint, _ = exports.model()
-    files = [exports.file("any.onnx"), int8] + [exports.file("openvino.xml")] * bool(find_spec("openvino"))
+    files = [exports.file("any.onnx"), int8] + [exports.file("openvino.xml")] * OPENVINO
     given = [word for file in files for word in ("--exported", file)]
     threads = torch.get_num_threads()
     try:
