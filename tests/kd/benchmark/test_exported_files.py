@@ -29,7 +29,7 @@ def int8(exports, tmp_path):
 
 def test_the_command(exports, int8, tmp_path, monkeypatch, capsys):
     cfg, checkpoint, _ = exports.model()
-    files = [exports.file("any.onnx"), int8] + [exports.file("openvino.xml")] * OPENVINO
+    files = [exports.file("any.onnx"), int8] + ([exports.file("openvino.xml")] if OPENVINO else [])
     given = [word for file in files for word in ("--exported", file)]
     threads = torch.get_num_threads()
     try:
