@@ -1,4 +1,5 @@
 """Small runs on generated scenes, for tests of the engine and of the scripts."""
+import json
 import os
 import runpy
 import socket
@@ -143,3 +144,31 @@ def assert_they_end(processes: list, code: int, log: Path) -> None:
     for process in processes:
         process.kill()
     assert codes == [code] * len(processes), log.read_text()
+
+
+def assert_same(first, second, place=""):
+    """Assert that two nested states are equal bit for bit, apart from the time and memory that they took."""
+    assert type(first) is type(second), place
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first.keys() - {"seconds", "peak_memory"}:
+            assert_same(first[key], second[key], f"{place}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), place
+        for i, pair in enumerate(zip(first, second)):
+            assert_same(*pair, f"{place}.{i}")
+    else:
+        assert torch.equal(first, second) if torch.is_tensor(first) else first == second, place
+
+
+
+def steps_in(work_dir):
+    """The steps and the evaluated epochs in metrics.jsonl, without a last line that is still being written."""
+    lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
+    return [line["step"] for line in lines if "loss" in line], [line["epoch"] for line in lines if "AP" in line]
+
+
+
+def in_file(path, **entries):
+    torch.save(torch.load(path, weights_only=True) | entries, path)
+    return path

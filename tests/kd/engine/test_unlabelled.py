@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from processes import together
-from runs import config, config_with, model, run_script, write_checkpoint, write_config
+from runs import assert_same, config, config_with, model, run_script, write_checkpoint, write_config
 
 from data import generate_scenes
 from kd.config import parse_config
@@ -34,19 +34,6 @@ def mixed(scenes, methods=(MIMIC, FGD), epochs=2, **sections):
     data = {"unlabelled": {"images": str(scenes / "more")}, "train_augment": "strong"} | sections.pop("data", {})
     return config_with(config(scenes, epochs, distill), data=data,
                        train={"check_images": 0} | sections.pop("train", {}), **sections)
-
-
-def assert_same(first, second, place=""):
-    assert type(first) is type(second), place
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for key in first.keys() - {"seconds", "peak_memory"}:  # what it took
-            assert_same(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, (list, tuple)):
-        for i, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{place}.{i}")
-    else:
-        assert torch.equal(first, second) if torch.is_tensor(first) else first == second, place
 
 
 def test_a_run_that_breaks_off_within_an_epoch_goes_on_exactly(scenes, tmp_path, monkeypatch):
