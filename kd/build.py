@@ -10,6 +10,7 @@ from models import ConfigError, Detector, ModelConfig, build_detector
 from models.backbones.features import (
     check_factory,
     check_torchvision,
+    factory_code,
     factory_features,
     torchvision_features,
     torchvision_name,
@@ -73,8 +74,12 @@ def build_cache(cfg: Config, entry: TeacherConfig, student: Detector, teacher: D
                 ) -> TeacherCache:
     """The cache of a teacher's answers (`distill.cache`); its folder is opened when it is first used."""
     settings, data, chosen = cfg.train, cfg.input, cfg.distill.cache
-    model = ({"torchvision": entry.torchvision, "factory": entry.factory, "arguments": entry.arguments}
-             if entry.features_only else architecture(teacher_model(entry)))
+    if entry.factory is not None:
+        model = {"factory": entry.factory, "arguments": entry.arguments, "code": factory_code(entry.factory)}
+    elif entry.torchvision is not None:
+        model = {"torchvision": entry.torchvision}
+    else:
+        model = architecture(teacher_model(entry))
     given = {"model": model,
              "data": {"scale": data.scale, "antialias": data.antialias},
              "numbers": {"stored": chosen.precision, "amp": settings.amp, "compile": settings.compile,

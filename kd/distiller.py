@@ -147,14 +147,14 @@ class Distiller(nn.Module):
         """A teacher's pass as the methods need it, from its cache if it has one. It holds nothing else then."""
         number = self.teachers.index(teacher)
         if self.caches:
-            _, everything = self.whole_plan()[number]  # so that an entry serves all steps
-        count = shown_to(everything if self.caches else entries, targets)
+            _, entries = self.whole_plan()[number]  # so that a stored answer serves all steps
+        count = shown_to(entries, targets)
         images, targets = images[:count], targets[:count]
         if not self.caches:
             return self.run_teacher(teacher, entries, images, targets)
         return self.caches[number].answer(
             images, targets, lambda: teacher.preprocess.convert(images, targets, self.student.preprocess),
-            lambda shown: self.run_teacher(teacher, everything, shown, targets))
+            lambda shown: self.run_teacher(teacher, entries, shown, targets))
 
     def read_ahead(self, targets: list[dict], step: int, steps_per_epoch: int) -> None:
         """Begin to read the answers for a batch of a later step from the caches of the teachers that it needs."""

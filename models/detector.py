@@ -50,7 +50,8 @@ class DetectorPass:
     detector: "Detector"
     images: Tensor                # (N, 3, H, W), normalised for this detector
     targets: list[dict]
-    features: list[Tensor]        # neck outputs (N, C, H_l, W_l), finest first
+    # Neck outputs (N, C, H_l, W_l), finest first; None for a level that no method needs, if answers are stored.
+    features: list[Tensor | None]
     outputs: HeadOutputs | None   # None if no method needs this detector's head, or if it has none
     assignment: Assignment | None  # what every anchor learns; None if targets are not assigned
     modules: dict[str, Tensor] = field(default_factory=dict)  # outputs of the requested modules, by name

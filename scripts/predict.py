@@ -46,15 +46,15 @@ def main() -> None:
     from kd.inference.predict import Predictor, class_thresholds, left_out_classes, predict_files
 
     device, within = cli.choose_device(args.device or ("cpu" if args.exported else None)), (None, None)
-    own_scores = None  # an exported file may hold lowest scores
     if args.exported:
         detector, classes, cfg = open_named(args.exported, cfg, device.type)
         device, within = detector.device, detector.file.about.within
-        if chosen is None and args.score_thr is None:
-            own_scores = detector.file.about.thresholds
     else:
         detector, classes = load_named(cfg, args.checkpoint, device, args.part, args.classes)
-    chosen = own_scores if chosen is None else scores_for(args.thresholds, chosen, classes.names)
+    if chosen is not None:
+        chosen = scores_for(args.thresholds, chosen, classes.names)
+    elif args.exported and args.score_thr is None:
+        chosen = detector.file.about.thresholds  # None if the file holds none
     score_thr = SCORE_THR if args.score_thr is None else args.score_thr
     thresholds = class_thresholds(classes, score_thr, args.class_thr, chosen=chosen)
     if left_out := left_out_classes(classes, thresholds):

@@ -22,8 +22,7 @@ from kd.inference.detectors import load_named, load_with_data
 SCALE = [160, 120]  # that of the scenes: how a resize rounds depends on the processor
 FIXED = {"height": 128, "width": 160}  # a fixed size takes half the time
 CPU = torch.device("cpu")
-# A mere folder of this name has no origin. Asked at the start, because later a test may be in such a folder.
-OPENVINO = getattr(find_spec("openvino"), "origin", None) is not None
+OPENVINO = find_spec("openvino") is not None
 # The files, each form with another head: options of `Shared.make`. Sizes vary only in those that are called any.
 FORMS = {"any.onnx": {"fixed": {}}, "end2end.onnx": {"head": "RetinaHead", "end2end": 20},
          "fixed.onnx": {"head": "ATSSHead", "beside": True, "fixed": FIXED | {"batch": 2}},

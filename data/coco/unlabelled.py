@@ -1,6 +1,6 @@
 """Training images without annotations, from folders."""
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from data.coco.dataset import CocoDataset
 from data.config import check_there
 from data.errors import DataError, counted, listed
-from data.inputs.find import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from data.inputs.find import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_in
 
 
 def unlabelled_images(folders: Sequence[Path], labelled: CocoDataset) -> CocoDataset:
@@ -39,20 +39,15 @@ def unlabelled_images(folders: Sequence[Path], labelled: CocoDataset) -> CocoDat
 def image_files(folder: Path, suffixes: set[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The images in a folder and its subfolders, by their names' endings, sorted; DataError if there is none."""
     check_there("folder of data.unlabelled", folder, folder=True)
-    files = sorted(files_in(folder, suffixes))
+    files = files_in(folder, suffixes)
     if not files:
         raise DataError(f"data.unlabelled: {folder} and its subfolders hold no image: give a folder with images")
     return files
 
 
-def files_in(folder: Path, suffixes: set[str]) -> Iterator[Path]:
-    """The files in a folder and its subfolders whose names have one of these endings."""
-    return (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
-
-
 def videos_note(folders: Sequence[Path]) -> list[str]:
     """A note about videos in these folders, which are not used, if there are any."""
-    count = sum(1 for folder in folders for _ in files_in(folder, VIDEO_SUFFIXES))
+    count = sum(len(files_in(folder, VIDEO_SUFFIXES)) for folder in folders)
     return [f"{counted(count, 'video is', 'videos are')} not used: save their frames as images"] if count else []
 
 

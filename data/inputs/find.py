@@ -23,6 +23,11 @@ class Source(NamedTuple):
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
+def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
+    """The files in a folder and its subfolders whose names have one of these endings, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+
+
 def find_images(folder: str | Path) -> list[Source]:
     """The images of a folder and its subfolders, see `find_files`; the names start from the folder.
 
@@ -46,7 +51,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Source]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+            files = files_in(path, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
             root = path
         else:
             files = [path] if path.exists() else sorted(map(Path, glob.glob(str(given), recursive=True)))

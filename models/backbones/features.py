@@ -2,6 +2,7 @@
 
 A detector without a head is built around them, which can teach by its feature maps.
 """
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -169,6 +170,12 @@ def factory_features(factory: str, arguments: Mapping[str, Any], key: str) -> Fe
     if not isinstance(model, nn.Module):
         raise ConfigError(key, f"{factory} must return a torch.nn.Module, not {describe(model)}")
     return FeatureMaps(model, key)
+
+
+def factory_code(factory: str) -> str:
+    """A hash of the file that holds the function of `module:function`, which has been imported."""
+    file = sys.modules[factory.partition(":")[0]].__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
 
 
 def brief(error: Exception) -> str:

@@ -1,10 +1,11 @@
 """distill.cache: answers of other settings are never used; what a run says about it, and what is refused."""
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from caches import CROSSKD, FLOAT, SETS, caching, run_config
-from small_models import make_batch, small_config, teacher_entry
+from small_models import make_batch, same_losses, small_config, teacher_entry
 
 from data.augment.presets import PRESETS
 from data.samplers import TrainBatchSampler
@@ -42,6 +43,23 @@ def test_other_settings_get_a_folder_of_their_own(what, change, tmp_path):
     assert other.caches[0].computed == 2 and len(folders(tmp_path)) == 2 and before < folders(tmp_path)
     line, = store.others(tmp_path, other.caches[0].settings, {other.caches[0].fingerprint})
     assert str(tmp_path / before.pop()) in line and what in line and "delete it if no run needs it" in line
+
+
+def test_a_factory_whose_code_has_changed_is_another_teacher(tmp_path, monkeypatch):
+    """The weights and the configuration are the same; only the file that computes with them differs."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (Path(__file__).parents[2] / "feature_networks.py").read_text(encoding="utf-8")
+    batch, expected = make_batch(**FLOAT), None
+    for folder_count, code in ((1, source), (1, source), (2, source + "\n# changed\n")):
+        (tmp_path / "changing_teacher.py").write_text(code, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "changing_teacher", raising=False)
+        distiller = caching({"type": "PKD"}, folder=tmp_path / "answers",
+                            teacher={"factory": "changing_teacher:build", "checkpoint": None})
+        losses = distiller.loss(*batch)
+        distiller.caches[0].finish()
+        assert len(folders(tmp_path / "answers")) == folder_count
+        assert expected is None or same_losses(losses, expected)
+        expected = losses
 
 
 def test_a_run_names_the_folders_that_it_does_not_use(scenes, tmp_path):
