@@ -126,12 +126,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str], *needed: str,
 
     Args:
         path: a file; None for the configuration of the checkpoint, see `find_config`.
-        needed: what must exist, see `kd.build.check_files`.
+        needed: what must exist, see `kd.checks.check_files`.
         checkpoint: a file that must exist, too, unless it is an address.
     """
     check_early(path, overrides, needed, checkpoint)
     if path is None:
-        from .build import check_files
+        from .checks import check_files
         from .inference.detectors import find_config
 
         cfg = find_config(checkpoint, overrides)

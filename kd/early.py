@@ -87,7 +87,7 @@ def check_early(path: str | Path | None, overrides: Sequence[str], needed: Seque
                 import_module("models.checkpoints.sources").check_file(checkpoint)
                 path = import_module("models.checkpoints.zoo").published_config(checkpoint)
             if path is not None:
-                import_module("kd.build").check_files(import_module("kd.config").load_config(path, overrides), needed,
+                import_module("kd.checks").check_files(import_module("kd.config").load_config(path, overrides), needed,
                                                       checkpoint)
         except Exception as error:
             if getattr(error, "exit_code", 0):

@@ -17,7 +17,8 @@ from models.checkpoints.sources import file_hash, is_address, local_path
 from models.initial import InitialReport
 from models.weights import CheckpointError
 
-from ..build import build_model, check_unlabelled, start_student, teacher_model
+from ..build import build_model, start_student
+from ..checks import check_unlabelled, teacher_model
 from ..config import Config
 from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller

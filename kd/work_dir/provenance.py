@@ -10,7 +10,7 @@ import torch
 
 from models.checkpoints.sources import file_hash, local_path
 
-from ..build import teacher_model
+from ..checks import teacher_model
 from ..config import Config
 from ..processes.distributed import world_size
 

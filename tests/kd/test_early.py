@@ -9,7 +9,7 @@ from runs import ROOT
 import data
 import kd
 from kd import load_config
-from kd.build import check_files
+from kd.checks import check_files
 
 STUDENT, CROSSKD = "configs/bccd/student_gfl_r18w16.yaml", "configs/bccd/crosskd_gfl_r18w16_r18w32.yaml"
 FGD = "configs/bccd/fgd_gfl_r18w16_r18w32.yaml"
@@ -103,7 +103,7 @@ from importlib import import_module
 from kd.early import stand_ins
 with stand_ins():
     for path in json.load(sys.stdin):
-        import_module("kd.build").check_files(import_module("kd.config").load_config(
+        import_module("kd.checks").check_files(import_module("kd.config").load_config(
             path, [] if "/_base_/" in path else ["distill=null"]))
 print("torch" in sys.modules)
 """
