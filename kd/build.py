@@ -1,11 +1,12 @@
 """Builds student, teachers and methods from a configuration."""
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models import ConfigError, Detector, build_detector
+from models import ConfigError, Detector, ModelConfig, build_detector
 from models.backbones.features import (
     check_torchvision,
     factory_code,
@@ -47,9 +48,10 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     for entry in cfg.teachers:
         if entry.torchvision is not None:
             check_torchvision(entry.torchvision, "distill.teacher.torchvision")
-    student = build_detector(cfg.model, pretrained)
-    teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in cfg.teachers]
-    methods = [build_methods(distill.methods, student, teacher) for teacher in teachers]
+    check_combination(cfg, pretrained)
+    student, teachers, methods = build_parts(cfg.model, cfg.teachers, distill.methods, pretrained)
+    for own in methods:
+        log_unpaired(student, own, [entry["type"] for entry in distill.methods])
     common = [read_section(MethodOptions, split_options(entry, MethodOptions)[0], f"distill.methods.{i}")
               for i, entry in enumerate(distill.methods)]
     of_methods = unique_names([own.name for own in common], [entry["type"] for entry in distill.methods],
@@ -64,6 +66,26 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
         model.caches = [build_cache(cfg, entry, student, teacher, own)
                         for entry, teacher, own in zip(cfg.teachers, teachers, methods)]
     return model
+
+
+def check_combination(cfg: Config, pretrained: bool) -> None:
+    """Raise ConfigError for methods that cannot work with this pair, before weights are downloaded and read.
+
+    Student and teachers are built once without weights. A teacher of a `factory` is left out, because its code would
+    run twice.
+    """
+    teachers = [entry for entry in cfg.teachers if entry.factory is None]
+    if pretrained and cfg.model.backbone.get("weights") or any(entry.checkpoint is not None for entry in teachers):
+        with torch.random.fork_rng(devices=[]):
+            build_parts(cfg.model, [replace(entry, checkpoint=None) for entry in teachers], cfg.distill.methods, False)
+
+
+def build_parts(model: ModelConfig, entries: list[TeacherConfig], methods: list[dict], pretrained: bool
+                ) -> tuple[Detector, list[Detector], list[list[Method]]]:
+    """Student, teachers, and for each teacher the methods."""
+    student = build_detector(model, pretrained)
+    teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
+    return student, teachers, [build_methods(methods, student, teacher) for teacher in teachers]
 
 
 def build_cache(cfg: Config, entry: TeacherConfig, student: Detector, teacher: Detector, methods: list[Method]
@@ -190,9 +212,14 @@ def build_methods(entries: list[dict], student: Detector, teacher: Detector) -> 
         if method.teacher_head and known is not None and not method.some_classes:
             raise ConfigError(key, f"{entry['type']} compares all classes, and distill.teacher.class_map has null for "
                                    "some: use another method, or a teacher that knows all")
-        if hasattr(method, "pairs") and method.pairs.unpaired:
-            log.info(f"{key}: {entry['type']} compares maps of strides "
-                     f"{[student.strides[level] for level in method.pairs.levels]}; the teacher has none of the "
-                     f"student's strides {method.pairs.unpaired}")
         found.append(method)
     return found
+
+
+def log_unpaired(student: Detector, methods: list[Method], types: list[str]) -> None:
+    """Say in the log which levels of the student have none in the teacher of its stride."""
+    for i, (method, name) in enumerate(zip(methods, types)):
+        if hasattr(method, "pairs") and method.pairs.unpaired:
+            log.info(f"distill.methods.{i}: {name} compares maps of strides "
+                     f"{[student.strides[level] for level in method.pairs.levels]}; the teacher has none of the "
+                     f"student's strides {method.pairs.unpaired}")

@@ -115,6 +115,29 @@ def test_refused(teacher, message):
         small_distiller(CROSSKD, teacher=teacher)
 
 
+def test_a_wrong_combination_is_refused_before_weights_are_read(monkeypatch, tmp_path):
+    """Neither the student's backbone weights nor the teacher's checkpoint are downloaded or read; both are read once
+    for a right one.
+    """
+    def no(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    torch.save(small_detector().state_dict(), tmp_path / "teacher.pth")
+    torch.save(small_detector().backbone.state_dict(), tmp_path / "backbone.pth")
+    weights = {"teacher": teacher_entry() | {"checkpoint": str(tmp_path / "teacher.pth")},
+               "student": {"backbone": {"weights": str(tmp_path / "backbone.pth")}}}
+    small_distiller(CROSSKD, **weights)
+    drawn = torch.rand(1)
+    small_distiller(CROSSKD)
+    assert torch.equal(drawn, torch.rand(1))  # the check draws no random numbers
+    monkeypatch.setattr("models.weights.read_checkpoint", no)
+    monkeypatch.setattr("kd.build.check_teacher_file", no)
+    with pytest.raises(ConfigError, match="reused_teacher_head_idx"):
+        small_distiller({"type": "CrossKD", "reused_teacher_head_idx": 9}, **weights)
+    with pytest.raises(AssertionError, match="weights are read"):
+        small_distiller(CROSSKD, **weights)
+
+
 def test_a_class_map_needs_the_teachers_class_count():
     teacher = teacher_entry() | {"class_map": [0, 1, 3]}  # three in another order need none
     del teacher["model"]["head"]["num_classes"]
