@@ -15,7 +15,7 @@ from models import build_detector
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-RUN = [README, PAGES["commands.md"], PAGES["training.md"], PAGES["speed.md"]]  # in this order, in one workspace
+RUN = [README, *(PAGES[f"{name}.md"] for name in ("commands", "shipping", "training", "speed"))]  # in one workspace
 
 
 def python_block(page: str, containing: str) -> str:
