@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data.ranges import NonNegative, Temperature
 
 from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
-from .sliced import sliced_loss
+from .summed import EXACT, summed_loss, towards
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
@@ -24,7 +24,11 @@ def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = 
         loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
         return loss * modulate((pred.sigmoid() - target).abs(), beta)
 
-    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
+    def terms(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = towards(pred, target.to(pred.dtype).sigmoid(), beta)
+        return loss.sum(-1), gradient
+
+    return summed_loss(terms, entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 10.0,
@@ -90,7 +94,14 @@ def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
         loss = F.binary_cross_entropy_with_logits(pred, target.sigmoid(), reduction="none")
         return (loss - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")) * T ** 2
 
-    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
+    def terms(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        pred, target = pred / T, target.to(pred.dtype) / T
+        score = target.sigmoid()
+        loss, gradient = towards(pred, score, 0)
+        least = F.softplus(target, threshold=EXACT).addcmul_(target, score, value=-1)
+        return (loss - least).sum(-1) * T ** 2, gradient * T
+
+    return summed_loss(terms, entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 1.0,
