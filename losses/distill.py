@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from data.ranges import NonNegative, Temperature
 
-from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
+from .channels import rescaled_channels
+from .reduce import at_least_float32, modulate, reduce_loss
 from .summed import EXACT, summed_loss, towards
 
 
@@ -58,12 +59,9 @@ def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6, sync_stats: bool =
         pred, target: maps (N, C, H, W) of student and teacher.
         sync_stats: normalise over the batches of all processes, not only this process's batch.
     """
-
-    def normalised(x: Tensor) -> Tensor:
-        std, mean = channel_statistics(at_least_float32(x), sync_stats)
-        return (x - mean) / (std + eps)
-
-    return F.mse_loss(normalised(pred), normalised(target.detach())) / 2
+    own, = rescaled_channels([pred], eps=eps, sync=sync_stats)
+    other, = rescaled_channels([target.detach()], eps=eps, sync=sync_stats)
+    return F.mse_loss(own, other) / 2
 
 
 def channel_wise_divergence(pred: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
