@@ -14,6 +14,7 @@ class Folded(NamedTuple):
     source: tuple
     weight: Tensor
     bias: Tensor
+    given: list[Tensor]  # is kept so that no other tensor comes to be at the same address
 
 
 KEPT: WeakKeyDictionary[nn.Conv2d, Folded] = WeakKeyDictionary()  # of convolutions and norms that do not learn
@@ -61,15 +62,17 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     kept = KEPT.get(conv)
     if kept is None or kept.source != source:
         with torch.inference_mode(False), torch.no_grad():
-            kept = Folded(source, *(x.to(dtype) for x in folded_by_formula(*given, norm.eps)))
+            kept = Folded(source, *(x.to(dtype) for x in folded_by_formula(*given, norm.eps)),
+                          [x.detach() for x in given if x is not None])
         if is_plain(kept.weight):
             KEPT[conv] = kept
     return kept.weight, kept.bias
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor has values and counts its changes; those of FakeTensorMode and inference mode do not."""
-    return type(x) in (Tensor, nn.Parameter) and not x.is_inference()
+    """Whether a tensor has values and counts its changes. Those of FakeTensorMode, the meta device and inference mode
+    do not."""
+    return type(x) in (Tensor, nn.Parameter) and not x.is_meta and not x.is_inference()
 
 
 def do_not_keep_folded(module: nn.Module) -> None:
@@ -89,7 +92,7 @@ def folded_by_formula(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: 
 
 
 class Fold(torch.autograd.Function):
-    """`folded_by_formula`, with a gradient of four operators in place of a dozen."""
+    """`folded_by_formula`, with a gradient of four operators in place of seven."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor, mean: Tensor,
