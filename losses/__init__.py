@@ -1,4 +1,5 @@
 """Losses: functions with `weight`, `reduction` and `avg_factor`, and small modules that carry their settings."""
+from .channels import rescaled_channels
 from .classification import (
     CrossEntropyLoss,
     FocalLoss,
@@ -41,4 +42,4 @@ __all__ = ["LOSSES", "CIoULoss", "CrossEntropyLoss", "DIoULoss", "DistributionFo
            "channel_statistics", "channel_wise_divergence", "ciou_loss", "diou_loss", "distribution_focal_loss",
            "dkd_loss", "giou_loss", "iou_loss", "kd_kl_div_loss", "kd_quality_focal_loss", "l1_loss",
            "mean_over_processes", "normalised_channels", "pkd_loss", "quality_focal_loss", "reduce_loss",
-           "sigmoid_focal_loss", "smooth_l1_loss", "total_loss", "widest_float"]
+           "rescaled_channels", "sigmoid_focal_loss", "smooth_l1_loss", "total_loss", "widest_float"]

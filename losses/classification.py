@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from data.ranges import NonNegative, Share
 
 from .reduce import at_least_float32, modulate, reduce_loss
-from .sliced import sliced_loss
+from .summed import background, one_class, summed_loss, towards
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -30,7 +30,14 @@ def sigmoid_focal_loss(pred: Tensor, labels: Tensor, weight: Tensor | None = Non
         balance = torch.where(positive, pred.new_full((), -alpha), alpha - 1)  # two bare numbers would give float32
         return F.logsigmoid(right) * modulate((-right).sigmoid(), gamma) * balance
 
-    return sliced_loss(entries, pred, (labels,), weight, reduction, avg_factor)
+    def own(logit: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = background(-logit, gamma)
+        return alpha * loss, -alpha * gradient
+
+    def terms(pred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return one_class(pred, labels, gamma, 1 - alpha, own)
+
+    return summed_loss(terms, entries, pred, (labels,), weight, reduction, avg_factor)
 
 
 def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor | None = None, beta: float = 2.0,
@@ -50,7 +57,11 @@ def quality_focal_loss(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tens
         loss = F.binary_cross_entropy_with_logits(pred, quality, reduction="none")
         return (loss * modulate((quality - pred.sigmoid()).abs(), beta)).sum(-1)
 
-    return sliced_loss(entries, pred, target, weight, reduction, avg_factor)
+    def terms(pred: Tensor, labels: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        quality = score.to(pred.dtype).unsqueeze(-1)
+        return one_class(pred, labels, beta, 1.0, lambda logit: towards(logit, quality, beta))
+
+    return summed_loss(terms, entries, pred, target, weight, reduction, avg_factor)
 
 
 def binary_cross_entropy(pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from data.ranges import NonNegative, Temperature
 
-from .reduce import at_least_float32, channel_statistics, modulate, reduce_loss
-from .sliced import sliced_loss
+from .channels import rescaled_channels
+from .reduce import at_least_float32, modulate, reduce_loss
+from .summed import EXACT, summed_loss, towards
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,
@@ -24,7 +25,11 @@ def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = 
         loss = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
         return loss * modulate((pred.sigmoid() - target).abs(), beta)
 
-    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
+    def terms(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = towards(pred, target.to(pred.dtype).sigmoid(), beta)
+        return loss.sum(-1), gradient
+
+    return summed_loss(terms, entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def kd_kl_div_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T: float = 10.0,
@@ -54,12 +59,9 @@ def pkd_loss(pred: Tensor, target: Tensor, eps: float = 1e-6, sync_stats: bool =
         pred, target: maps (N, C, H, W) of student and teacher.
         sync_stats: normalise over the batches of all processes, not only this process's batch.
     """
-
-    def normalised(x: Tensor) -> Tensor:
-        std, mean = channel_statistics(at_least_float32(x), sync_stats)
-        return (x - mean) / (std + eps)
-
-    return F.mse_loss(normalised(pred), normalised(target.detach())) / 2
+    own, = rescaled_channels([pred], eps=eps, sync=sync_stats)
+    other, = rescaled_channels([target.detach()], eps=eps, sync=sync_stats)
+    return F.mse_loss(own, other) / 2
 
 
 def channel_wise_divergence(pred: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
@@ -90,7 +92,14 @@ def binary_kd_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, T
         loss = F.binary_cross_entropy_with_logits(pred, target.sigmoid(), reduction="none")
         return (loss - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")) * T ** 2
 
-    return sliced_loss(entries, pred, (target.detach(),), weight, reduction, avg_factor)
+    def terms(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        pred, target = pred / T, target.to(pred.dtype) / T
+        score = target.sigmoid()
+        loss, gradient = towards(pred, score, 0)
+        least = F.softplus(target, threshold=EXACT).addcmul_(target, score, value=-1)
+        return (loss - least).sum(-1) * T ** 2, gradient * T
+
+    return summed_loss(terms, entries, pred, (target.detach(),), weight, reduction, avg_factor)
 
 
 def dkd_loss(pred: Tensor, target: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 1.0,

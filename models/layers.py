@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.ranges import Count, NonNegative, Positive, Share
 
 from .build import ConfigError, OneOf, build
+from .folding import conv_norm
 
 
 def from_host(values: Sequence, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -124,23 +125,6 @@ def build_activation(cfg: ActCfg) -> nn.Module:
     if cfg is None:
         return nn.Identity()
     return build({"type": cfg} if isinstance(cfg, str) else cfg, ACTIVATIONS, "act_cfg")
-
-
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(conv(x))`, as one convolution if the norm is a batch norm in evaluation mode.
-
-    This norm only scales and shifts each channel, so it is folded into the convolution's weight and bias, and gradients
-    still reach both layers. The convolution's output need not be read, written and stored a second time.
-    """
-    hooked = conv._forward_hooks or norm._forward_hooks  # a hook needs the tensor between the two
-    if norm.training or hooked or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
-    if conv.bias is not None:
-        bias = bias + conv.bias * scale
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class ConvModule(nn.Module):

@@ -14,6 +14,7 @@ from ..distiller import Distiller
 from ..processes.memory import in_gib, in_mib, peak_resident
 from . import steps
 from .data import time_evaluation, time_input
+from .launches import count_launches
 from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
 from .workload import Workload
 
@@ -97,7 +98,8 @@ def time_steps(report: dict, calls: dict[str, Call], device: torch.device, work:
         entry |= {} if cached is None else {"cached_ms": cached}
         entry |= {"step_ms": medians[name], "ratio": medians[name] / medians[YARDSTICK], "loss": float(loss),
                   "flops": flops, "flops_per_second": flops / medians[name] * 1e3,
-                  "shares": shares(calls[name], work.profiled, device)}
+                  "shares": shares(calls[name], work.profiled, device),
+                  "launches": count_launches(calls[name])._asdict()}
         if device.type == "cuda":
             entry["utilisation"] = entry["flops_per_second"] / report["matmul_flops_per_second"]
 
@@ -135,6 +137,9 @@ def format_report(report: dict) -> str:
             ratio = entry["cached_ms"] / report["yardstick"]["step_ms"]
             rows.append([f"{name}: {CACHED}", f"{entry['cached_ms']:.1f}", f"{ratio:.3f}", *"-" * (len(header) - 3)])
     lines.append(text_table(header, rows))
+    rows = [[name, str(found["kernels"]), str(found["waits"]), f"{found['bytes'] / 1e9:.2f}"]
+            for name, entry in entries(report).items() for found in [entry["launches"]]]
+    lines += ["", text_table(["a step on the device", "kernels", "waits", "GB outside convolutions"], rows), ""]
     lines += [f"{name}: the answers take {in_mib(entry['answer_bytes'])} for an image"
               for name, entry in report["configs"].items() if entry["answer_bytes"]]
     lines += ["", "Overhead is what is neither convolution nor norm; most of it:"]

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 from ..work_dir.provenance import commit
 
@@ -56,8 +56,9 @@ def synchronize() -> None:
 
 
 # Operators that are a convolution or a normalisation, forward or backward, on any device: aten::conv2d,
-# aten::mkldnn_convolution, aten::convolution_backward, aten::cudnn_batch_norm, aten::native_group_norm_backward, ...
-CONVOLUTION = re.compile(r"aten::\w*conv(olution|\d)")
+# aten::mkldnn_convolution, aten::convolution_backward, aten::cudnn_batch_norm, aten::native_group_norm_backward, ...;
+# mkldnn::_convolution_pointwise is a convolution with what follows it.
+CONVOLUTION = re.compile(r"(aten|mkldnn)::\w*conv(olution|\d)")
 NORM = re.compile(r"aten::\w*(batch|group|layer)_norm")
 BETWEEN = "between operators"  # Python, and the profiler itself
 
@@ -105,6 +106,14 @@ def kind(event: Any) -> str:
                 return name
         above = above.cpu_parent
     return event.name
+
+
+if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+    def fused_flops(x_shape: list[int], *given: object, out_shape: list[int], **more: object) -> int:
+        """Operations of a convolution that is fused with an activation, or with a sum: then the other map comes first.
+        """
+        return conv_flop_count(x_shape, given["add" in given], out_shape)
 
 
 def with_flops(call: Call) -> tuple[Any, int]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data.errors import counted
 from data.ranges import Number
-from losses import at_least_float32, channel_statistics
+from losses import rescaled_channels
 from models import DenseHead, Detector, DetectorPass, HeadOutputs
 from models.build import ConfigError
 
@@ -64,10 +64,12 @@ class CrossKD(Method):
 
     def cross_head(self, student: DetectorPass, teacher: DetectorPass) -> HeadOutputs:
         """Predictions of the teacher's head from the student's tower features."""
-        cls_feats, reg_feats = (
-            [align_scale(adapt(own), other, sync_stats=self.sync_stats) for own, other in zip(*towers)]
-            for adapt, *towers in zip(self.adapters, student.outputs.cuts[self.cut], teacher.outputs.cuts[self.cut]))
-        return teacher.run_head(self.cut, cls_feats, reg_feats)
+        towers = zip(self.adapters, student.outputs.cuts[self.cut])
+        own = [adapt(x) for adapt, maps in towers for x in maps]
+        aligned = rescaled_channels(own, [x for maps in teacher.outputs.cuts[self.cut] for x in maps],
+                                    sync=self.sync_stats)
+        levels = len(own) // 2
+        return teacher.run_head(self.cut, aligned[:levels], aligned[levels:])
 
     def forward(self, student: DetectorPass, teacher: DetectorPass) -> dict[str, Tensor]:
         return mimic(self.cross_head(student, teacher), teacher.head, student, teacher, self.losses)
@@ -92,11 +94,3 @@ def kinds(student: DenseHead, teacher: DenseHead) -> list[str]:
         lines.append(f"{counted(own, 'anchor')} per cell of the student, {other} of the teacher: a cell counts unless "
                      "the student ignores all of its anchors there")
     return lines[names[0] == names[1]:]
-
-
-def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, sync_stats: bool = False) -> Tensor:
-    """The student's map (N, C, H, W), rescaled to the teacher's mean and deviation of each channel over the batch."""
-    student, teacher = at_least_float32(student), at_least_float32(teacher)
-    std, mean = channel_statistics(student, sync_stats)
-    teacher_std, teacher_mean = channel_statistics(teacher, sync_stats)
-    return (student - mean) / (std + eps) * teacher_std + teacher_mean

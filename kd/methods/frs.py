@@ -2,12 +2,10 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.ranges import NonNegative, Number, Some
-from losses import at_least_float32, mean_over_processes
-from losses.sliced import sliced_loss
+from losses import at_least_float32, kd_quality_focal_loss, mean_over_processes
 from models import Detector, DetectorPass
 from models.build import ConfigError
 
@@ -73,8 +71,8 @@ class FRS(Method):
         if self.cls_weight:
             anchors = student.head.prior_generator.num_anchors
             weight = torch.cat([mask.flatten(1) for mask in masks], 1).repeat_interleave(anchors, 1)  # (N, P)
-            losses["loss_frs_cls"] = self.cls_weight * sliced_loss(
-                cross_entropy, student.outputs.cls, (teacher.outputs.cls,), weight, "mean", 1.0)
+            losses["loss_frs_cls"] = self.cls_weight * kd_quality_focal_loss(
+                student.outputs.cls, teacher.outputs.cls, weight, beta=0, avg_factor=1.0)
         return losses
 
     def weights(self) -> dict[str, float]:
@@ -95,9 +93,3 @@ def richness(teacher: DetectorPass) -> list[Tensor]:
     """The highest class score of the anchors of each cell, as a map (N, H, W) for each level."""
     best = at_least_float32(teacher.outputs.cls).amax(-1).sigmoid()
     return split_levels(best.unflatten(1, (-1, teacher.head.prior_generator.num_anchors)).amax(-1), teacher.outputs)
-
-
-def cross_entropy(pred: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy (R, C) of the sigmoids of logits (R, C)."""
-    return F.binary_cross_entropy_with_logits(
-        at_least_float32(pred), at_least_float32(target).sigmoid(), reduction="none")

@@ -2,6 +2,7 @@
 import torch
 
 from models import Detector
+from models.folding import do_not_keep_folded
 
 from . import distributed
 
@@ -22,5 +23,6 @@ def shard(detector: Detector, device: torch.device) -> None:
     for part in (*stages, backbone, detector.neck):
         if part is not None:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    do_not_keep_folded(detector)
     detector.to(device)
     detector.sharded = True

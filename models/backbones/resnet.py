@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from data.ranges import Count, NotEmpty, Range
 
 from ..build import ConfigError
-from ..layers import Norm, build_norm, conv_norm, kaiming_init, keep_in_eval
+from ..folding import conv_norm
+from ..layers import Norm, build_norm, kaiming_init, keep_in_eval
 from ..weights import load_backbone_weights
 
 
@@ -26,10 +27,8 @@ class BasicBlock(nn.Module):
         self.last_norm = "bn2"
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
-        out = conv_norm(self.conv2, self.bn2, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_norm(self.conv1, self.bn1, x, self.relu)
+        return conv_norm(self.conv2, self.bn2, out, self.relu, x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -56,11 +55,9 @@ class Bottleneck(nn.Module):
         self.last_norm = "bn3"
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
-        out = self.relu(conv_norm(self.conv2, self.bn2, out))
-        out = conv_norm(self.conv3, self.bn3, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_norm(self.conv1, self.bn1, x, self.relu)
+        out = conv_norm(self.conv2, self.bn2, out, self.relu)
+        return conv_norm(self.conv3, self.bn3, out, self.relu, x if self.downsample is None else self.downsample(x))
 
 
 class Shortcut(nn.Sequential):
@@ -171,7 +168,7 @@ class ResNet(nn.Module):
         Args:
             x: images (N, 3, H, W).
         """
-        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
+        x = self.maxpool(conv_norm(self.conv1, self.bn1, x, self.relu))
         outs = []
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kd import build_distiller
-from kd.methods.crosskd import align_scale
 from kd.methods.mimic import Mimic
+from losses import rescaled_channels
 
 # float64 carries the strict comparison. In float32 the deviation depends on the kernels that the processor chooses. The
 # largest ones were measured on an AMD EPYC with ATEN_CPU_CAPABILITY default and avx2, ONEDNN_MAX_CPU_ISA SSE41, AVX2
@@ -96,7 +96,7 @@ def test_mimicking_is_crosskd_with_the_students_own_predictions(head):
     model = distiller(meta, torch.float64)
     student, (teacher,), _ = model.passes(*golden.batch(arrays))
     crosskd = model.methods[0][0]
-    features = [[align_scale(own, other) for own, other in zip(*towers)]
+    features = [rescaled_channels(*towers)
                 for towers in zip(student.outputs.cuts[crosskd.cut], teacher.outputs.cuts[crosskd.cut])]
     student.outputs = teacher.run_head(crosskd.cut, *features)
     losses = {k: v for k, v in meta["kd"].items() if k.startswith("loss") and k != "loss_feat_kd"}
