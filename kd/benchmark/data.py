@@ -15,7 +15,7 @@ from data.output import write_text
 from data.transforms import flip_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
-from .timing import Call, interleave, medians_ms
+from ..processes.timing import Call, interleave, medians_ms
 
 IMAGE_SIZE = (480, 640)  # of most COCO images
 

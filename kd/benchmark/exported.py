@@ -20,7 +20,9 @@ from ..deploy.recipe import Recipe
 from ..deploy.runtimes import open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
 from ..inference.detectors import load_named
-from .timing import Call, interleave, machine
+from ..inference.precision import place
+from ..processes.timing import Call, interleave
+from .timing import machine
 
 CPU = torch.device("cpu")
 IMAGES = 8      # of data.val, or of noise
@@ -80,6 +82,8 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     try:
         for count in threads:
             torch.set_num_threads(count)
+            if detector is not None:
+                place(detector, CPU, cfg.train)  # its kernels depend on the threads
             subjects = in_torch(detector, checkpoint, compiled) | open_all(files)
             samples = {name: check_samples(cfg, subject.about or first, [], IMAGES)
                        for name, subject in subjects.items()}

@@ -12,9 +12,10 @@ from data.tables import text_table
 from ..config import load_config
 from ..distiller import Distiller
 from ..processes.memory import in_gib, in_mib, peak_resident
+from ..processes.timing import Call, interleave, medians_ms
 from . import steps
 from .data import time_evaluation, time_input
-from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
+from .timing import machine, matmul_call, peak_gpu_memory, shares, with_flops
 from .workload import Workload
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
