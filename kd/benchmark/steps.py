@@ -58,10 +58,14 @@ def prepare(cfg: Config, work: Workload) -> Config:
     return parse_config(mapping)
 
 
-def build_subject(cfg: Config, device: torch.device, work: Workload) -> Subject:
-    """A configuration's model in training, at the small learning rate of the first step, so that it hardly changes."""
+def build_subject(cfg: Config, device: torch.device, work: Workload, state: dict | None = None) -> Subject:
+    """A configuration's model in training, at the small learning rate of the first step, so that it hardly changes.
+
+    Args:
+        state: its `layout` holds memory layouts that were chosen before.
+    """
     model = build_model(cfg).to(device).train()
-    layout = choose_layout(model, cfg, device, work.size, work.batch)
+    layout = choose_layout(model, cfg, device, work.size, work.batch, state)
     if cfg.train.compile:
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, work.batch)

@@ -39,7 +39,8 @@ class Choice:
 
     def __str__(self) -> str:
         """The layout's name, and the reason."""
-        times = ", ".join(f"{name} {value:.3g} ms" for name, value in self.ms.items())
+        times = ", ".join(f"{name} {value:.0f} ms" if value >= 100 else f"{name} {value:.3g} ms"
+                          for name, value in self.ms.items())
         return f"{NAMES[self.channels_last]}{f' ({times})' if self.why == MEASURED else f', {self.why}'}"
 
 
@@ -63,11 +64,21 @@ class Layout:
             for module, _ in parts(model):
                 route_pointwise(module)
 
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """The choices by the detectors' names for people."""
+        names = ["teacher" if len(self.teachers) == 1 else f"teacher {i}" for i in range(len(self.teachers))]
+        return dict(zip(["student" if names else "detector", *names], [self.student, *self.teachers]))
+
+    def names(self) -> dict[str, str]:
+        """The layouts' names, by the detectors'."""
+        return {name: NAMES[choice.channels_last] for name, choice in self.choices.items()
+                if choice.channels_last is not None}
+
     def describe(self) -> list[str]:
         """Lines for the log: what was chosen, and why."""
-        names = ["teacher" if len(self.teachers) == 1 else f"teacher {i}" for i in range(len(self.teachers))]
-        owners = zip(["student" if names else "detector", *names], [self.student, *self.teachers])
-        lines = [f"train.channels_last: auto chose for the {name} {choice}" for name, choice in owners if choice.why]
+        lines = [f"train.channels_last: auto chose for the {name} {choice}"
+                 for name, choice in self.choices.items() if choice.why]
         if self.pointwise:
             lines.append("1x1 convolutions are given to oneDNN, which is faster here with one thread")
         return lines
