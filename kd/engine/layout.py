@@ -2,6 +2,7 @@
 
 Which layout is faster depends on the processor, the number of threads, the number format and the model.
 """
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ class Choice:
 
     channels_last: bool | None  # None for a teacher in shards, which stays as it is
     why: str = ""               # MEASURED, or in words; empty if the configuration says it
-    ms: dict[str, float] = field(default_factory=dict)  # by layout, if it was measured
+    ms: dict[str, float] = field(default_factory=dict)  # of a step by layout, if it was measured
 
     def __str__(self) -> str:
         """The layout's name, and the reason."""
@@ -120,7 +121,7 @@ def choose_layout(model: Detector | Distiller, cfg: Config, device: torch.device
             choice = Choice(choice.channels_last, "as when the run was started", choice.ms)
         else:
             known = distributed.from_first(stored_layout(model, number))
-            choice = measure(module, calls[number]) if known is None else Choice(
+            choice = measure(module, calls[number], device) if known is None else Choice(
                 known, "because distill.cache holds its answers in this layout")
         if number is None:
             layout.student = choice
@@ -159,15 +160,21 @@ def stored_layout(model: Detector | Distiller, teacher: int | None) -> bool | No
     return found[0] if len(found) == 1 else None
 
 
-def measure(module: Detector, call: Call) -> Choice:
-    """Time a call in both layouts. The module's statistics stay as they are."""
+def measure(module: Detector, call: Call, device: torch.device) -> Choice:
+    """Time a call in both layouts. The module's statistics stay as they are.
+
+    On a CPU, it is the CPU time of this process for each thread, because other processes disturb it less.
+    """
+    clock, threads = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.perf_counter, 1)
+
     def prepare(channels_last: bool) -> None:
         module.zero_grad(set_to_none=True)
         module.to(memory_format=memory_format(channels_last))
 
     with unchanged(module):
-        ms = medians_ms(interleave({False: call, True: call}, ROUNDS, before=prepare))
-    return Choice(ms[False] > CLEARLY * ms[True], MEASURED, {NAMES[key]: value for key, value in ms.items()})
+        ms = medians_ms(interleave({False: call, True: call}, ROUNDS, before=prepare, clock=clock))
+    return Choice(ms[False] > CLEARLY * ms[True], MEASURED,
+                  {NAMES[key]: value / threads for key, value in ms.items()})
 
 
 @contextmanager

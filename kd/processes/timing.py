@@ -9,13 +9,15 @@ Call = Callable[[], object]
 
 
 def interleave(calls: dict[Hashable, Call], rounds: int, warmup: int = 1,
-               before: Callable[[Hashable], object] = lambda name: None) -> dict[Hashable, list[float]]:
+               before: Callable[[Hashable], object] = lambda name: None,
+               clock: Callable[[], float] = time.perf_counter) -> dict[Hashable, list[float]]:
     """Time calls in turn, round by round.
 
     Args:
         calls: by name; each round calls all of them once, in this order.
         rounds: how many rounds are timed, after `warmup` rounds that are not.
         before: is called with the name before each call, and is not timed.
+        clock: gives seconds.
     Returns:
         Seconds of each timed round, by name. A call on a GPU is timed to its end.
     """
@@ -24,11 +26,11 @@ def interleave(calls: dict[Hashable, Call], rounds: int, warmup: int = 1,
         for name, call in calls.items():
             before(name)
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronize()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -58,6 +58,23 @@ def test_the_floor_of_a_distilled_step_has_its_operations():
     assert costs == sorted(costs, reverse=True)
 
 
+def test_a_step_has_no_gradient_that_nobody_needs():
+    """None in frozen stages, none from the first trained layers to their input, and none of the teacher's weights."""
+    cfg = config(Path("nowhere"), distill=DISTILL)
+    cfg["model"]["backbone"]["frozen_stages"] = 1
+    subject, step = subject_and_step(cfg)
+    backward = [conv for conv in record(step) if conv.backward]
+    trained = [module for module in subject.model.modules()
+               if isinstance(module, nn.Conv2d) and module.weight.requires_grad]
+    several = sum(module in trained for module in subject.student.bbox_head.modules())  # run on each of 5 levels
+    assert sum(conv.wanted[1] for conv in backward) == len(trained) + 4 * several
+    first = [conv for conv in backward if not conv.wanted[0]]
+    assert sorted(map(str, first)) == ["1x1 stride 2, 8 to 16, 16 x 24", "3x3 stride 2, 8 to 16, 16 x 24"]
+    assert "3x3, 8 to 8, 16 x 24" not in map(str, backward)  # layer1, and the stem before it
+    teachers = sum(isinstance(module, nn.Conv2d) for module in subject.model.teacher.bbox_head.modules())
+    assert sum(not conv.wanted[1] for conv in backward) == 5 * teachers  # CrossKD's way back to the student
+
+
 def test_a_step_is_split_into_its_parts():
     subject, step = subject_and_step(config(Path("nowhere"), distill=DISTILL))
     step()
