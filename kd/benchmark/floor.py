@@ -3,6 +3,7 @@
 A gradient is in the loop if the step computes it: there is none to the input of the first trained layer, and none to
 the weights of a frozen one.
 """
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,9 +123,12 @@ def build_floor(call: Call, device: torch.device, rounds: int = 3,
     times, buffers = Counter(found), Buffers(device)
     buffers.reserve(times)
     best, rows = {}, []
+    # On a CPU, the CPU time of this process for each thread, because other processes disturb it less.
+    clock, threads = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.perf_counter, 1)
     note(f"timing {len(times)} different convolutions in both layouts")
     for conv, count in times.items():
-        ms = medians_ms(interleave({layout: alone(conv, layout, buffers) for layout in LAYOUTS}, rounds))
+        calls = {layout: alone(conv, layout, buffers) for layout in LAYOUTS}
+        ms = {layout: value / threads for layout, value in medians_ms(interleave(calls, rounds, clock=clock)).items()}
         best[conv] = alone(conv, min(ms, key=ms.get), buffers)
         rows.append({"what": str(conv), "direction": conv.direction, "times": count, "ms": ms, "flops": flops(conv)})
     calls = [best[conv] for conv in found]
