@@ -1,5 +1,7 @@
 """The errors that bad data raises."""
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_LISTED = 10  # problems named in an error; the rest are counted
 
@@ -41,3 +43,11 @@ def one_line(text: object, limit: int = 200) -> str:
 def shown(value: object) -> str:
     """A value for a message, see `one_line`."""
     return one_line(repr(value))
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """What differs between two trees of settings, as `key was old and is new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [text for name in dict.fromkeys([*old, *new])
+                for text in differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))]
+    return [] if old == new else [f"{key} was {one_line(json.dumps(old), 60)} and is {one_line(json.dumps(new), 60)}"]

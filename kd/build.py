@@ -100,8 +100,7 @@ def build_cache(cfg: Config, entry: TeacherConfig, student: Detector, teacher: D
         model = architecture(teacher_model(entry))
     given = {"model": model,
              "data": {"scale": data.scale, "antialias": data.antialias},
-             "numbers": {"stored": chosen.precision, "amp": settings.amp, "compile": settings.compile,
-                         "channels_last": settings.channels_last}}
+             "numbers": {"stored": chosen.precision, "amp": settings.amp, "compile": settings.compile}}
     return TeacherCache(Path(chosen.dir), student, teacher, needs_of(methods, teacher), given, chosen.precision,
                         settings.amp)
 

@@ -1,5 +1,6 @@
 """Measure the time of training steps, with torchvision's RetinaNet for comparison, of inference, of the parts of both,
-of the input pipeline and of the evaluation; or, with --exported, of exported files."""
+of the input pipeline and of the evaluation; with --where, of every part and operator of a step; with --exported, of
+exported files. With --against, compare the report with an earlier one."""
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 from data.output import write_text
 from data.ranges import Count, Range
 from kd import cli
+from kd.benchmark.against import check_kinds, compare, read_report
 from kd.benchmark.workload import CONFIGS, SIZES, Workload, check_options
 from kd.early import check_early
 
@@ -29,15 +31,26 @@ def main() -> None:
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="replaces train.amp of the configurations")
     parser.add_argument("--eval-images", type=cli.number(Count), default=Workload.eval_images, metavar="N",
                         help="images, with 100 detections each, for timing the evaluation; default: %(default)s")
+    parser.add_argument("--where", action="store_true",
+                        help="show where the time of a training step goes, and the time of its convolutions alone")
     parser.add_argument("--exported", action="append", type=Path, metavar="FILE",
                         help="time this file of export.py on the CPU instead; may be given several times")
     parser.add_argument("--checkpoint", metavar="PATH", help="with --exported: also time PyTorch with these weights")
     parser.add_argument("--compile", action="store_true",
                         help="with --exported and --checkpoint: also time torch.compile, which takes a minute")
     parser.add_argument("--no-ap", action="store_true", help="with --exported: do not compute the AP on data.val")
+    parser.add_argument("--against", type=Path, metavar="OLD.json",
+                        help="compare with a report that --out wrote: faster, slower or no difference, row by row")
+    parser.add_argument("--report", type=Path, metavar="NEW.json",
+                        help="with --against: compare this report, and measure nothing")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     args = parser.parse_intermixed_args()
     check_options(parser, args)
+    old, new = (path and read_report(path) for path in (args.against, args.report))
+    check_kinds(args, old, new)
+    if new is not None:
+        print(compare(old, new, args.against))
+        return
     for path in args.cfg or CONFIGS:
         check_early(path, args.overrides, ["val"] if args.exported and not args.no_ap else [], args.checkpoint)
 
@@ -51,14 +64,18 @@ def main() -> None:
         report = run_exported(cfg, args.exported, args.checkpoint, args.compile, not args.no_ap, args.rounds, note=note)
         print(format_exported(report))
     else:
+        from kd.benchmark.explain import format_where, run_where
         from kd.benchmark.run import format_report, run_benchmark
 
         device = cli.choose_device(args.device)
         size, batch = SIZES[device.type]
         work = Workload(tuple(args.size or size), args.batch or batch, boxes=args.boxes, rounds=args.rounds,
                         amp=args.amp, eval_images=args.eval_images)
-        report = run_benchmark(args.cfg or CONFIGS, device, work, args.overrides, note=note)
-        print(format_report(report))
+        measure, show = (run_where, format_where) if args.where else (run_benchmark, format_report)
+        report = measure(args.cfg or CONFIGS, device, work, args.overrides, note=note)
+        print(show(report))
+    if old is not None:
+        print(f"\n{compare(old, report, args.against)}")
     if args.out:
         write_text(args.out, json.dumps(report, indent=1))
 

@@ -52,7 +52,8 @@ def main() -> None:
 
     if args.int8:
         check_data(cfg)
-    detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes)
+    detector, classes = load_named(cfg, args.checkpoint, cli.choose_device("cpu"), args.part, args.classes,
+                                   placed=False)
     if chosen is not None:
         chosen = scores_for(args.thresholds, chosen, classes.names)
     about = make_recipe(cfg, detector, classes.names, kind, args.nms, args.end2end, fixed, chosen)

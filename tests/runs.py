@@ -36,7 +36,7 @@ def config(scenes: Path, epochs: int = 2, distill: dict | None = None, head: str
         return {"images": str(scenes / name), "annotations": str(scenes / "annotations" / f"{name}.json")}
     cfg = {"model": model(head=head), "optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 2, "milestones": [1]},
            "data": {"train": split("train"), "val": split("val"), "batch_size": 4, "workers": 0, "scale": [64, 64]},
-           "train": {"epochs": epochs, "log_every": 1, "grad_clip": 35}}
+           "train": {"epochs": epochs, "log_every": 1, "grad_clip": 35, "channels_last": True}}
     return cfg | ({"distill": distill} if distill else {})
 
 

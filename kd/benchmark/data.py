@@ -15,7 +15,7 @@ from data.output import write_text
 from data.transforms import flip_image, resize_image, resized_size
 
 from ..evaluation.coco import coco_api, coco_figures
-from .timing import Call, interleave, medians_ms
+from ..processes.timing import Call, interleave, medians_ms
 
 IMAGE_SIZE = (480, 640)  # of most COCO images
 
@@ -52,8 +52,9 @@ def time_input(scale: tuple[int, int], batch: int, rounds: int, images: int, aug
             torch.set_num_threads(threads)
         kilobytes = sum(file.stat().st_size for file in files) / images / 1e3
     ms = {name: value / images for name, value in medians_ms(seconds).items()}
-    return {"ms": ms, "images_per_second": 1e3 / ms["one worker"], "scale": list(scale), "images": images,
-            "kilobytes": kilobytes}
+    every = {name: [1e3 * value / images for value in values] for name, values in seconds.items()}
+    return {"ms": ms, "rounds_ms": every, "images_per_second": 1e3 / ms["one worker"], "scale": list(scale),
+            "images": images, "kilobytes": kilobytes}
 
 
 def over(items: Iterable, work: Callable[[Any], Any]) -> Call:
@@ -71,7 +72,8 @@ def time_evaluation(images: int, rounds: int = 1) -> dict:
         seconds = interleave({
             "pycocotools": lambda: coco_figures(results, dataset, fast=False),
             coco_api()[0].__module__.partition(".")[0]: lambda: coco_figures(results, dataset)}, rounds, warmup=0)
-    return {"ms": medians_ms(seconds), "images": images}
+    return {"ms": medians_ms(seconds), "images": images,
+            "rounds_ms": {name: [1e3 * value for value in values] for name, values in seconds.items()}}
 
 
 def generate_results(folder: Path, images: int, boxes: int = 7, detections: int = 100, classes: int = 80

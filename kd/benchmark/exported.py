@@ -20,7 +20,10 @@ from ..deploy.recipe import Recipe
 from ..deploy.runtimes import open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
 from ..inference.detectors import load_named
-from .timing import Call, interleave, machine
+from ..inference.precision import place
+from ..processes.timing import Call, interleave
+from .busy import BusyWatch
+from .timing import machine
 
 CPU = torch.device("cpu")
 IMAGES = 8      # of data.val, or of noise
@@ -74,27 +77,33 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     """
     all_threads = torch.get_num_threads()
     threads = sorted({1, all_threads})
-    report = {"machine": machine(CPU), "rounds": rounds, "threads": threads, "rows": {}}
+    report = {"kind": "exported", "machine": machine(CPU), "rounds": rounds, "threads": threads, "rows": {},
+              "rounds_ms": {}}
+    busy = BusyWatch()
     first = open_exported(files[0]).about
     detector = None if checkpoint is None else load_named(cfg, checkpoint, CPU, names=first.classes)[0]
     try:
         for count in threads:
             torch.set_num_threads(count)
+            if detector is not None:
+                place(detector, CPU, cfg.train)  # its kernels depend on the threads
             subjects = in_torch(detector, checkpoint, compiled) | open_all(files)
             samples = {name: check_samples(cfg, subject.about or first, [], IMAGES)
                        for name, subject in subjects.items()}
             note(f"timing {counted(len(subjects), 'detector')} with {counted(count, 'thread')}")
             calls = {(name, i): subject.call(sample) for name, subject in subjects.items()
                      for i, sample in enumerate(samples[name])}
-            seconds = interleave(calls, rounds, warmup)
+            with busy:
+                seconds = interleave(calls, rounds, warmup)
             for name, subject in subjects.items():
                 ms = 1e3 * np.concatenate([seconds[name, i] for i in range(len(samples[name]))]) / subject.batch
                 row = report["rows"].setdefault(name, {"bytes": size(subject), "AP": None, "ms": {}})
+                report["rounds_ms"][f"{name}, {counted(count, 'thread')}"] = ms.tolist()
                 row["ms"][count] = {"p50": float(np.median(ms)), "p95": float(np.percentile(ms, 95)),
                                     "mean": float(ms.mean())}
     finally:
         torch.set_num_threads(all_threads)
-    report["images"] = len(samples[name])
+    report |= {"images": len(samples[name]), "busy": busy.record()}
     if with_ap and cfg.data is not None and cfg.data.parts("val"):
         for name, subject in subjects.items():
             note(f"computing the AP of {name}")
@@ -162,5 +171,6 @@ def format_exported(report: dict) -> str:
             ms = row["ms"][count]
             rows[-1] += [f"{ms['p50']:.1f}", f"{ms['p95']:.1f}", f"{1e3 / ms['mean']:.1f}"]
     return (f"{on['device']}, torch {on['torch']}; {counted(report['images'], 'image')}, one at a time, "
-            f"{counted(report['rounds'], 'round')}; from padded pixels to detections, with decoding and NMS\n\n"
+            f"{counted(report['rounds'], 'round')}; from padded pixels to detections, with decoding and NMS\n"
+            + "".join(f"{line}\n" for line in filter(None, [report["busy"]["warning"]])) + "\n"
             + text_table(header, rows))

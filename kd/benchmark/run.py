@@ -12,15 +12,19 @@ from data.tables import text_table
 from ..config import load_config
 from ..distiller import Distiller
 from ..processes.memory import in_gib, in_mib, peak_resident
+from ..processes.timing import Call, interleave, medians_ms
 from . import steps
+from .against import STEP, shown
+from .busy import BusyWatch
 from .data import time_evaluation, time_input
 from .launches import count_launches
-from .timing import Call, interleave, machine, matmul_call, medians_ms, peak_gpu_memory, shares, with_flops
+from .timing import machine, matmul_call, peak_gpu_memory, shares, with_flops
 from .workload import Workload
 
 YARDSTICK = "torchvision retinanet_resnet50_fpn"
 MATMUL = "bf16 matrix products"
 CACHED = "teacher's answers cached"
+INFERENCE, PARTS, INPUT, EVALUATION = "inference: ", "part: ", "input: ", "evaluation: "
 
 
 def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, overrides: Sequence[str] = (),
@@ -37,8 +41,17 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
     torch.manual_seed(0)
     configs = dict(zip(names(paths), (steps.prepare(load_config(path, overrides), work) for path in paths)))
     images, targets = steps.make_batch(work, device, min(cfg.model.head["num_classes"] for cfg in configs.values()))
-    report = {"machine": machine(device), "workload": asdict(work), "overrides": list(overrides),
-              "yardstick": {"name": YARDSTICK}, "configs": {name: {} for name in configs}}
+    report = {"kind": "steps", "machine": machine(device), "workload": asdict(work), "overrides": list(overrides),
+              "yardstick": {"name": YARDSTICK}, "configs": {name: {} for name in configs}, "layouts": {},
+              "rounds_ms": {}}
+    busy = BusyWatch()
+
+    def timed(prefix: str, calls: dict[str, Call]) -> dict[str, float]:
+        """The medians of calls in milliseconds; all rounds go into the report."""
+        with busy:
+            seconds = interleave(calls, work.rounds, work.warmup)
+        report["rounds_ms"] |= {prefix + name: [1e3 * value for value in values] for name, values in seconds.items()}
+        return medians_ms(seconds)
 
     subjects, calls = {}, {}
     for name, entry in entries(report).items():
@@ -48,6 +61,9 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
             calls[name] = steps.yardstick_step(images, targets, work)
         else:
             subjects[name] = steps.build_subject(configs[name], device, work)
+            report["layouts"][name] = subjects[name].layout.names()
+            for line in subjects[name].layout.describe():
+                note(line)
             calls[name] = steps.training_step(subjects[name], images, targets)
         if device.type == "cuda":
             entry["peak_memory_bytes"] = peak_gpu_memory(calls[name]) - before
@@ -55,7 +71,7 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
         for name, subject in subjects.items():
             if isinstance(subject.model, Distiller):
                 calls[f"{name}: {CACHED}"] = steps.cached_step(subject, images, targets, Path(folder) / name)
-        time_steps(report, calls, device, work, note)
+        time_steps(report, calls, device, work, timed, note)
     for name, subject in subjects.items():
         report["configs"][name]["answer_bytes"] = subject.stored
 
@@ -64,31 +80,34 @@ def run_benchmark(paths: Sequence[str], device: torch.device, work: Workload, ov
         subject.model.eval()
         steps.set_typical_threshold(subject, images, targets)
     predictions = {name: steps.predict_call(subject, images, targets) for name, subject in subjects.items()}
-    times = medians_ms(interleave(predictions, work.rounds, work.warmup))
+    times = timed(INFERENCE, predictions)
     for name, subject in subjects.items():
         note(f"timing the parts of {name}")
-        parts = interleave(steps.part_calls(subject, images, targets), work.rounds, work.warmup)
-        report["configs"][name] |= {"predict_ms": times[name], "parts_ms": medians_ms(parts)}
+        parts = timed(f"{PARTS}{name}: ", steps.part_calls(subject, images, targets))
+        report["configs"][name] |= {"predict_ms": times[name], "parts_ms": parts}
 
     note("timing the input pipeline")
     data = next(iter(configs.values())).input
     report["input"] = time_input(data.scale, work.batch, work.rounds, work.input_images, data.train_augment)
     note("timing the evaluation")
     report["evaluation"] = time_evaluation(work.eval_images)
+    for what, entry in ((INPUT, report["input"]), (EVALUATION, report["evaluation"])):
+        report["rounds_ms"] |= {what + name: values for name, values in entry.pop("rounds_ms").items()}
+    report["busy"] = busy.record()
     report["peak_resident_bytes"] = peak_resident()
     return report
 
 
 def time_steps(report: dict, calls: dict[str, Call], device: torch.device, work: Workload,
-               note: Callable[[str], None]) -> None:
+               timed: Callable[[str, dict[str, Call]], dict[str, float]], note: Callable[[str], None]) -> None:
     """Put the training steps' times, shares and operations into the report."""
     note(f"timing {counted(len(calls), 'training step')}, {work.warmup} + {counted(work.rounds, 'round')}")
-    timed = dict(calls)
+    products = None
     if device.type == "cuda":
-        timed[MATMUL], products = matmul_call(device)
-    seconds = interleave(timed, work.rounds, work.warmup)
-    medians = medians_ms(seconds)
-    report["steps_ms"] = {name: [1e3 * value for value in values] for name, values in seconds.items()}
+        matmul, products = matmul_call(device)
+        calls = calls | {MATMUL: matmul}
+    medians = timed(STEP, calls)
+    report["steps_ms"] = {name: report["rounds_ms"][STEP + name] for name in calls}
     if device.type == "cuda":
         report["matmul_flops_per_second"] = products / medians[MATMUL] * 1e3
     for name, entry in entries(report).items():
@@ -118,24 +137,28 @@ def names(paths: Sequence[str]) -> list[str]:
 def format_report(report: dict) -> str:
     """The report as tables for people."""
     on, work, data, evaluation = (report[key] for key in ("machine", "workload", "input", "evaluation"))
-    height, width = work["size"]
+    (height, width), rounds = work["size"], report["rounds_ms"]
     lines = [f"{on['device']}, {counted(on['threads'], 'thread')}, torch {on['torch']}; "
              f"{counted(work['batch'], 'image')} of {height} x {width} a step, {counted(work['boxes'], 'box')} an "
-             f"image; medians of {counted(work['rounds'], 'round')}", ""]
+             f"image; medians of {counted(work['rounds'], 'round')}, in brackets the middle half of them"]
+    lines += [f"{name}: {', '.join(f'{who} {layout}' for who, layout in layouts.items())}"
+              for name, layouts in report["layouts"].items()]
+    lines += [*filter(None, [report["busy"]["warning"]]), ""]
     on_gpu = "matmul_flops_per_second" in report
     header = ["training step", "ms", "ratio", "overhead", "GFLOP/s", "inference ms",
               *["of matmul", "GPU busy", "peak GiB"] * on_gpu]
     rows = []
     for name, entry in entries(report).items():
-        rows.append([name, f"{entry['step_ms']:.1f}", f"{entry['ratio']:.3f}", f"{entry['shares']['overhead']:.1%}",
-                     f"{entry['flops_per_second'] / 1e9:.0f}",
-                     f"{entry['predict_ms']:.1f}" if "predict_ms" in entry else "-"])
+        rows.append([name, shown(report["steps_ms"][name]), f"{entry['ratio']:.3f}",
+                     f"{entry['shares']['overhead']:.1%}", f"{entry['flops_per_second'] / 1e9:.0f}",
+                     shown(rounds[INFERENCE + name]) if "predict_ms" in entry else "-"])
         if on_gpu:
             rows[-1] += [f"{entry['utilisation']:.1%}", f"{entry['shares']['device_ms'] / entry['step_ms']:.1%}",
                          f"{entry['peak_memory_bytes'] / 2 ** 30:.2f}"]
         if "cached_ms" in entry:
             ratio = entry["cached_ms"] / report["yardstick"]["step_ms"]
-            rows.append([f"{name}: {CACHED}", f"{entry['cached_ms']:.1f}", f"{ratio:.3f}", *"-" * (len(header) - 3)])
+            cached = f"{name}: {CACHED}"
+            rows.append([cached, shown(report["steps_ms"][cached]), f"{ratio:.3f}", *"-" * (len(header) - 3)])
     lines.append(text_table(header, rows))
     rows = [[name, str(found["kernels"]), str(found["waits"]), f"{found['bytes'] / 1e9:.2f}"]
             for name, entry in entries(report).items() for found in [entry["launches"]]]
@@ -146,12 +169,13 @@ def format_report(report: dict) -> str:
     for name, entry in entries(report).items():
         largest = list(entry["shares"]["largest"].items())[:6]
         lines.append(f"{name}: " + ", ".join(f"{part.removeprefix('aten::')} {share:.1%}" for part, share in largest))
-    rows = [[f"{name}: {part}", f"{ms:.2f}", "-" if part == "post-processing" else f"{ms / entry['step_ms']:.2%}"]
+    rows = [[f"{name}: {part}", shown(rounds[f"{PARTS}{name}: {part}"]),
+             "-" if part == "post-processing" else f"{ms / entry['step_ms']:.2%}"]
             for name, entry in report["configs"].items() for part, ms in entry["parts_ms"].items()]
     lines += ["", text_table(["part", "ms", "of a step"], rows), ""]
-    rows = [[part, f"{ms:.2f}"] for part, ms in data["ms"].items()]
+    rows = [[part, shown(rounds[INPUT + part])] for part in data["ms"]]
     lines += [text_table(["input, of an image", "ms"], rows), ""]
-    rows = [[part, f"{ms:.0f}"] for part, ms in evaluation["ms"].items()]
+    rows = [[part, shown(rounds[EVALUATION + part])] for part in evaluation["ms"]]
     lines += [text_table([f"evaluation of {counted(evaluation['images'], 'image')}", "ms"], rows), "",
               f"peak memory of the process: {in_gib(report['peak_resident_bytes'])}"]
     if on_gpu:

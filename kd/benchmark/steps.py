@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from data.digests import digest
-from data.transforms import padded_size
 from models import Detector, DetectorPass
 from models.postprocess import postprocess
 
@@ -16,10 +15,11 @@ from ..build import build_model
 from ..cache import TeacherCache, needs_of
 from ..config import Config, TrainConfig, parse_config
 from ..distiller import Distiller
-from ..engine.step import compute_losses, to_device
-from ..inference.precision import autocast, memory_format
+from ..engine.layout import Layout, choose_layout
+from ..engine.step import compute_losses, random_batch, to_device
+from ..inference.precision import autocast
 from ..optim import build_optimizer, clip_gradients, lr_factor
-from .timing import Call
+from ..processes.timing import Call
 from .workload import Workload
 
 
@@ -31,6 +31,7 @@ class Subject:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     settings: TrainConfig
+    layout: Layout | None = None
     stored: float | None = None  # bytes of the teachers' answers for an image, if they were stored
 
     @property
@@ -39,21 +40,8 @@ class Subject:
 
 
 def make_batch(work: Workload, device: torch.device, classes: int) -> tuple[Tensor, list[dict]]:
-    """Images and targets as the loader gives them, on the device; boxes of 1/32 to 0.7 of the image's sides."""
-    height, width = work.size
-    padded = padded_size(work.size)
-    images = torch.zeros(work.batch, *padded, 3, dtype=torch.uint8)
-    images[:, :height, :width] = torch.randint(0, 256, (work.batch, height, width, 3))
-    targets = []
-    for number in range(work.batch):
-        sides = torch.tensor([width, height]) * 2 ** (4.5 * torch.rand(work.boxes, 2) - 5)
-        low = torch.rand(work.boxes, 2) * (torch.tensor([width, height]) - sides)
-        targets.append({
-            "boxes": torch.cat([low, low + sides], dim=1).to(device),
-            "labels": torch.randint(classes, (work.boxes,)).to(device), "image_size": work.size,
-            "pad_size": padded, "original_size": work.size, "image_id": number,
-            "ignored_boxes": torch.zeros(0, 4, device=device)})
-    return images.permute(0, 3, 1, 2).to(device), targets
+    """Images and targets as the loader gives them, on the device."""
+    return random_batch(work.size, work.batch, work.boxes, classes, device)
 
 
 def prepare(cfg: Config, work: Workload) -> Config:
@@ -70,16 +58,21 @@ def prepare(cfg: Config, work: Workload) -> Config:
     return parse_config(mapping)
 
 
-def build_subject(cfg: Config, device: torch.device, work: Workload) -> Subject:
-    """A configuration's model in training, at the small learning rate of the first step, so that it hardly changes."""
-    model = build_model(cfg).to(device, memory_format=memory_format(cfg.train)).train()
+def build_subject(cfg: Config, device: torch.device, work: Workload, state: dict | None = None) -> Subject:
+    """A configuration's model in training, at the small learning rate of the first step, so that it hardly changes.
+
+    Args:
+        state: its `layout` holds memory layouts that were chosen before.
+    """
+    model = build_model(cfg).to(device).train()
+    layout = choose_layout(model, cfg, device, work.size, work.batch, state)
     if cfg.train.compile:
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, work.batch)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor(cfg.schedule, 0, 1)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.amp == "fp16")
-    return Subject(model, optimizer, scaler, cfg.train)
+    return Subject(model, optimizer, scaler, cfg.train, layout)
 
 
 def training_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call:

@@ -2,10 +2,7 @@
 import os
 import platform
 import re
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,44 +13,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
+from ..processes.timing import Call, synchronize
 from ..work_dir.provenance import commit
-
-Call = Callable[[], object]
-
-
-def interleave(calls: dict[str, Call], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time calls in turn, round by round, so that disturbances of the machine affect all of them equally.
-
-    Args:
-        calls: by name; each round calls all of them once, in this order.
-        rounds: how many rounds are timed, after `warmup` rounds that are not.
-    Returns:
-        Seconds of each timed round, by name. A call on a GPU is timed to its end.
-    """
-    seconds = {name: [] for name in calls}
-    for number in range(-warmup, rounds):
-        for name, call in calls.items():
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def medians_ms(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The median of each list, in milliseconds."""
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if this process uses one."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    elif torch.mps.is_available():
-        torch.mps.synchronize()
-
 
 # Operators that are a convolution or a normalisation, forward or backward, on any device: aten::conv2d,
 # aten::mkldnn_convolution, aten::convolution_backward, aten::cudnn_batch_norm, aten::native_group_norm_backward, ...;

@@ -27,10 +27,21 @@ class Workload:
 
 
 def check_options(parser: ArgumentParser, args: Namespace) -> None:
-    """Raise UsageError for options of benchmark.py that contradict --exported, or that need it."""
+    """Raise UsageError for options of benchmark.py that contradict each other, or that need another one."""
     def given(*names: str) -> list[str]:
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
 
+    if args.report:
+        if args.against is None:
+            raise UsageError("--report is compared with another report: add --against OLD.json")
+        if wrong := args.overrides or given("cfg", "device", "size", "batch", "boxes", "rounds", "amp", "eval_images",
+                                            "where", "exported", "checkpoint", "compile", "no_ap", "out"):
+            raise UsageError(f"--report compares two files and measures nothing: remove {wrong[0]}")
+        return
+    if args.where and args.exported:
+        raise UsageError("--where shows training steps, and --exported files that detect: choose one")
+    if args.where and given("eval_images"):
+        raise UsageError("--eval-images is for timing the evaluation, which --where does not: remove it")
     if not args.exported:
         if wrong := given("checkpoint", "compile", "no_ap"):
             raise UsageError(f"{wrong[0]} is for --exported: add --exported FILE, or remove {wrong[0]}")

@@ -80,6 +80,13 @@ class TeacherCache:
         self._reader, self._rows = ThreadPoolExecutor(1, "answers"), ThreadPoolExecutor(READERS, "answers-in")
         return lines
 
+    def stored_layouts(self) -> list[bool]:
+        """Whether there are answers in channels_last, in the other memory layout, or in both; all else must fit."""
+        settings = self.describe_settings()
+        both = {layout: fingerprint(settings | {"numbers": settings["numbers"] | {"channels_last": layout}})
+                for layout in (True, False)}
+        return [layout for layout, name in both.items() if any((self.root / name).glob("*/*.bin"))]
+
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.settings)

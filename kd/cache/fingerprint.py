@@ -37,16 +37,24 @@ def plain(value: object) -> object:
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+def in_channels_last(detector: Detector) -> bool:
+    """Whether a detector's convolutions are in the memory layout channels_last, which changes the last digits."""
+    return any(weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+               for weight in detector.parameters() if weight.dim() == 4)
+
+
 def all_settings(given: Mapping, student: Detector, teacher: Detector, needs: Needs) -> dict:
     """The settings of a teacher's answers.
 
     Args:
         given: what the configuration says: `model`, `data` and `numbers`.
     """
+    numbers = {**given.get("numbers", {}), "channels_last": in_channels_last(teacher)}
     weight = next(teacher.parameters())
     pixels = {who: {"statistics": detector.preprocess.statistics, "order": detector.preprocess.channel_order}
               for who, detector in (("student", student), ("teacher", teacher))}
-    return plain({"layout": LAYOUT, "weights": weights_hash(teacher), **given, "preprocess": pixels,
+    return plain({"layout": LAYOUT, "weights": weights_hash(teacher), **given, "numbers": numbers,
+                  "preprocess": pixels,
                   "precision": teacher.precision, "device": weight.device.type,
                   "dtype": str(weight.dtype).removeprefix("torch."), "needs": needs._asdict()})
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import listed, one_line
+from data.errors import differences, listed
 from data.output import OutputError, naming, reason_of
 
 from .entry import Layout, write_entry
@@ -31,14 +31,6 @@ OLD = 86400.0  # seconds after which an unfinished file is one of a run that was
 def fingerprint(settings: Mapping) -> str:
     """A short text that differs for different settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """What differs between two trees of settings, as `key was old and is new`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [text for name in dict.fromkeys([*old, *new])
-                for text in differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))]
-    return [] if old == new else [f"{key} was {one_line(json.dumps(old), 60)} and is {one_line(json.dumps(new), 60)}"]
 
 
 def read_settings(folder: Path) -> dict | None:

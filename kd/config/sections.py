@@ -24,7 +24,7 @@ class TrainConfig:
     init: str | None = None                         # a detector's checkpoint to start from: path, URL or zoo:NAME
     init_classes: Some[str] | None = None           # names of its classes, in its order; null: its own, or COCO's
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
-    channels_last: bool = True                      # memory format of convolutions; affects only rounding and speed
+    channels_last: bool | Literal["auto"] = "auto"  # memory layout; auto times both at the start of training
     compile: bool = False                           # torch.compile backbones, necks and heads, also of teachers
     grad_clip: Positive | None = None               # largest norm of the whole gradient; null: no clipping
     accumulate: Count = 1                           # batches per optimiser step; each has its own loss normalisers

@@ -1,4 +1,5 @@
 """Saves a failed step, and repeats it."""
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from ..config import Config, parse_config
 from ..distiller import Distiller
 from ..processes import distributed
 from ..work_dir.checkpoint import WEIGHTS, check_entries, read_plain, write_whole
+from .layout import kept_layout
 from .run import Run
 from .step import compute_losses, seed_step, to_device
 
 FORMAT = "densekd-replay"
 STATE = {"config": dict, "step": Number, "rank": Number, "steps_per_epoch": Count, "batches": list, "model": WEIGHTS,
-         "methods": WEIGHTS}
+         "methods": WEIGHTS, "layout": dict | None}
 
 
 def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, list[dict]]]) -> None:
@@ -28,7 +30,7 @@ def save_replay(run: Run, path: Path, step: int, batches: list[tuple[Tensor, lis
                        "steps_per_epoch": run.steps_per_epoch,
                        "batches": [(images.cpu(), targets) for images, targets in batches],
                        "model": run.student.state_dict(), "methods": methods,
-                       "gradient_shares": shares})
+                       "gradient_shares": shares, "layout": asdict(run.layout)})
 
 
 def replay(path: Path, device: torch.device, trusted: Config | None = None) -> str:
@@ -52,7 +54,9 @@ def replay(path: Path, device: torch.device, trusted: Config | None = None) -> s
         raise CheckpointError(f"file {path} calls {calls[0][0]}, which runs code: give your configuration with this "
                               "factory and the same arguments, too (--cfg)")
     model = build_model(cfg, pretrained=False).to(device).train()
-    student = model.student if isinstance(model, Distiller) else model
+    student, teachers = (model.student, model.teachers) if isinstance(model, Distiller) else (model, [])
+    if layout := kept_layout(state, device, len(teachers)):
+        layout.apply(model)
     try:
         student.load_state_dict(state["model"])
         if isinstance(model, Distiller):

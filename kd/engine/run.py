@@ -1,7 +1,7 @@
 """A training run: its parts, and how it is built, saved and restored."""
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
 from ..evaluation.evaluate import eval_loader
 from ..inference.detectors import TEACHERS_MAP, by_name, knowledge, said, with_classes
-from ..inference.precision import memory_format
 from ..optim import build_optimizer, earlier_names, load_optimizer
 from ..processes import distributed
 from ..processes.memory import peak_memory
@@ -33,13 +32,15 @@ from ..processes.sharding import shard
 from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
 from .finite import FiniteWatch
+from .layout import Layout, choose_layout, common_size
 
 FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
 # What a checkpoint of a run holds. What earlier versions did not write may be missing.
 STATE = {"model": WEIGHTS, "optimizer": dict, "scaler": dict, "step": Number, "steps_per_epoch": Count,
          "evaluated": bool, "best": float, "reported": list | None, "processes": Count | None,
          "config": dict | None, "classes": list[str] | None, "averaged": Number | None, "waited": Number | None,
-         "init": dict | None, "unlabelled": Number | None, "seconds": float | None, "peak_memory": float | None}
+         "init": dict | None, "unlabelled": Number | None, "seconds": float | None, "peak_memory": float | None,
+         "layout": dict | None}
 INNER = ("training", "methods", "gradient_shares")  # more of them that hold weights, where a run has them
 
 
@@ -56,6 +57,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader | None
     finite: FiniteWatch
+    layout: Layout             # memory layouts of the detectors
     average: WeightAverage | None  # moving average of the student's weights
     step: int = 0              # optimiser steps done
     saved: int = -1            # step of last.pth
@@ -109,12 +111,14 @@ class Run:
         return self.val_loader is not None and (epoch == last or (every > 0 and (epoch + 1) % every == 0))
 
 
-def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool = False) -> Run:
+def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | None = None) -> Run:
     """Build the data, models and optimiser of a run, before its first step.
 
     Args:
-        resumed: whether all weights of the student are restored next, so that none are loaded here.
+        state: the checkpoint that the run goes on from: all weights of the student are restored next, so none are
+            loaded here; and the memory layouts stay as they were.
     """
+    resumed = state is not None
     settings, data, rank, world = cfg.train, cfg.data, distributed.rank(), distributed.world_size()
     if data is None:
         raise ConfigError("data", "missing: give data.train, which is trained on")
@@ -135,7 +139,8 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
     for i, entry in enumerate(cfg.teachers):
         if entry.shard:
             shard(model.teachers[i], device)
-    model = model.to(device, memory_format=memory_format(settings))
+    model = model.to(device).train()
+    layout = choose_layout(model, cfg, device, common_size(train_set), data.batch_size, state)
     if settings.sync_bn and world > 1:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
@@ -147,7 +152,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
                                 rank, world, data.worker_start, data.unlabelled_ratio, stored_views(cfg))
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), layout, None, start=start,
               init={} if init is None else {init: file_hash(local_path(init))})
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
@@ -189,7 +194,8 @@ def save_run(run: Run, name: str) -> None:
              "steps_per_epoch": run.steps_per_epoch, "evaluated": run.evaluated, "best": run.best,
              "waited": run.waited, "processes": distributed.world_size(), "config": dict(run.cfg), "init": run.init,
              "classes": run.train_loader.dataset.classes, "unlabelled": unlabelled_count(run),
-             "seconds": run.seconds, "peak_memory": None if run.peak is None else float(run.peak)}
+             "seconds": run.seconds, "peak_memory": None if run.peak is None else float(run.peak),
+             "layout": asdict(run.layout)}
     if run.distiller:
         state["gradient_shares"] = run.distiller.gradient_shares.state()
     if run.average is not None:
@@ -304,6 +310,7 @@ def describe_run(run: Run) -> str:
         lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")
     if data.num_dropped_boxes:
         lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")
+    lines += run.layout.describe()
     if run.start is not None:
         lines.append(str(run.start))
     if run.step:

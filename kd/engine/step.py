@@ -4,6 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.transforms import padded_size
 from losses import total_loss
 from models import Detector, DetectorPass
 
@@ -55,3 +56,26 @@ def compute_losses(model: nn.Module, images: Tensor, targets: list[dict], device
         n, _, h, w = images.shape
         raise TrainingError(f"a batch norm gets a single value per channel, from {n} x {h} x {w} pixels: use a larger "
                             "data.batch_size or data.scale, or fixed statistics (norm_eval of the backbone)") from None
+
+
+def random_batch(size: tuple[int, int], images: int, boxes: int, classes: int, device: torch.device
+                 ) -> tuple[Tensor, list[dict]]:
+    """Random images and targets as the loader gives them, on the device, for measurements.
+
+    Args:
+        size: height and width of the images before they are padded.
+        boxes: for each image; their sides are 1/32 to 0.7 of the image's sides.
+    """
+    (height, width), padded = size, padded_size(size)
+    pixels = torch.zeros(images, *padded, 3, dtype=torch.uint8)
+    pixels[:, :height, :width] = torch.randint(0, 256, (images, height, width, 3))
+    targets = []
+    for number in range(images):
+        sides = torch.tensor([width, height]) * 2 ** (4.5 * torch.rand(boxes, 2) - 5)
+        low = torch.rand(boxes, 2) * (torch.tensor([width, height]) - sides)
+        targets.append({
+            "boxes": torch.cat([low, low + sides], dim=1).to(device),
+            "labels": torch.randint(classes, (boxes,)).to(device), "image_size": size,
+            "pad_size": padded, "original_size": size, "image_id": number,
+            "ignored_boxes": torch.zeros(0, 4, device=device)})
+    return pixels.permute(0, 3, 1, 2).to(device), targets

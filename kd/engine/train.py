@@ -2,6 +2,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from logging import Logger
 from pathlib import Path
@@ -65,12 +66,14 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     resume_from = distributed.from_first(resume_from)
     cfg = parse_config(cfg)
     need_loggers(cfg)
-    run = build_run(cfg, work_dir, device, resumed=resume_from is not None)
-    changes = [] if resume_from is None else restore_run(run, read_checkpoint(resume_from), resume_from)
+    state = None if resume_from is None else read_checkpoint(resume_from)
+    run = build_run(cfg, work_dir, device, state)
+    changes = [] if state is None else restore_run(run, state, resume_from)
+    del state  # it has a copy of all weights
     first = distributed.rank() == 0
     lock = open_work_dir(work_dir, first)
     log = open_log(work_dir, distributed.rank())
-    origin = provenance(run.cfg, device, run.init) if first else {}
+    origin = provenance(run.cfg, device, run.init) | {"layout": asdict(run.layout)} if first else {}
     loggers = open_loggers(run, origin, log)
     metrics = Metrics(work_dir / "metrics.jsonl" if first else None, run.step, run.evaluated, loggers.show)
     if first:

@@ -18,7 +18,7 @@ from models.checkpoints.zoo import published_config
 from models.weights import CheckpointError, load_weights, open_checkpoint
 
 from ..config import Config, load_config, override_config, parse_config
-from .precision import memory_format
+from .precision import place
 
 TEACHERS_MAP = "distill.teacher.class_map"
 
@@ -63,8 +63,10 @@ def find_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
 
 
 def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: str | None = None,
-               names: Sequence[str] | None = None) -> tuple[Detector, Classes]:
+               names: Sequence[str] | None = None, placed: bool = True) -> tuple[Detector, Classes]:
     """Load the configuration's detector with a checkpoint's weights, in evaluation mode, and its classes.
+
+    It is ready to detect fast, see `place`; with `placed` false it is as it was built, for export.
 
     No data are needed. The names are `names`, or those in the checkpoint, or those of data.val's annotations, or COCO's
     for a published checkpoint. Category ids are data.val's if it has all of these names, otherwise they count from 1.
@@ -94,7 +96,8 @@ def load_named(cfg: Config, checkpoint: str | Path, device: torch.device, part: 
         raise ConfigError(where, f"says {counted(expected, 'class')}, and {there}: {', '.join(names)}")
     if class_map is not None and count is None:
         raise ConfigError("model.head.num_classes", "missing: the number of classes that eval.class_map selects from")
-    return load(cfg.with_num_classes(len(names)), checkpoint, part).to(device), classes
+    detector = load(cfg.with_num_classes(len(names)), checkpoint, part)
+    return place(detector, device, cfg.train) if placed else detector.to(device), classes
 
 
 def with_ids(names: list[str], annotated: Classes | None) -> Classes:
@@ -135,7 +138,7 @@ def load_with_data(cfg: Config, checkpoint: str | Path, device: torch.device,
                                             f"each of the data's {counted(dataset.num_classes, 'class')}, and "
                                             "model.head.num_classes must be set")
     detector = load(cfg, checkpoint, part)
-    return detector.to(device, memory_format=memory_format(cfg.train)), dataset
+    return place(detector, device, cfg.train), dataset
 
 
 def load(cfg: Config, checkpoint: str | Path, part: str | None) -> Detector:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd.benchmark.timing import interleave, medians_ms, shares, with_flops
+from kd.benchmark.timing import shares, with_flops
+from kd.processes.timing import interleave, medians_ms
 
 CPU = torch.device("cpu")
 
