@@ -124,6 +124,8 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | N
         raise ConfigError("data", "missing: give data.train, which is trained on")
     if settings.patience is not None and (data.val is None or cfg.eval.every == 0):
         raise ConfigError("train.patience", "counts evaluations during training: give data.val, and eval.every above 0")
+    if settings.sync_bn and world > 1 and device.type != "cuda":
+        raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
     check_unlabelled(cfg)
     train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
     if not any(map(len, train_set.labels)):
@@ -142,8 +144,6 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | N
     model = model.to(device).train()
     layout = choose_layout(model, cfg, device, common_size(train_set), data.batch_size, state)
     if settings.sync_bn and world > 1:
-        if device.type != "cuda":
-            raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
         distributed.synchronise_norms(model)
     if settings.compile:
         model.compile()
