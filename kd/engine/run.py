@@ -139,6 +139,12 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
         if device.type != "cuda":
             raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
         distributed.synchronise_norms(model)
+    for key, given in (("train.prefetch", settings.prefetch),
+                       ("distill.teacher_stream", cfg.distill and cfg.distill.teacher_stream)):
+        if given and device.type != "cuda":
+            raise ConfigError(key, "needs CUDA: remove it")
+    if cfg.distill and cfg.distill.teacher_stream:
+        model.stream = torch.cuda.Stream(device)
     if settings.compile:
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)
