@@ -109,7 +109,7 @@ def captured_step(subject: Subject, images: Tensor, targets: list[dict]) -> Call
     torch.cuda.current_stream().wait_stream(side)
     graph, copies.next = torch.cuda.CUDAGraph(), iter(copies.kept)
     subject.optimizer.zero_grad(set_to_none=True)  # so that the gradients are in the graph's memory
-    with torch.cuda.graph(graph), copies:
+    with torch.cuda.graph(graph, stream=side), copies:
         loss = step()
 
     def replay() -> Tensor:

@@ -1,5 +1,7 @@
 """Everything that `make gpu` does, on a CPU and tiny images; and what it does on a GPU, where there is one."""
 import json
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from pretended_gpu import pretended_gpu
 from runs import config, config_with, model, run_script, write_config
 
 from data.sources.scenes import generate_scenes
-from kd.benchmark import gpu
+from kd.benchmark import gpu, variants
 from kd.benchmark.gpu import Job, LeftOut, Part, failures, parts, run_gpu, run_part
 from kd.benchmark.parity import compare_precision
 from kd.benchmark.steps import build_subject, make_batch, prepare, training_step
@@ -27,7 +29,7 @@ def path(tmp_path_factory):
     scenes = generate_scenes(folder / "scenes", train=4, val=2, size=(64, 64))
     methods = [{"type": "CrossKD", "reused_teacher_head_idx": 1}]
     cfg = config(scenes, epochs=1, distill={"teacher": {"model": model(16), "checkpoint": None}, "methods": methods})
-    return str(write_config(folder / "small.yaml", config_with(cfg, train={"check_images": 0})))
+    return str(write_config(folder / "small.yaml", config_with(cfg, train={"check_images": 0, "channels_last": False})))
 
 
 @pytest.fixture
@@ -112,6 +114,19 @@ def test_a_captured_step_gets_its_copies_again():
                 from_host([1.0, 2.0], like)
 
 
+def test_what_is_around_the_calls_of_cuda(path, monkeypatch):
+    """With nothing in the place of these calls, the rest runs on the CPU."""
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(variants, "prefetched", lambda steps, device: steps)
+    monkeypatch.setattr(variants, "synchronisations", lambda: nullcontext(["model.py:3"]))
+    assert set(time_feed(path, WORK, CPU, steps=1)) == {"in the step", "prefetched"}
+    assert count_synchronisations(path, "none", CPU, steps=2) == {"per_step": 0.5, "where": {"model.py:3": 1}}
+    found = time_variant(path, VARIANTS["bf16, CUDA graph"], WORK, CPU)
+    assert 0 < found["loss"] < 1e4 and found["flops"] is None
+
+
 def test_the_script(job, path, tmp_path, monkeypatch, capsys):
     assert run_script(monkeypatch, "gpu.py", "--device", "cpu", "--cfg", path, "--only", "step/small/float32",
                       "matmul", "--out", tmp_path, "--minutes", 1) == 0
@@ -161,7 +176,7 @@ def test_a_captured_step_is_the_same_step_on_a_gpu(path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name, how in VARIANTS.items() if not how.compiled])  # takes a minute
 def test_every_variant_on_a_gpu(path, variant):
     found = time_variant(path, VARIANTS[variant], WORK, CUDA)
     assert found["ms"] > 0 and found["peak_memory_bytes"] > 1e6 and 0 < found["loss"] < 1e4
