@@ -199,7 +199,7 @@ def check_parity(job: Job, path: str, amp: str) -> dict:
     Raises:
         RuntimeError: they are further from those in float32 than they may be.
     """
-    cfg = load_config(path)
+    cfg = load_config(path, ["model.backbone.norm_eval=false", "distill.eval_teacher=false"])
     more = [{"type": "FGD"}] + [{"type": "LD"}] * (cfg.model.head["type"] == "GFLHead")
     work = Workload(job.work.size, min(2, job.work.batch), classes=job.work.classes)
     found = compare_precision(with_methods(cfg, *more), work, job.device, amp)

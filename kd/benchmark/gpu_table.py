@@ -54,7 +54,7 @@ def parity_table(report: dict) -> str:
     for (*name, amp), result in of_kind(report, "parity"):
         worst = max(result["losses"], key=result["losses"].get)
         rows.append(["/".join(name), amp, f"{result['losses'][worst]:.2%}", worst, f"{result['gradient']:.2%}",
-                     f"{result['bounds']['loss']:.0%}, {result['bounds']['gradient']:.0%}"])
+                     f"{result['bounds']['loss']:.1%}, {result['bounds']['gradient']:.0%}"])
     header = ["losses of", "precision", "largest difference", "of", "of the gradient", "allowed"]
     return markdown_table(header, rows) if rows else ""
 
