@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.ranges import Positive
 from kd import cli
-from kd.benchmark.workload import CONFIGS, SIZES
+from kd.benchmark.workload import CONFIGS, GPU_PARTS, SIZES
 from kd.early import check_early
 
 DRY = {"size": (64, 96), "batch": 2, "rounds": 1, "warmup": 1, "input_images": 4, "eval_images": 4}
@@ -19,8 +19,8 @@ def main() -> None:
         device={"choices": ("cpu", "cuda"), "help": "default: cuda; cpu tries everything else on tiny images"})
     parser.add_argument("--minutes", type=cli.number(Positive), default=12.0,
                         help="parts that would take longer than what is left are not started; default: %(default)g")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART",
-                        help="run only the parts whose names begin so, for example step/ or parity/")
+    parser.add_argument("--only", nargs="+", choices=GPU_PARTS, default=GPU_PARTS, metavar="PART",
+                        help=f"run only these of {', '.join(GPU_PARTS)}")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="folder for the results; default: results/gpu, or runs/gpu with --device cpu")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from .parity import compare_precision, with_methods
 from .run import format_report, names, run_benchmark
 from .timing import interleave, machine, matmul_call, medians_ms
 from .variants import VARIANTS, count_synchronisations, has_teachers, time_feed, time_variant
-from .workload import CONFIGS, Workload
+from .workload import CONFIGS, GPU_PARTS, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ("configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml",
@@ -88,14 +88,14 @@ def parts(job: Job) -> dict[str, Part]:
     return found
 
 
-def run_gpu(job: Job, folder: Path, minutes: float, only: Sequence[str] = (),
+def run_gpu(job: Job, folder: Path, minutes: float, only: Sequence[str] = GPU_PARTS,
             note: Callable[[str], None] = lambda text: None) -> tuple[dict, Path]:
     """Run all parts that `folder` has no result of, from this commit, and write each result as soon as it is there.
 
     Args:
         folder: gets `<device>.json` and `<device>.md`.
         minutes: a part for which too little of this time is left does not start.
-        only: beginnings of the names of parts; by default all run.
+        only: the kinds of parts that run.
         note: called with a line on what is being done.
     Returns:
         The report, and the path of the JSON file. A part's `status` is done, failed (with `error`) or left out (with
@@ -109,7 +109,7 @@ def run_gpu(job: Job, folder: Path, minutes: float, only: Sequence[str] = (),
     report |= {"machine": here, "workload": asdict(job.work)}
     listed = parts(job)
     for name, part in listed.items():
-        if only and not name.startswith(tuple(only)):
+        if name.partition("/")[0] not in only:
             continue
         before = report["parts"].get(name, {})
         if before.get("status") == "done" and before.get("commit") == here["commit"]:

@@ -2,7 +2,7 @@
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +80,8 @@ class KeptCopies(TorchDispatchMode):
         self.kept: list[Tensor] = []
         self.next: Iterator[Tensor] | None = None  # while a step is captured
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Sequence[type], args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if (not str(function).startswith("aten._to_copy") or device is None or args[0].device.type != "cpu"

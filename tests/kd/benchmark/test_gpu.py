@@ -14,7 +14,7 @@ from kd.benchmark.gpu import Job, LeftOut, Part, failures, parts, run_gpu, run_p
 from kd.benchmark.parity import compare_precision
 from kd.benchmark.steps import build_subject, make_batch, prepare, training_step
 from kd.benchmark.variants import VARIANTS, KeptCopies, captured_step, count_synchronisations, time_feed, time_variant
-from kd.benchmark.workload import Workload
+from kd.benchmark.workload import GPU_PARTS, Workload
 from kd.config import load_config
 from models.layers import from_host
 
@@ -44,7 +44,7 @@ def test_every_part_on_a_cpu(job, tmp_path):
     report, file = run_gpu(job, tmp_path, 1, note=said.append)
     assert json.loads(json.dumps(report)) == json.loads(file.read_text()) and failures(report) is None
     status = {name: entry["status"] for name, entry in report["parts"].items()}
-    assert list(status) == list(parts(job))
+    assert list(status) == list(parts(job)) and {name.partition("/")[0] for name in status} == set(GPU_PARTS)
     assert {name for name, each in status.items() if each == "done"} == {
         "matmul", "parity/small/bf16", "parity/small/fp16", "step/small/float32", "step/small/bf16", "training",
         "benchmark"}
@@ -128,11 +128,13 @@ def test_what_is_around_the_calls_of_cuda(path, monkeypatch):
 
 
 def test_the_script(job, path, tmp_path, monkeypatch, capsys):
-    assert run_script(monkeypatch, "gpu.py", "--device", "cpu", "--cfg", path, "--only", "step/small/float32",
-                      "matmul", "--out", tmp_path, "--minutes", 1) == 0
+    assert run_script(monkeypatch, "gpu.py", "--device", "cpu", "--cfg", path, "--only", "step", "matmul",
+                      "--out", tmp_path, "--minutes", 1) == 0
     out = capsys.readouterr().out
     assert "| small | float32 | " in out and f"wrote {tmp_path}" in out
     assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.md"))) == 1
+    assert run_script(monkeypatch, "gpu.py", "--device", "cpu", "--only", "steps") == 2
+    assert "invalid choice: 'steps'" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run_script(monkeypatch, "gpu.py", "--out", tmp_path) == 2
         assert "no CUDA device is available here; use --device cpu" in capsys.readouterr().err
