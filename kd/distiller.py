@@ -1,5 +1,6 @@
 """The distiller: a student, its frozen teachers and the distillation methods."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Distiller(nn.Module):
         self.gradient_shares = GradientShares([option for of_teacher in options for option in of_teacher])
         self.eval_teacher = eval_teacher
         self.caches: list[TeacherCache] = []  # one for each teacher, or none
+        self.stream: torch.cuda.Stream | None = None  # on which the teachers run; None: after the student
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
         object.__setattr__(self, "teachers", teachers)  # so that nn.Module does not register them
@@ -175,8 +177,10 @@ class Distiller(nn.Module):
     def loss_and_pass(self, images: Tensor, targets: list[dict]) -> tuple[dict[str, Tensor], DetectorPass]:
         """`loss`, and the student's pass."""
         plan = self.plan()
-        student = self.run_student(images, targets, plan)
-        teachers = [self.answers(teacher, entries, images, targets) for teacher, entries in plan]
+        with self.beside() as stream:
+            student = self.run_student(images, targets, plan)
+            with stream:
+                teachers = [self.answers(teacher, entries, images, targets) for teacher, entries in plan]
         losses = self.student.losses(student)
         plain = {name: (factor, method(*seen_by(method, student, teacher)))
                  for teacher, (_, entries) in zip(teachers, plan) for method, name, factor in entries}
@@ -188,6 +192,19 @@ class Distiller(nn.Module):
             found |= {(key, name): weight * value for key, value in values.items()}
         self.reported |= found.keys()
         return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
+
+    @contextmanager
+    def beside(self) -> Iterator[AbstractContextManager]:
+        """Within this context, what runs in the yielded one does not wait for the rest, if there is a `stream`.
+
+        Both wait for what was before, and what comes next waits for both. So no tensor is freed too early.
+        """
+        if self.stream is None:
+            yield nullcontext()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        yield torch.cuda.stream(self.stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def key(self, key: str, name: str) -> str:
         """The name of a loss in the result: if several methods report `key`, the method's name is appended."""

@@ -102,7 +102,9 @@ class AnchorGenerator:
         boxes = (cell.repeat(1, 1, 2) + self.center_offset * stride + base).reshape(-1, 4)
         cells = cell.expand(-1, base.shape[0], 2).reshape(-1, 2)
         strides = torch.full(boxes.shape[:1], stride)
-        return Priors(boxes.to(device, dtype), cells.to(device, dtype), strides.to(device, dtype), (boxes.shape[0],))
+        # As `from_host`: many shapes come for the first time with multi-scale training.
+        moved = (x.to(device, dtype, non_blocking=device.type == "cuda") for x in (boxes, cells, strides))
+        return Priors(*moved, (boxes.shape[0],))
 
 
 PRIORS = {"AnchorGenerator": AnchorGenerator}

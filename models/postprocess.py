@@ -12,6 +12,7 @@ from losses import widest_float
 from .anchors import Priors
 from .coders import clip_boxes
 from .heads import DenseHead, HeadOutputs
+from .layers import from_host
 
 
 @dataclass
@@ -78,12 +79,14 @@ def _finish(boxes: Tensor, scores: Tensor, labels: Tensor, target: dict, test: T
         boxes = clip_boxes(boxes, target["image_size"])
         if rescale:
             (h, w), (full_h, full_w) = target["image_size"], target["original_size"]
-            boxes = boxes * boxes.new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
+            boxes = boxes * from_host([full_w / w, full_h / h, full_w / w, full_h / h], boxes)
         return boxes
 
-    def large(boxes: Tensor) -> Tensor:
+    def large(boxes: Tensor) -> Tensor | slice:
+        if test.min_bbox_size < 0:
+            return slice(None)
         size = boxes[:, 2:] - boxes[:, :2]
-        return (size > test.min_bbox_size).all(-1) if test.min_bbox_size >= 0 else torch.ones_like(size[:, 0]).bool()
+        return (size > test.min_bbox_size).all(-1).nonzero().squeeze(1)
 
     if test.clip == "before":
         boxes = to_output(boxes)

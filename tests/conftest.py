@@ -12,6 +12,11 @@ sys.path.append(str(Path(__file__).parent))  # last, because folders here have t
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def restore_log():
     """The project's log as it was: scripts and runs give it handlers."""

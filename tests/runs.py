@@ -110,13 +110,20 @@ def shrunk_teacher(entry: dict) -> dict:
     return entry | small | {"cfg": None}
 
 
-def built(cfg: dict) -> Distiller | Detector:
-    """The detector or distiller of a configuration, shrunk and without weights."""
-    cfg["model"] = shrunk(cfg["model"])
+def without_size(cfg: dict) -> dict:
+    """The `model` and `distill` sections of a configuration, shrunk and without weights."""
+    found = {"model": shrunk(cfg["model"])}
     if cfg.get("distill"):
         said = cfg["distill"]["teacher"]
-        cfg["distill"]["teacher"] = [shrunk_teacher(entry) for entry in (said if isinstance(said, list) else [said])]
-    return (build_distiller(cfg) if cfg.get("distill") else build_detector(cfg["model"])).train()
+        teachers = [shrunk_teacher(entry) for entry in (said if isinstance(said, list) else [said])]
+        found["distill"] = cfg["distill"] | {"teacher": teachers}
+    return found
+
+
+def built(cfg: dict) -> Distiller | Detector:
+    """The detector or distiller of a configuration, shrunk and without weights."""
+    cfg = without_size(cfg)
+    return (build_distiller(cfg) if "distill" in cfg else build_detector(cfg["model"])).train()
 
 
 def as_torchrun_does(environment: dict, *arguments) -> None:

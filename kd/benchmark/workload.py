@@ -9,6 +9,9 @@ CONFIGS = ("configs/gfl/gfl_r50_1x.yaml", "configs/retinanet/retinanet_r50_1x.ya
 # Size and batch by device, if not given.
 SIZES = {"cpu": ((320, 416), 2), "cuda": ((800, 1333), 8), "mps": ((800, 1333), 2)}
 
+# The kinds of parts of `scripts/gpu.py`.
+GPU_PARTS = ("tests", "matmul", "synchronisations", "parity", "step", "feed", "training", "benchmark")
+
 
 @dataclass
 class Workload:

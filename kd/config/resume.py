@@ -85,6 +85,7 @@ RULES: dict[str, Rule] = {
     "distill.methods.reused_teacher_head_idx": REFUSE,
     "distill.methods.tower_convs": REFUSE,
     "distill.eval_teacher": WARN,
+    "distill.teacher_stream": TAKE,
     "distill.cache": WARN,
     "distill.cache.dir": TAKE,
     "distill.cache.precision": WARN,
@@ -118,6 +119,7 @@ RULES: dict[str, Rule] = {
     "train.amp": WARN,
     "train.channels_last": TAKE,
     "train.compile": TAKE,
+    "train.prefetch": TAKE,
     "train.grad_clip": WARN,
     "train.accumulate": REFUSE,             # the place in the epoch
     "train.ema": REFUSE,                    # which weights are evaluated, and what their average means

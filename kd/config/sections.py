@@ -26,6 +26,7 @@ class TrainConfig:
     amp: Literal["none", "fp16", "bf16"] = "none"   # mixed precision
     channels_last: bool | Literal["auto"] = "auto"  # memory layout; auto times both at the start of training
     compile: bool = False                           # torch.compile backbones, necks and heads, also of teachers
+    prefetch: bool = False                          # copy images to the GPU while the step before runs (CUDA)
     grad_clip: Positive | None = None               # largest norm of the whole gradient; null: no clipping
     accumulate: Count = 1                           # batches per optimiser step; each has its own loss normalisers
     ema: Share | None = None                        # decay of a moving average of the weights, which is then evaluated
@@ -161,9 +162,13 @@ class DistillConfig:
     methods: list[Annotated[dict, OneOf(METHODS, "student", "teacher", common=MethodOptions)]]
     eval_teacher: bool = True  # false lets the teacher's norm layers use batch statistics
     init_student: bool = False  # the student's neck and head start from the first teacher's weights, as in FGD
+    teacher_stream: bool = False  # teachers run at the same time as the student (CUDA)
     cache: str | CacheConfig | None = None  # a folder that keeps the teachers' answers; null: teachers run at each step
 
     def __post_init__(self):
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        if self.teacher_stream and any(teacher.shard for teacher in teachers):
+            raise ConfigError("teacher_stream", "does not work with distill.teacher.shard: remove one of them")
         if self.cache is None:
             return
         if isinstance(self.cache, str):
@@ -174,7 +179,6 @@ class DistillConfig:
         if not self.eval_teacher:
             raise ConfigError("cache", "needs distill.eval_teacher: true, because with batch statistics a teacher's "
                                        "answer for an image depends on the other images: remove one of them")
-        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
         if any(teacher.shard for teacher in teachers):
             raise ConfigError("cache", "does not work with distill.teacher.shard, because all processes must run a "
                                        "sharded teacher together: remove one of them")

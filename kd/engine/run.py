@@ -145,6 +145,12 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | N
     layout = choose_layout(model, cfg, device, common_size(train_set), data.batch_size, state)
     if settings.sync_bn and world > 1:
         distributed.synchronise_norms(model)
+    for key, given in (("train.prefetch", settings.prefetch),
+                       ("distill.teacher_stream", cfg.distill and cfg.distill.teacher_stream)):
+        if given and device.type != "cuda":
+            raise ConfigError(key, "needs CUDA: remove it")
+    if cfg.distill and cfg.distill.teacher_stream:
+        model.stream = torch.cuda.Stream(device)
     if settings.compile:
         model.compile()
     optimizer = build_optimizer(cfg.optimizer, model, data.batch_size * world * settings.accumulate)

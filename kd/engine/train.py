@@ -31,6 +31,7 @@ from ..work_dir.provenance import provenance
 from .cached import ahead, describe_caches, open_caches, report_caches
 from .finite import describe_broken_step, keep_statistics
 from .loggers import Loggers, need_loggers, open_loggers
+from .prefetch import prefetched
 from .replay import save_replay
 from .run import Run, build_run, describe_run, restore_run, save_run
 from .skipped import SkippedImages
@@ -120,7 +121,8 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.start = epoch, done * settings.accumulate
     meter, evaluations = Meter(), sum(map(run.evaluates, range(epoch, settings.epochs)))
-    bar = tqdm(ahead(run, in_runs(run.train_loader, settings.accumulate)), f"epoch {epoch + 1}/{settings.epochs}",
+    steps = ahead(run, in_runs(run.train_loader, settings.accumulate))
+    bar = tqdm(prefetched(steps, run.device) if settings.prefetch else steps, f"epoch {epoch + 1}/{settings.epochs}",
                run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
     for batches in bar:
         for _, targets in batches:

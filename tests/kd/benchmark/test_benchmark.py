@@ -107,7 +107,7 @@ def test_the_table_of_a_gpu(report):
         line for line in text.splitlines() if line.startswith(YARDSTICK)).split()[-3:] == ["42.0%", "25.0%", "3.00"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_on_a_gpu(tmp_path, amp):
     work = Workload(size=(128, 128), batch=2, rounds=2, profiled=1, amp=amp, input_images=2, eval_images=3)
