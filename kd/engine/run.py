@@ -31,6 +31,7 @@ from ..processes.memory import peak_memory
 from ..processes.sharding import shard
 from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
+from .clock import PartsClock
 from .finite import FiniteWatch
 
 FEW_STEPS = 1000  # of a whole run; with fewer, a warning is shown
@@ -55,6 +56,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader | None
     finite: FiniteWatch
+    clock: PartsClock
     average: WeightAverage | None  # moving average of the student's weights
     step: int = 0              # optimiser steps done
     saved: int = -1            # step of last.pth
@@ -146,8 +148,10 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, resumed: bool =
                                 rank, world, data.worker_start, data.unlabelled_ratio, stored_views(cfg))
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), None, start=start,
-              init={} if init is None else {init: file_hash(local_path(init))})
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), PartsClock(device),
+              None, start=start, init={} if init is None else {init: file_hash(local_path(init))})
+    if run.distiller:
+        run.distiller.on_part = run.clock.mark
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
     return run
