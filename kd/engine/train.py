@@ -80,9 +80,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     open_caches(run)
     for change in changes:
         log.warning(f"since the checkpoint, {change}")
-    # A method that does not run at a step leaves its adapters without a gradient.
-    pauses = run.distiller is not None and not run.distiller.all_methods_always_run
-    model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
+    model = in_parallel(run)
 
     settings = run.cfg.train
     if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
@@ -105,6 +103,13 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
                    if (path := work_dir / f"{name}.pth").is_file()]
         log.info(", ".join(["done", *written]))
     return figures
+
+
+def in_parallel(run: Run) -> nn.Module:
+    """The run's model, wrapped for several processes if there are several."""
+    # A method that does not run at a step leaves its adapters without a gradient.
+    pauses = run.distiller is not None and not run.distiller.all_methods_always_run
+    return distributed.data_parallel(run.model, run.device, sometimes_unused=pauses)
 
 
 def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signals: StopSignals) -> None:
