@@ -52,7 +52,8 @@ def check(cfg: Config, device: torch.device, out: Path | None = None) -> str:
         # After these steps, because the gradients of a student that knows nothing say little about those that follow.
         acts = influences(run, [batch for group in groups for batch in group][:BATCHES]) if run.distiller else {}
     if run.distiller:
-        lines += describe_methods(run, *groups[0][0])
+        with put_back(run):  # batch norms learn from every pass in training
+            lines += describe_methods(run, *groups[0][0])
     lines += [" ".join(f"{name} {value.item():.4g}" for name, value in losses.items()), *weights]
     if (shown := time_detection(run)) is not None:
         detections, images, costs.image = shown

@@ -223,6 +223,8 @@ def test_the_judgement_of_two_processes_and_its_file(scenes, tmp_path):
     assert text.count("JUDGEMENT") == 1 and "on all 3 images of data.val" in text
     assert "student: AP " in text and "teacher 0: other pixel statistics were not tried: it needs 20 images" in text
     assert content["detectors"]["teacher 0"]["quality"]["images"] == 3
+    teacher, student = (content["detectors"][name]["quality"] for name in ("teacher 0", "student"))
+    assert teacher == student and teacher["ap"] > 0  # of the same weights, also after the steps
     assert content["costs"]["run"]["step"] > 0 and set(content["methods"]) == {"CrossKD0", "FGD1"}
     assert [f"  {line['kind']:<7}  {line['text']}" in text for line in content["lines"]] == [True] * len(
         content["lines"])
