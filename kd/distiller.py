@@ -52,6 +52,7 @@ class Distiller(nn.Module):
         self.eval_teacher = eval_teacher
         self.caches: list[TeacherCache] = []  # one for each teacher, or none
         self.stream: torch.cuda.Stream | None = None  # on which the teachers run; None: after the student
+        self.on_part: Callable[[str], object] = str  # is told the part of a step that has just been done
         self.step, self.epoch, self.epochs = 0, 0.0, float("inf")
         self.reported: set[tuple[str, str]] = set()  # (loss, method) of every loss that was reported so far
         object.__setattr__(self, "teachers", teachers)  # so that nn.Module does not register them
@@ -179,9 +180,12 @@ class Distiller(nn.Module):
         plan = self.plan()
         with self.beside() as stream:
             student = self.run_student(images, targets, plan)
+            self.on_part("student")
             with stream:
                 teachers = [self.answers(teacher, entries, images, targets) for teacher, entries in plan]
+        self.on_part("teacher")
         losses = self.student.losses(student)
+        self.on_part("student")
         plain = {name: (factor, method(*seen_by(method, student, teacher)))
                  for teacher, (_, entries) in zip(teachers, plan) for method, name, factor in entries}
         self.gradient_shares.measure(self.step, total_loss(losses), {
@@ -191,6 +195,7 @@ class Distiller(nn.Module):
             weight = self.gradient_shares.weigh(name, factor)
             found |= {(key, name): weight * value for key, value in values.items()}
         self.reported |= found.keys()
+        self.on_part("methods")
         return losses | {self.key(key, name): value for (key, name), value in found.items()}, student
 
     @contextmanager

@@ -13,11 +13,14 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work dir")
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
     parser.add_argument("--check", action="store_true",
-                        help="show what would be trained and distilled, take two steps, write nothing, and exit")
+                        help="show what would be trained, judge it, write nothing but --out, and exit")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --check: write the judgement as JSON")
     parser.add_argument("--replay", type=Path, metavar="FILE",
                         help="repeat a step whose loss was not finite and show where it broke; needs --cfg only for "
                              "a teacher with a factory")
     args = parser.parse_intermixed_args()
+    if args.out and not args.check:
+        parser.error("--out is for --check, which it is not given with")
     if args.replay:
         trusted = None if args.cfg is None else cli.load_config(args.cfg, args.overrides)
         from kd.engine.replay import replay
@@ -32,7 +35,7 @@ def main() -> None:
     if args.check:
         from kd.engine.check import check
 
-        cli.say(check(cfg, cli.choose_device(args.device)))
+        cli.say(check(cfg, cli.choose_device(args.device), args.out))
         return
     from kd.engine.train import train
     from kd.processes.distributed import restarted

@@ -31,6 +31,7 @@ from ..processes.memory import peak_memory
 from ..processes.sharding import shard
 from ..work_dir.checkpoint import WEIGHTS, check_entries, save_checkpoint
 from .average import WeightAverage
+from .clock import PartsClock
 from .finite import FiniteWatch
 from .layout import Layout, choose_layout, common_size
 
@@ -58,6 +59,7 @@ class Run:
     val_loader: torch.utils.data.DataLoader | None
     finite: FiniteWatch
     layout: Layout             # memory layouts of the detectors
+    clock: PartsClock
     average: WeightAverage | None  # moving average of the student's weights
     step: int = 0              # optimiser steps done
     saved: int = -1            # step of last.pth
@@ -158,8 +160,10 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | N
                                 rank, world, data.worker_start, data.unlabelled_ratio, stored_views(cfg))
     run = Run(cfg, device, work_dir, model, optimizer,
               torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"), train_loader,
-              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), layout, None, start=start,
-              init={} if init is None else {init: file_hash(local_path(init))})
+              None if val_set is None else eval_loader(cfg, val_set), FiniteWatch(device), layout, PartsClock(device),
+              None, start=start, init={} if init is None else {init: file_hash(local_path(init))})
+    if run.distiller:
+        run.distiller.on_part = run.clock.mark
     if settings.ema is not None:
         run.average = WeightAverage(run.student, settings.ema)
     return run

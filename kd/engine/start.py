@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from data import build_dataset
+from data import CocoDataset, build_dataset
 from data.errors import counted
 from data.tables import points
 from models import Detector
@@ -22,8 +22,7 @@ def starting_points(model: Distiller, cfg: Config, classes: Sequence[str], devic
 
     `classes` are the names of data.train's classes.
     """
-    first = replace(cfg.data.val, first=min(cfg.train.check_images, cfg.data.val.first or cfg.train.check_images))
-    dataset = build_dataset(replace(cfg.data, val=first), "val", training=False, classes=classes)
+    dataset = first_of_val(cfg, classes, cfg.train.check_images)
 
     def ap_of(detector: Detector) -> float | None:
         """The AP of the classes that the detector knows."""
@@ -35,20 +34,38 @@ def starting_points(model: Distiller, cfg: Config, classes: Sequence[str], devic
 
     lines = [f"AP on the first {counted(len(dataset), 'image')} of data.val, before training"]
     for i, teacher in enumerate(model.teachers):
-        if teacher.bbox_head is None:
-            lines.append(f"  teacher {i}: none, it gives feature maps only")
-            continue
-        classes = teacher.bbox_head.num_classes
-        if classes != dataset.num_classes:
-            lines.append(f"  teacher {i}: none, it has {counted(classes, 'class')} and the data {dataset.num_classes}: "
-                         "set distill.teacher.class_map to map them")
+        if reason := without_ap(teacher, dataset.num_classes):
+            lines.append(f"  teacher {i}: none, {reason}")
             continue
         ap = ap_of(teacher)
         lines.append(f"  teacher {i}: {show(ap)}{knowledge(teacher, dataset.classes)}")
         if ap is not None and ap < SUSPICIOUS:
             lines.append("  WARNING: this teacher detects next to nothing. Are its weights, the order of its classes "
                          "and its preprocess (means, channel order) those that it was trained with?")
-    return "\n".join([*lines, f"  student:   {show(ap_of(model.student))}"])
+    own = show(ap_of(model.student)) if starts_trained(cfg) else "untrained"
+    return "\n".join([*lines, f"  student:   {own}"])
+
+
+def first_of_val(cfg: Config, classes: Sequence[str], count: int) -> CocoDataset:
+    """The first images of data.val. `classes` are the names of data.train's classes."""
+    first = replace(cfg.data.val, first=min(count, cfg.data.val.first or count))
+    return build_dataset(replace(cfg.data, val=first), "val", training=False, classes=classes)
+
+
+def without_ap(teacher: Detector, num_classes: int) -> str:
+    """Why a teacher has no AP on data with so many classes; empty if it has one."""
+    if teacher.bbox_head is None:
+        return "it gives feature maps only"
+    classes = teacher.bbox_head.num_classes
+    if classes == num_classes:
+        return ""
+    return (f"it has {counted(classes, 'class')} and the data {num_classes}: set distill.teacher.class_map to map "
+            "them")
+
+
+def starts_trained(cfg: Config) -> bool:
+    """Whether the head of a run's student starts with the weights of another detector."""
+    return cfg.train.init is not None or bool(cfg.distill and cfg.distill.init_student)
 
 
 def mean_ap(figures: dict, names: Sequence[str]) -> float | None:

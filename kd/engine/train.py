@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.augment.emptied import EmptiedImages
 from data.errors import counted
 from data.output import write_text
-from data.tables import points
+from data.tables import percent, points
 
 from ..config import parse_config
 from ..evaluation.coco import format_figures
@@ -26,9 +26,10 @@ from ..processes import distributed
 from ..processes.signals import StopAsked, StopSignals
 from ..work_dir.checkpoint import read_checkpoint
 from ..work_dir.lock import open_work_dir
-from ..work_dir.log import Clock, Meter, Metrics, open_log
+from ..work_dir.log import Clock, Meter, Metrics, in_hours, open_log
 from ..work_dir.provenance import provenance
 from .cached import ahead, describe_caches, open_caches, report_caches
+from .clock import PREFIX, parts_of
 from .finite import describe_broken_step, keep_statistics
 from .loggers import Loggers, need_loggers, open_loggers
 from .prefetch import prefetched
@@ -83,9 +84,7 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     open_caches(run)
     for change in changes:
         log.warning(f"since the checkpoint, {change}")
-    # A method that does not run at a step leaves its adapters without a gradient.
-    pauses = run.distiller is not None and not run.distiller.all_methods_always_run
-    model = distributed.data_parallel(run.model, device, sometimes_unused=pauses)
+    model = in_parallel(run)
 
     settings = run.cfg.train
     if run.distiller and run.step == 0 and settings.check_images and run.val_loader is not None:
@@ -110,6 +109,13 @@ def train(cfg: Mapping, work_dir: Path, device: torch.device, resume_from: Path 
     return figures
 
 
+def in_parallel(run: Run) -> nn.Module:
+    """The run's model, wrapped for several processes if there are several."""
+    # A method that does not run at a step leaves its adapters without a gradient.
+    pauses = run.distiller is not None and not run.distiller.all_methods_always_run
+    return distributed.data_parallel(run.model, run.device, sometimes_unused=pauses)
+
+
 def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signals: StopSignals) -> None:
     """Train for the rest of one epoch, and save a checkpoint at its end."""
     done = run.step - epoch * run.steps_per_epoch
@@ -120,10 +126,11 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     run.evaluated = False
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.start = epoch, done * settings.accumulate
-    meter, evaluations = Meter(), sum(map(run.evaluates, range(epoch, settings.epochs)))
+    meter, _ = Meter(), run.clock.read()  # both start now
     steps = ahead(run, in_runs(run.train_loader, settings.accumulate))
-    bar = tqdm(prefetched(steps, run.device) if settings.prefetch else steps, f"epoch {epoch + 1}/{settings.epochs}",
-               run.steps_per_epoch, initial=done, leave=False, disable=None if distributed.rank() == 0 else True)
+    steps = run.clock.waits(prefetched(steps, run.device) if settings.prefetch else steps)
+    bar = tqdm(steps, f"epoch {epoch + 1}/{settings.epochs}", run.steps_per_epoch, initial=done, leave=False,
+               disable=None if distributed.rank() == 0 else True)
     for batches in bar:
         for _, targets in batches:
             skipped.note(targets)
@@ -139,18 +146,7 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
         loggers.pictures(run.step, {"student" if run.distiller else "detector": run.evaluated_model})
         if run.step % settings.log_every == 0:
             run.finite.check()
-            record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
-            if run.scaler.is_enabled():
-                record |= {"loss_scale": run.scaler.get_scale(), "skipped_steps": int(run.overflows)}
-                check_scale(run)
-            metrics.write(record)
-            say_weights(run, log)
-            shown = {k: "-" if v is None else f"{v:.4g}" for k, v in record.items() if k not in ("epoch", "step")}
-            steps = settings.epochs * run.steps_per_epoch
-            left = clock.left(step=steps - run.step, evaluation=evaluations)
-            bar.set_postfix(loss=shown["loss"], run_left=left)
-            log.info("epoch %d step %d/%d %s, %s left", epoch + 1, run.step, steps,
-                     " ".join(f"{k} {v}" for k, v in shown.items()), left)
+            bar.set_postfix(log_step(run, epoch, meter, reports))
         asked = signals.agreed()
         if asked or (settings.checkpoint_every and run.step % settings.checkpoint_every == 0):
             run.finite.check()
@@ -161,6 +157,26 @@ def train_epoch(run: Run, model: nn.Module, epoch: int, reports: Reports, signal
     skipped.report(epoch)
     report_caches(run, epoch)
     save_run(run, "last.pth")
+
+
+def log_step(run: Run, epoch: int, meter: Meter, reports: Reports) -> dict[str, str]:
+    """Record and log the steps since the last logged one; returns a short form for the progress bar."""
+    steps, epochs = run.cfg.train.epochs * run.steps_per_epoch, range(epoch, run.cfg.train.epochs)
+    record = {"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"]} | meter.read()
+    if run.scaler.is_enabled():
+        record |= {"loss_scale": run.scaler.get_scale(), "skipped_steps": int(run.overflows)}
+        check_scale(run)
+    left = reports.clock.left(step=steps - run.step, evaluation=sum(map(run.evaluates, epochs)))
+    record |= run.clock.read() | {"seconds/left": left}
+    reports.metrics.write(record)
+    say_weights(run, reports.log)
+    parts, left = parts_of(record), in_hours(left)
+    shown = {k: "-" if v is None else f"{v:.4g}" for k, v in record.items()
+             if k not in ("epoch", "step") and not k.startswith(PREFIX)}
+    values, times = (" ".join(f"{k} {v}" for k, v in each.items()) for each in (shown, parts))
+    reports.log.info("epoch %d step %d/%d %s, time: %s, %s left", epoch + 1, run.step, steps, values, times, left)
+    shares = {k.removeprefix("share/"): percent(v) for k, v in record.items() if k.startswith("share/")}
+    return {"loss": shown["loss"], "run_left": left} | shares | parts
 
 
 def say_weights(run: Run, log: Logger) -> None:
@@ -195,6 +211,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         norms at the neck if they are due.
     """
     settings, scaler, distiller = run.cfg.train, run.scaler, run.distiller
+    run.clock.start()
     seed_step(settings.seed, run.step, distributed.rank())
     factor = lr_factor(run.cfg.schedule, run.step, run.steps_per_epoch, settings.epochs)
     for group in run.optimizer.param_groups:
@@ -210,11 +227,14 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
         last = len(found) == len(batches) - 1
         with nullcontext() if last or model is run.model else model.no_sync():
             images, targets = to_device(images, targets, run.student, run.device)
+            run.clock.mark("data")
             losses, total, student = compute_losses(model, images, targets, run.device, settings.amp)
             norms = distiller.gradient_norms(losses, student.features, scaler.get_scale()) if norms_due else {}
+            run.clock.mark("methods" if distiller else "student")
             positives = student.positives
             del student  # so that the backward pass can free its outputs
             scaler.scale(total / len(batches)).backward()
+            run.clock.mark("backward")
         found.append(losses | {"loss": total, "positives_per_image": positives} |
                      (distiller.shares(losses) | distiller.measured_weights() if distiller else {}))
     losses = {name: sum(each[name].detach() for each in found) / len(found) for name in found[0]}
@@ -233,6 +253,7 @@ def train_step(run: Run, model: nn.Module, batches: list[tuple[Tensor, list[dict
     scaler.update()
     if run.average is not None:
         run.average.update(run.student)
+    run.clock.mark("optimizer")
     run.step += 1
     return losses, norms
 

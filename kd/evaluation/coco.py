@@ -34,10 +34,7 @@ def coco_figures(results: list[ImageResult], dataset: CocoDataset, fast: bool = 
 def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool = True) -> COCOeval:
     """Evaluate `detect`'s results; the evaluator holds matches, precisions and figures, with numbers as image ids."""
     coco, coco_eval = coco_api(fast)
-    # pycocotools' arrays hold neither texts nor very large numbers, so images are numbered. Of detections with
-    # equal scores, those of the first image come first, so the numbers follow the order of the ids.
-    ids = sorted(dataset.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
-    numbers = {image_id: number for number, image_id in enumerate(ids, start=1)}
+    numbers = number_images(dataset)
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():  # pycocotools prints its progress
         truth = coco_index(coco, dataset, numbers, read_truth(dataset, numbers))
         found = coco_index(coco, dataset, numbers, list_detections(results, dataset, numbers))
@@ -46,6 +43,15 @@ def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def number_images(dataset: CocoDataset) -> dict[int | str, int]:
+    """A number for each image id: pycocotools' arrays hold neither texts nor very large numbers.
+
+    Of detections with equal scores, those of the first image come first, so the numbers follow the order of the ids.
+    """
+    ids = sorted(dataset.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    return {image_id: number for number, image_id in enumerate(ids, start=1)}
 
 
 def read_figures(evaluation: COCOeval, dataset: CocoDataset) -> dict:

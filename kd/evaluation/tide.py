@@ -2,6 +2,7 @@
 
 The cost of a type is how much AP at IoU 0.5 would rise if all errors of this type, and no others, were corrected.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +140,26 @@ def ap50(judged: Judged) -> list[float | None]:
     """AP at IoU 0.5 of every class, the same as from pycocotools."""
     objects = np.bincount(judged.object_label, minlength=judged.num_classes)
     return class_aps(judged.label, judged.score, judged.kind == CORRECT, objects)
+
+
+def image_aps(evaluation: COCOeval, labels: Sequence[int]) -> dict[int, float]:
+    """For each image with objects, by its number, the AP of its own detections: those of all these classes in one list,
+    by score; the mean over the IoU thresholds. Averages of it compare two detectors image by image.
+    """
+    params = evaluation.params
+    images, areas, found = len(params.imgIds), len(params.areaRng), {}
+    for i, number in enumerate(params.imgIds):
+        matches = [evaluation.evalImgs[k * areas * images + i] for k in labels]  # of objects of all sizes
+        matches = [match for match in matches if match is not None]
+        objects = sum(int((np.asarray(match["gtIgnore"]) == 0).sum()) for match in matches)
+        if not objects:
+            continue
+        scores = np.concatenate([match["dtScores"] for match in matches])
+        right, ignored = (np.concatenate([match[key] for match in matches], axis=1) > 0
+                          for key in ("dtMatches", "dtIgnore"))
+        found[number] = float(np.mean([average_precision(scores[~out], hit[~out], objects)
+                                       for hit, out in zip(right, ignored)]))
+    return found
 
 
 def lost_ap(judged: Judged) -> dict[str, list[float | None]]:

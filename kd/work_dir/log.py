@@ -52,7 +52,7 @@ def open_log(work_dir: Path, rank: int) -> logging.Logger:
 
 
 class Meter:
-    """Means of the losses, and images per second, since the last `read`; it does not wait for the device each step."""
+    """Means of the losses, and the speed, since the last `read`; it does not wait for the device each step."""
 
     def __init__(self):
         self.sums, self.counts, self.steps, self.images = {}, {}, 0, 0
@@ -70,9 +70,10 @@ class Meter:
         """The means since the last call; None if no value was finite."""
         means = {name: float(value / self.counts[name]) if self.counts[name] else None
                  for name, value in self.sums.items()}
-        speed = self.images / (time.perf_counter() - self.start)
+        seconds = time.perf_counter() - self.start
+        speed = {"images_per_second": self.images / seconds, "seconds/step": seconds / self.steps}
         self.__init__()
-        return means | {"images_per_second": speed}
+        return means | speed
 
 
 class Clock:
@@ -87,10 +88,14 @@ class Clock:
         self.seconds.setdefault(part, deque(maxlen=100)).append(self.before - before)
         return self.before - before
 
-    def left(self, **counts: int) -> str:
-        """Hours, minutes and seconds for so many of each part. A part that never came yet is not included."""
-        seconds = sum(count * mean(self.seconds[part]) for part, count in counts.items() if part in self.seconds)
-        return str(timedelta(seconds=round(seconds)))
+    def left(self, **counts: int) -> float:
+        """Seconds for so many of each part. A part that never came yet is not included."""
+        return sum(count * mean(self.seconds[part]) for part, count in counts.items() if part in self.seconds)
+
+
+def in_hours(seconds: float) -> str:
+    """Seconds for people: hours, minutes and seconds, such as `0:12:30`."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Metrics:

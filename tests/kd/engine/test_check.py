@@ -25,13 +25,15 @@ def test_check_shows_everything_and_writes_nothing(scenes, tmp_path, monkeypatch
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu", "train.check_images=4") == 0
     printed = capsys.readouterr().out
     for expected in (
-            "AP on the first 4 images of data.val, before training", "teacher 0: 0.0", "WARNING", "student:   0.0",
+            "JUDGEMENT", "  WARNING  teacher 0: no AP, because it is untrained (checkpoint: null)\n",
+            "  note     student: it starts untrained, so it has no AP yet\n",
             "CrossKD0 (CrossKD) from teacher 0: times 1 now; losses.loss_cls_kd 1, losses.loss_reg_kd 4",
             "classification tower after 1 convolution, finest of 5 levels (4, 16, 8, 8) <- teacher",
             "through the teacher's layers 2.. of its head: student class scores (4, 86, 6) <- teacher class scores",
             "FGD1 (FGD) from teacher 0: times 0.5 now; alpha_fgd 0.001, beta_fgd 0.0005, gamma_fgd 0.001",
             "student neck output 4 (4, 16, 1, 1) <- teacher neck output 4 (4, 16, 1, 1)",
-            "loss_cls ", "loss_fgd ", "share/CrossKD0 ", "detections on 4 images", "peak memory", " s; "):
+            "loss_cls ", "loss_fgd ", "share/CrossKD0 ", "detections on 4 images", "peak memory",
+            " times one without distillation ("):
         assert expected in printed, expected
     assert [p.name for p in tmp_path.iterdir()] == ["cfg.yaml"]
 
@@ -95,7 +97,8 @@ def test_a_teacher_of_other_classes_cannot_be_measured_without_a_map(scenes, tmp
     cfg["distill"]["methods"] = [{"type": "FGD"}]
     path = write_config(tmp_path / "cfg.yaml", cfg)
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
-    assert "teacher 0: none, it has 9 classes and the data 6: set distill.teacher.class_map" in capsys.readouterr().out
+    assert ("teacher 0: no AP, because it has 9 classes and the data 6: set distill.teacher.class_map" in
+            capsys.readouterr().out)
 
 
 def test_shares_and_gradient_norms_are_logged(scenes, tmp_path, monkeypatch):
@@ -149,4 +152,4 @@ def test_of_two_processes_one_prints(tmp_path):
     path = write_config(tmp_path / "cfg.yaml", config_with(config(scenes), data={"batch_size": 2}))
     log = tmp_path / "log"
     assert_they_end(start_processes(2, log, "train.py", "--cfg", path, "--check", "--device", "cpu"), 0, log)
-    assert log.read_text().count("a step of 2 images took") == 1 and "on 1 image\n" in log.read_text()
+    assert log.read_text().count("a step of 2 images takes") == 1 and "on 1 image\n" in log.read_text()

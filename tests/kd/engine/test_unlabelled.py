@@ -130,7 +130,7 @@ def test_check_shows_who_sees_what(scenes, tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path / "cfg.yaml", mixed(scenes))
     assert run_script(monkeypatch, "train.py", "--cfg", path, "--check", "--device", "cpu") == 0
     printed = capsys.readouterr().out
-    assert "7 unlabelled images, 4 in a batch" in printed and "a step of 8 images took" in printed
+    assert "7 unlabelled images, 4 in a batch" in printed and "a step of 8 images takes" in printed
     assert "class scores (8, 86, 6) <- teacher class scores (8, 86, 6)" in printed
     assert "neck output 4 (4, 16, 1, 1) <- teacher neck output 4 (4, 16, 1, 1)" in printed
 
