@@ -80,11 +80,15 @@ def assert_detects(model, waits: list[str], monkeypatch) -> None:
     assert len(waits) <= len(targets) * (5 + 1), waits
 
 
+# What may differ between configurations of one kind: sizes, and where weights come from.
+SIZES = ("base_channels", "groups", "width_per_group", "out_channels", "feat_channels", "stacked_convs", "init_student",
+         "requires_grad", "frozen_stages", "norm_eval", "style", "preprocess", "test", "depth")
+
+
 def kind(value):
-    """What a configuration is without its numbers, which change no device: only their signs are kept."""
+    """What a configuration is without its sizes, and without its numbers, of which only the signs are kept."""
     if isinstance(value, dict):
-        return {key: kind(item) for key, item in value.items() if key not in ("depth", "init_student")} | {
-            key: value[key] >= 50 for key in ("depth",) if key in value}
+        return {key: kind(item) for key, item in value.items() if key not in SIZES}
     if isinstance(value, (list, tuple)):
         return [kind(item) for item in value]
     return value if isinstance(value, (str, bool, type(None))) else (value > 0) - (value < 0)
