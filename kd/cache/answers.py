@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.blocks import START, Damaged, padded
 from data.digests import digest, mirror_batch
 from models import ConfigError, Detector, DetectorPass
 
-from .entry import DTYPES, START, Damaged, Layout, Part, is_dense, padded, read_start, read_tensors
+from .entry import DTYPES, Layout, Part, is_dense, read_start, read_tensors
 from .fingerprint import all_settings, machine
 from .needs import Needs, expected_names, named_tensors, rebuilt
 from .store import Store, fingerprint, open_folder
