@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.blocks import START, Damaged, padded
 from data.digests import digest, mirror_batch
+from data.shared import START, Damaged, padded
 from models import ConfigError, Detector, DetectorPass
 
 from .entry import DTYPES, Layout, Part, is_dense, read_start, read_tensors

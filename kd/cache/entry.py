@@ -1,4 +1,4 @@
-"""The file of one image's answers, see `data.blocks`: the header is JSON, the blocks are the bytes of its tensors."""
+"""The file of one image's answers, see `data.shared`: the header is JSON, the blocks are the bytes of its tensors."""
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.blocks import Damaged, checksum, padded, read_header, write_blocks
+from data.shared import Damaged, checksum, padded, read_header, write_blocks
 
 MAGIC = b"densekd\x01"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.blocks import place, remove_old
 from data.errors import listed, one_line
 from data.output import OutputError, naming, reason_of
+from data.shared import place, remove_old
 
 from .entry import Layout, write_entry
 

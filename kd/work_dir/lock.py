@@ -2,8 +2,8 @@
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from data.locks import take_lock
 from data.output import reason_of
+from data.shared import take_lock
 
 from ..exceptions import WorkDirError
 

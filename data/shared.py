@@ -1,4 +1,5 @@
-"""Files that processes share: a header and blocks of numbers, written as a whole or not at all. They hold no code.
+"""Files that processes share: locks; and a header with blocks of numbers, written as a whole or not at all. There is no
+code in them:
 
     magic, 8 bytes | length of the header, 8 | checksum of the blocks, 8 | header | zeros to a multiple of 64
     the blocks, each followed by zeros to a multiple of 64
@@ -10,14 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+from weakref import WeakSet
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
 
 START = struct.Struct("<8sQQ")
 ALIGNMENT = 64  # bytes
 LARGEST_HEADER = 2 ** 20
 OLD = 86400.0   # seconds after which an unfinished file is one of a process that was killed
+_held: WeakSet[IO] = WeakSet()
 
 
 class Damaged(Exception):
@@ -98,3 +107,40 @@ def remove_old(folder: Path, pattern: str = "tmp/*", seconds: float = OLD) -> li
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+def take_lock(path: Path, wait: bool = False) -> IO:
+    """Lock a file, which is made if there is none, and return it opened; it is unlocked when it is closed.
+
+    A file system without locks, as on some clusters, gives the file without one.
+
+    Args:
+        wait: whether to wait for another process that has the lock (Windows: for ten seconds).
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the file cannot be made.
+    """
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            file.seek(0)  # the lock is on one byte from here; the file may be shorter
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError) as error:  # the second on Windows
+        file.close()
+        raise BlockingIOError from error
+    except OSError:
+        pass
+    _held.add(file)
+    return file
+
+
+def _let_go() -> None:
+    """Close a forked process's copies of the locks, so that a loader worker which outlives its run keeps none."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
