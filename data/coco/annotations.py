@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.coco.cache import Cache, open_entry
-from data.coco.columns import Texts
+from data.coco.columns import Column, Texts
 from data.coco.gather import BOX, DROPPED, IGNORED, Gathered, Wrong
 from data.coco.problems import Problem, category_problems, find_problems
 from data.coco.stream import Entries, Visit, no_garbage_collection, parse
@@ -47,6 +47,31 @@ class Annotations:
         """Boxes without area, thinner than a pixel, outside the image or marked "ignore"."""
         return int(np.count_nonzero(self.arrays["kinds"] == DROPPED))
 
+    @property
+    def image_ids(self) -> Column:
+        """The ids of all images; like the next five, a sequence in the file's order."""
+        return Column(self.image_id, range(len(self)))
+
+    @property
+    def file_names(self) -> Column:
+        return Column(self.file_name, range(len(self)))
+
+    @property
+    def sizes(self) -> Column:
+        return Column(self.size, range(len(self)), self.all_sizes)
+
+    @property
+    def boxes(self) -> Column:
+        return Column(self.boxes_of, range(len(self)))
+
+    @property
+    def labels(self) -> Column:
+        return Column(self.labels_of, range(len(self)), self.all_labels)
+
+    @property
+    def ignored_boxes(self) -> Column:
+        return Column(self.ignored_of, range(len(self)))
+
     def image_id(self, image: int) -> int | str:
         if "image_ids" in self.arrays:
             return int(self.arrays["image_ids"][image])
@@ -63,15 +88,15 @@ class Annotations:
         """The sizes of images, (m, 2)."""
         return self.arrays["sizes"][as_index(images)]
 
-    def boxes(self, image: int) -> np.ndarray:
+    def boxes_of(self, image: int) -> np.ndarray:
         """(n, 4) float32, xyxy in pixels, not clipped to the image."""
         return self._corners(image, BOX)
 
-    def ignored_boxes(self, image: int) -> np.ndarray:
+    def ignored_of(self, image: int) -> np.ndarray:
         """(m, 4) float32, crowds."""
         return self._corners(image, IGNORED)
 
-    def labels(self, image: int) -> np.ndarray:
+    def labels_of(self, image: int) -> np.ndarray:
         """(n,) int64, of the boxes."""
         rows = self._rows(image)
         return self.arrays["labels"][rows][self.arrays["kinds"][rows] == BOX].astype(np.int64)
@@ -85,7 +110,7 @@ class Annotations:
             own &= np.repeat(chosen, np.diff(self.arrays["ends"]))
         return self.arrays["labels"][own].astype(np.int64), self.arrays["learnable"][as_index(images)]
 
-    def truth(self, image: int) -> np.ndarray:
+    def truth_of(self, image: int) -> np.ndarray:
         """What evaluation needs of all annotations: (n, 7) float64, x, y, width, height, area, label, crowd."""
         rows = self._rows(image)
         return np.column_stack([self.arrays[name][rows] for name in ("boxes", "areas", "labels", "crowds")])

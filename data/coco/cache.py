@@ -97,8 +97,8 @@ class Cache:
                 return found
         return None
 
-    def _open(self, path: Path) -> tuple[dict, dict[str, np.ndarray], Path]:
-        found = open_entry(path)
+    def _open(self, path: Path, check: bool = True) -> tuple[dict, dict[str, np.ndarray], Path]:
+        found = open_entry(path, check)
         with suppress(OSError):
             os.utime(path)  # it is in use
         return *found, path
@@ -119,7 +119,7 @@ class Cache:
             remove_old(self.folder, "*.json", 12 * UNUSED)
             size = place(self.folder, path, lambda partial: write_entry(partial, about, arrays))
             self._write_note(path)
-            found = self._open(path)
+            found = self._open(path, check=False)
         except (OSError, Damaged) as error:
             why = reason_of(no_room(error) or error) if isinstance(error, OSError) else str(error)
             log.warning("%s cannot be written (%s): each start parses %s again; give a folder in DENSEKD_CACHE",

@@ -57,7 +57,7 @@ class CocoDataset(Dataset):
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
     in original pixels, `labels` (n,), `ignored_boxes` (m, 4), `truth` (all annotations for evaluation, see
-    `Annotations.truth`) and `repeats` (how often training shows the image in an epoch), by index: sequences that
+    `Annotations.truth_of`) and `repeats` (how often training shows the image in an epoch), by index: sequences that
     compute a value when it is asked for; `num_dropped_boxes` and `num_skipped_images`; `labelled`, whether the images
     have annotations; `unlabelled`, more images without them or None: `unlabelled_images`, whose indices count on from
     the last image's.
@@ -102,10 +102,10 @@ class CocoDataset(Dataset):
         self.origins = Repeated((self.image_folder, self.annotation_file), len(kept))
         self.repeats = Repeated(1.0, len(kept))
         self.sizes = Column(read.size, kept, read.all_sizes)
-        self.boxes = Column(read.boxes, kept)
-        self.labels = Column(read.labels, kept, read.all_labels)
-        self.ignored_boxes = Column(read.ignored_boxes, kept)
-        self.truth = Column(read.truth, kept)
+        self.boxes = Column(read.boxes_of, kept)
+        self.labels = Column(read.labels_of, kept, read.all_labels)
+        self.ignored_boxes = Column(read.ignored_of, kept)
+        self.truth = Column(read.truth_of, kept)
 
     def __len__(self) -> int:
         return len(self.image_ids)

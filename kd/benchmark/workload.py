@@ -27,10 +27,16 @@ class Workload:
 
 
 def check_options(parser: ArgumentParser, args: Namespace) -> None:
-    """Raise UsageError for options of benchmark.py that contradict --exported, or that need it."""
+    """Raise UsageError for options of benchmark.py that contradict --exported or --annotations, or that need it."""
     def given(*names: str) -> list[str]:
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
 
+    if args.annotations:
+        if wrong := [*map(repr, args.overrides), *given("cfg", "device", "size", "batch", "boxes", "rounds", "amp",
+                                                        "eval_images", "exported", "checkpoint", "compile", "no_ap")]:
+            raise UsageError(f"{wrong[0]} is not for --annotations, which measures generated annotations alone: remove "
+                             f"{wrong[0]}")
+        return
     if not args.exported:
         if wrong := given("checkpoint", "compile", "no_ap"):
             raise UsageError(f"{wrong[0]} is for --exported: add --exported FILE, or remove {wrong[0]}")

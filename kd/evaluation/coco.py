@@ -70,7 +70,8 @@ def coco_evaluation(results: list[ImageResult], dataset: CocoDataset, fast: bool
     truth, lengths = read_truth(dataset)
     truth_images = np.repeat(numbers, lengths)
     rows = np.concatenate([np.zeros((0, 6)), *(part for _, part in results)])
-    row_images = np.repeat(numbers[[places[image_id] for image_id, _ in results]], [len(part) for _, part in results])
+    shown = np.array([[places[image_id], len(part)] for image_id, part in results], np.int64).reshape(-1, 2)
+    row_images = np.repeat(numbers[shown[:, 0]], shown[:, 1])
 
     whole = COCOeval(iouType="bbox")
     params, counts = whole.params, np.array([len(whole.params.iouThrs), len(whole.params.recThrs), dataset.num_classes,

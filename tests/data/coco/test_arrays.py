@@ -90,10 +90,10 @@ def check(file, content):
     read, (found, dropped) = read_annotations(file), plain(content)
     assert read.num_dropped_boxes == dropped and len(read) == len(found)
     for place, (image, own) in enumerate(zip(content["images"], found.values(), strict=True)):
-        image_id = read.image_id(place)
+        image_id = read.image_ids[place]
         assert image_id == image["id"] and type(image_id) is type(image["id"])
-        assert read.file_name(place) == image["file_name"] and read.size(place) == (image["height"], image["width"])
-        values = (read.boxes(place), read.labels(place), read.ignored_boxes(place), read.truth(place))
+        assert read.file_names[place] == image["file_name"] and read.sizes[place] == (image["height"], image["width"])
+        values = (read.boxes[place], read.labels[place], read.ignored_boxes[place], read.truth_of(place))
         for got, rows, dtype in zip(values, own, (np.float32, np.int64, np.float32, np.float64)):
             expected = np.array(rows, dtype).reshape(-1, *got.shape[1:])
             assert got.dtype == dtype and np.array_equal(got, expected)

@@ -43,9 +43,8 @@ def old_enough(monkeypatch):
 
 
 def content(read):
-    return [read.classes, read.category_ids, read.num_dropped_boxes, [read.image_id(i) for i in range(len(read))],
-            [read.file_name(i) for i in range(len(read))], [read.truth(i).tolist() for i in range(len(read))],
-            [read.boxes(i).tolist() for i in range(len(read))]]
+    return [read.classes, read.category_ids, read.num_dropped_boxes, list(read.image_ids), list(read.file_names),
+            [read.truth_of(i).tolist() for i in range(len(read))], [boxes.tolist() for boxes in read.boxes]]
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_a_changed_file_is_parsed_again_even_with_equal_length_and_time(file, tm
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     after = read_annotations(file)
-    assert after.truth(0)[0, 2] == 8 and content(after) != before
+    assert after.truth_of(0)[0, 2] == 8 and content(after) != before
     assert parsed == [file] * 2 and len(entries(tmp_path)) == 2
     write(file, 7)  # back again: this content is known
     assert content(read_annotations(file)) == before and parsed == [file] * 2
@@ -212,7 +211,7 @@ def _read(file, barrier, results):
     annotations._parse = slow
     barrier.wait()
     read = read_annotations(file)
-    results.put((len(files), float(read.truth(0).sum()), read.entry is not None))
+    results.put((len(files), float(read.truth_of(0).sum()), read.entry is not None))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
@@ -236,5 +235,5 @@ def test_nothing_is_logged_when_an_entry_is_there(file, caplog):
     read_annotations(file)
     with caplog.at_level(logging.INFO, "densekd"):
         caplog.clear()
-        assert np.array_equal(read_annotations(file).truth(1), read_annotations(file).truth(1))
+        assert np.array_equal(read_annotations(file).truth_of(1), read_annotations(file).truth_of(1))
     assert not caplog.records
