@@ -1,4 +1,5 @@
 """Data sets and loaders of a configuration."""
+import gc
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.augment import build_augmentations
+from data.coco.columns import Repeated
 from data.coco.dataset import CocoDataset
 from data.coco.joined import join, oversample, use_classes
 from data.coco.unlabelled import unlabelled_images
@@ -42,7 +44,7 @@ def build_dataset(config: DataConfig, split: str, training: bool, seed: int = 0,
             source.images, source.annotations, training, scale=config.scale, multi_scale=config.multi_scale,
             flip=config.flip, skip_empty=config.skip_empty, antialias=config.antialias, first=source.first, seed=seed,
             skip_unreadable=config.skip_unreadable, augment=build_augmentations(config.train_augment), epochs=epochs))
-        datasets[-1].repeats = [float(source.repeat)] * len(datasets[-1])
+        datasets[-1].repeats = Repeated(float(source.repeat), len(datasets[-1]))
     if not datasets:
         raise DataError(f"data.{split} is not set: give it images and annotations")
     dataset = join(datasets, f"data.{split}")
@@ -120,6 +122,7 @@ def start_method(worker_start: str | None) -> str:
 
 def _init_worker(worker: int, seed: int, rank: int) -> None:
     """Seed a worker's global generators, for transforms that use them (ours do not), and keep it to one thread."""
+    gc.freeze()  # a search for garbage writes to every object, which would copy the main process's memory
     leave_terminal()
     worker_seed = int(np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0])
     random.seed(worker_seed)

@@ -3,7 +3,7 @@ image that the epoch has shown before."""
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice
+from itertools import chain, islice
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -45,8 +45,10 @@ class TrainBatchSampler(Sampler[Batch]):
     def __init__(self, sizes: list[tuple[int, int]], batch_size: int, seed: int, group_by_aspect: bool = True,
                  rank: int = 0, world: int = 1, repeats: Sequence[float] | None = None, unlabelled: int = 0,
                  unlabelled_ratio: float = 1.0):
-        self.sizes = sizes
-        self.repeats = np.ones(len(sizes)) if repeats is None else np.array(repeats)
+        self.images = len(sizes)
+        heights, widths = np.asarray(sizes).reshape(-1, 2).T
+        self.portrait = widths < heights
+        self.repeats = np.ones(self.images) if repeats is None else np.array(repeats)
         self.shown = int(np.floor(self.repeats).sum()) + round((self.repeats % 1).sum())
         self.batch_size = batch_size
         self.seed = seed
@@ -65,10 +67,12 @@ class TrainBatchSampler(Sampler[Batch]):
         # This is a generator because DataLoader first creates an iterator that it never advances, and then the one that
         # it uses. Only the second may reset `start`.
         epoch, start, self.start = self.epoch, self.start, 0
-        batches = self._global_batches()
-        more = self._unlabelled_images(list(map(len, batches)))
-        for batch, others in list(zip(batches, more))[start:]:
-            yield [(epoch, *image) for part in (batch, others) for image in part[self.rank :: self.world]]
+        full, last = self._global_batches()
+        more = self._unlabelled_images(epoch, [self.batch_size * self.world] * len(full) + list(map(len, last)))
+        for batch, others in islice(zip(chain(full, last), more), start, None):
+            own = batch[self.rank :: self.world].tolist()
+            yield [(epoch, index, again) if again else (epoch, index)
+                   for index, again in own + others[self.rank :: self.world]]
 
     def unlabelled_in(self, images: int) -> int:
         """The number of unlabelled images that come to a global batch of so many labelled ones."""
@@ -77,34 +81,35 @@ class TrainBatchSampler(Sampler[Batch]):
         per_process = math.ceil(round(images / self.world * self.unlabelled_ratio, 6))
         return self.world * max(1, per_process)
 
-    def _unlabelled_images(self, sizes: list[int]) -> list[list[tuple[int, ...]]]:
+    def _unlabelled_images(self, epoch: int, sizes: list[int]) -> Iterator[list[tuple[int, int]]]:
         """The unlabelled images of the epoch's global batches, which have so many labelled ones: as in `_images`."""
         numbers = list(map(self.unlabelled_in, sizes))
-        position = self.epoch * sum(numbers)
+        position = epoch * sum(numbers)
         orders: dict[int, np.ndarray] = {}  # of each time that all images are shown
-        found, seen = [], Counter()
+        seen = Counter()
         for number in numbers:
-            found.append([])
+            found = []
             for place in range(position, position + number):
                 times, place = divmod(place, self.unlabelled)
                 if times not in orders:
                     seeds = np.random.SeedSequence([self.seed, times], spawn_key=(2,))
                     orders[times] = np.random.default_rng(seeds).permutation(self.unlabelled)
-                index = len(self.sizes) + int(orders[times][place])
-                found[-1].append((index, seen[index]) if seen[index] else (index,))
+                index = self.images + int(orders[times][place])
+                found.append((index, seen[index]))
                 seen[index] += 1
             position += number
-        return found
+            yield found
 
     def batches_of_all(self, epoch: int) -> list[list[int]]:
         """The indices of the images in every batch of every process, in one epoch."""
         before, self.epoch = self.epoch, epoch
-        batches = self._global_batches()
+        full, last = self._global_batches()
         self.epoch = before
-        return [[image[0] for image in batch[rank :: self.world]] for batch in batches for rank in range(self.world)]
+        batches = chain(full, last)
+        return [batch[rank :: self.world, 0].tolist() for batch in batches for rank in range(self.world)]
 
-    def _images(self) -> list[tuple[int, ...]]:
-        """The images of the epoch in the data set's order: (index,), and (index, k) when it is shown again."""
+    def _images(self) -> np.ndarray:
+        """The images of the epoch in the data set's order: (n, 2) index and k, how often it has been shown before."""
         times = np.floor(self.repeats).astype(int)
         rest = self.repeats % 1
         if extra := self.shown - times.sum():
@@ -115,25 +120,24 @@ class TrainBatchSampler(Sampler[Batch]):
             marks = np.minimum(np.cumsum(rest[order]) * (extra / rest.sum()) + rng.random(), extra).astype(int)
             marks[-1] = extra  # whatever rounding has made of the sum
             times[order] += np.diff(marks, prepend=0)
-        return [(index, k) if k else (index,) for index, number in enumerate(times) for k in range(number)]
+        index = np.repeat(np.arange(len(times)), times)
+        return np.column_stack([index, np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)])
 
-    def _global_batches(self) -> list[list[tuple[int, ...]]]:
-        """The global batches of the epoch."""
+    def _global_batches(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The global batches of the epoch, of rows of `_images`: the full ones, (b, size, 2), and the last ones."""
         images = self._images()
-        order = [images[i] for i in np.random.default_rng([self.seed, self.epoch]).permutation(len(images))]
+        order = images[np.random.default_rng([self.seed, self.epoch]).permutation(len(images))]
         global_size = self.batch_size * self.world
-        batches: list[list[tuple[int, ...]]] = []
-        groups: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-        for image in order:
-            h, w = self.sizes[image[0]]
-            group = groups[self.group_by_aspect and w < h]
-            group.append(image)
-            if len(group) == global_size:
-                batches.append(group.copy())
-                group.clear()
-        leftovers = groups[True] + groups[False]
-        leftovers += islice(cycle(order), -len(leftovers) % self.world)  # there may be fewer images than processes
-        return batches + [leftovers[i : i + global_size] for i in range(0, len(leftovers), global_size)]
+        portrait = self.portrait[order[:, 0]] & self.group_by_aspect
+        groups = [np.flatnonzero(portrait == group) for group in (False, True)]
+        whole = [len(group) // global_size * global_size for group in groups]
+        full = np.concatenate([group[:end].reshape(-1, global_size) for group, end in zip(groups, whole)])
+        full = full[full[:, -1].argsort()]  # a batch comes when its last image has come
+        rest = np.concatenate([group[end:] for group, end in zip(groups[::-1], whole[::-1])])
+        more = -len(rest) % self.world
+        rest = np.append(rest, np.resize(np.arange(len(order)), more))  # there may be fewer images than processes
+        last = [rest[i : i + global_size] for i in range(0, len(rest), global_size)]
+        return order[full], [order[batch] for batch in last]
 
 
 class EvalBatchSampler(Sampler[Batch]):

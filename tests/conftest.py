@@ -2,6 +2,7 @@
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # last, because folders here have the names of packages
 # One thread, also in processes that tests start: the models are tiny, and on a busy machine threads mostly wait.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+# Large annotation files are stored here, and not in the home of whoever runs the tests.
+os.environ["DENSEKD_CACHE"] = str(Path(tempfile.gettempdir()) / "densekd-tests")
 
 
 def pytest_runtest_setup(item):

@@ -26,4 +26,4 @@ def evaluated(dataset, detections):
     for image_id, label, box, score in detections:
         rows[image_id].append([*map(float, box), score, label])
     return coco_evaluation([(image_id, np.array(own).reshape(-1, 6)) for image_id, own in rows.items()], dataset,
-                           fast=False)
+                           fast=False, matches=True)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from data.augment import at_epoch
 from data.augment.sample import IGNORED, Sample, apply, random_draws
 from data.coco.annotations import read_annotations
+from data.coco.columns import Column, Repeated
 from data.config import check_there, find_data
 from data.errors import DataError, UnreadableImage, counted
 from data.images import read_image
@@ -55,9 +56,11 @@ class CocoDataset(Dataset):
         epochs: of the whole training, for augmentations that stop before its end.
     Attributes: `annotation_file`; `num_classes`, `classes` (names) and `category_ids` (the file's ids), by label;
     `image_ids`, `file_names`, `origins` (image folder, annotation file), `sizes` (original (h, w)), `boxes` (n, 4) xyxy
-    in original pixels, `labels` (n,), `ignored_boxes` (m, 4) and `repeats` (how often training shows the image in an
-    epoch), by index; `num_dropped_boxes` and `num_skipped_images`; `labelled`, whether the images have annotations;
-    `unlabelled`, more images without them or None: `unlabelled_images`, whose indices count on from the last image's.
+    in original pixels, `labels` (n,), `ignored_boxes` (m, 4), `truth` (all annotations for evaluation, see
+    `Annotations.truth_of`) and `repeats` (how often training shows the image in an epoch), by index: sequences that
+    compute a value when it is asked for; `num_dropped_boxes` and `num_skipped_images`; `labelled`, whether the images
+    have annotations; `unlabelled`, more images without them or None: `unlabelled_images`, whose indices count on from
+    the last image's.
     Raises DataError (one line) if the annotations cannot be used (see `read_annotations`), the image folder is missing,
     or no image is left after `skip_empty`. `dataset[...]` raises it if an image cannot be read (UnreadableImage) or has
     another size than in the annotations.
@@ -88,18 +91,21 @@ class CocoDataset(Dataset):
         self.num_classes = len(self.classes)
         self.num_dropped_boxes = read.num_dropped_boxes
 
-        kept = [i for i, labels in enumerate(read.labels) if len(labels) or not (training and skip_empty)][:first]
-        if not kept:
+        some = read.arrays["learnable"] > 0 if training and skip_empty else None
+        kept = range(len(read)) if some is None or some.all() else np.flatnonzero(some)
+        kept = kept[:first]
+        if not len(kept):
             raise DataError(f"annotation file {self.annotation_file} has no image with a usable box: add boxes")
-        self.num_skipped_images = len(read.image_ids) - len(kept)
-        self.image_ids = [read.image_ids[i] for i in kept]
-        self.file_names = [read.file_names[i] for i in kept]
-        self.origins = [(self.image_folder, self.annotation_file)] * len(kept)
-        self.repeats = [1.0] * len(kept)
-        self.sizes = [read.sizes[i] for i in kept]
-        self.boxes = [read.boxes[i] for i in kept]
-        self.labels = [read.labels[i] for i in kept]
-        self.ignored_boxes = [read.ignored_boxes[i] for i in kept]
+        self.num_skipped_images = len(read) - len(kept)
+        self.image_ids = Column(read.image_id, kept)
+        self.file_names = Column(read.file_name, kept)
+        self.origins = Repeated((self.image_folder, self.annotation_file), len(kept))
+        self.repeats = Repeated(1.0, len(kept))
+        self.sizes = Column(read.size, kept, read.all_sizes)
+        self.boxes = Column(read.boxes_of, kept)
+        self.labels = Column(read.labels_of, kept, read.all_labels)
+        self.ignored_boxes = Column(read.ignored_of, kept)
+        self.truth = Column(read.truth_of, kept)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -228,4 +234,5 @@ class CocoDataset(Dataset):
 
     def eval_sizes(self) -> list[tuple[int, int]]:
         """The (h, w) of each image after the resize of evaluation, without reading the images."""
-        return [resized_size(size, self.scale, self.within) for size in self.sizes]
+        found = {size: resized_size(size, self.scale, self.within) for size in set(self.sizes)}
+        return [found[size] for size in self.sizes]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.coco.columns import Joined, Repeated, Texts
 from data.coco.dataset import CocoDataset
 from data.config import check_there
 from data.errors import DataError, counted, listed
@@ -22,16 +23,17 @@ def unlabelled_images(folders: Sequence[Path], labelled: CocoDataset) -> CocoDat
     """
     found = copy.copy(labelled)
     found.labelled, found.unlabelled = False, None
-    found.origins, found.file_names, found.image_ids = [], [], []
+    parts = {name: [] for name in ("origins", "file_names", "image_ids")}
     for k, folder in enumerate(folders):
         names = [file.relative_to(folder).as_posix() for file in image_files(folder)]
-        found.origins += [(folder, None)] * len(names)
-        found.file_names += names
-        found.image_ids += [f"{k}/{name}" if k else name for name in names]
+        parts["origins"].append(Repeated((folder, None), len(names)))
+        parts["file_names"].append(Texts.of(names))
+        parts["image_ids"].append(Texts.of([f"{k}/{name}" for name in names]) if k else parts["file_names"][0])
+    found.origins, found.file_names, found.image_ids = map(Joined, parts.values())
     count = len(found.image_ids)
-    found.sizes, found.repeats = [None] * count, [1.0] * count
-    found.boxes = found.ignored_boxes = [np.zeros((0, 4), np.float32)] * count
-    found.labels = [np.zeros(0, np.int64)] * count
+    found.sizes, found.repeats = Repeated(None, count), Repeated(1.0, count)
+    found.boxes = found.ignored_boxes = Repeated(np.zeros((0, 4), np.float32), count)
+    found.labels, found.truth = Repeated(np.zeros(0, np.int64), count), Repeated(np.zeros((0, 7)), count)
     found.num_dropped_boxes = found.num_skipped_images = 0
     return found
 

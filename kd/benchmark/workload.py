@@ -34,12 +34,18 @@ def check_options(parser: ArgumentParser, args: Namespace) -> None:
     def given(*names: str) -> list[str]:
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
 
+    steps = "cfg", "device", "size", "batch", "boxes", "rounds", "amp", "eval_images", "where"
+    others = "exported", "checkpoint", "compile", "no_ap"
     if args.report:
         if args.against is None:
             raise UsageError("--report is compared with another report: add --against OLD.json")
-        if wrong := args.overrides or given("cfg", "device", "size", "batch", "boxes", "rounds", "amp", "eval_images",
-                                            "where", "exported", "checkpoint", "compile", "no_ap", "out"):
+        if wrong := args.overrides or given(*steps, *others, "annotations", "out"):
             raise UsageError(f"--report compares two files and measures nothing: remove {wrong[0]}")
+        return
+    if args.annotations:
+        if wrong := [*map(repr, args.overrides), *given(*steps, *others, "against")]:
+            raise UsageError(f"{wrong[0]} is not for --annotations, which measures generated annotations alone: remove "
+                             f"{wrong[0]}")
         return
     if args.where and args.exported:
         raise UsageError("--where shows training steps, and --exported files that detect: choose one")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from data.digests import digest, mirror_batch
+from data.shared import START, Damaged, padded
 from models import ConfigError, Detector, DetectorPass
 
-from .entry import DTYPES, START, Damaged, Layout, Part, is_dense, padded, read_start, read_tensors
+from .entry import DTYPES, Layout, Part, is_dense, read_start, read_tensors
 from .fingerprint import all_settings, machine
 from .needs import Needs, expected_names, named_tensors, rebuilt
 from .store import Store, fingerprint, open_folder

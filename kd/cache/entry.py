@@ -1,11 +1,6 @@
-"""The file of one image's answers: a header, then the bytes of its tensors. Nothing in it is code.
-
-    magic, 8 bytes | length of the header, 8 | checksum of the tensors, 8 | header, JSON | zeros to a multiple of 64
-    the tensors, each followed by zeros to a multiple of 64
-"""
+"""The file of one image's answers, see `data.shared`: the header is JSON, the blocks are the bytes of its tensors."""
 import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.shared import Damaged, checksum, padded, read_header, write_blocks
+
 MAGIC = b"densekd\x01"
-START = struct.Struct("<8sQQ")
-ALIGNMENT = 64  # bytes
-LARGEST_HEADER = 2 ** 20
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)}
-
-
-class Damaged(Exception):
-    """A file that is not a whole entry."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +89,6 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def padded(size: int) -> int:
-    """A number of bytes rounded up to a multiple of ALIGNMENT."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def checksum(content: np.ndarray) -> int:
-    """The sum of a content's 64-bit words, modulo 2^64; it runs as fast as memory. Zeros at the end do not count."""
-    whole = len(content) // 8 * 8
-    words = np.add.reduce(content[:whole].view(np.uint64), dtype=np.uint64) if whole else 0
-    return (int(words) + int.from_bytes(content[whole:].tobytes(), "little")) % 2 ** 64
-
-
 def bytes_of(flat: Tensor) -> np.ndarray:
     """The memory of a flat tensor on the CPU as bytes, not copied."""
     return flat.view(torch.uint8).numpy()
@@ -118,32 +96,13 @@ def bytes_of(flat: Tensor) -> np.ndarray:
 
 def write_entry(path: Path, layout: Layout, tensors: Sequence[Tensor]) -> int:
     """Write a file; `tensors` are flat, one for each part. Returns its length in bytes."""
-    contents = [bytes_of(tensor) for tensor in tensors]
-    header = layout.header()
-    total = sum(map(checksum, contents)) % 2 ** 64
-    with open(path, "wb", buffering=0) as file:
-        start = START.pack(MAGIC, len(header), total) + header
-        write_all(file, start + bytes(padded(len(start)) - len(start)))
-        for content in contents:
-            write_all(file, content)
-            write_all(file, bytes(padded(len(content)) - len(content)))
-        return file.tell()
-
-
-def write_all(file: BinaryIO, content: bytes | np.ndarray) -> None:
-    """Write everything; an unbuffered file may take only a part at once."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left):]
+    return write_blocks(path, MAGIC, layout.header(), [bytes_of(tensor) for tensor in tensors])
 
 
 def read_start(file: BinaryIO, length: int) -> tuple[Layout, int]:
     """The layout and the checksum of a file of `length` bytes, which then stands at its first tensor."""
-    start = file.read(START.size)
-    magic, size, total = START.unpack(start) if len(start) == START.size else (b"", 0, 0)
-    if magic != MAGIC or size > LARGEST_HEADER:
-        raise Damaged("it does not begin as an entry does")
-    layout, begin = read_layout(file.read(size)), padded(START.size + size)
+    header, begin, total = read_header(file, MAGIC)
+    layout = read_layout(header)
     if begin + layout.size != length:
         raise Damaged(f"it has {length} bytes and its header says {begin + layout.size}")
     file.seek(begin)

@@ -2,10 +2,7 @@
 import hashlib
 import json
 import logging
-import os
-import secrets
 import threading
-import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from data.errors import differences, listed
 from data.output import OutputError, naming, reason_of
+from data.shared import place, remove_old
 
 from .entry import Layout, write_entry
 
@@ -25,7 +23,6 @@ log = logging.getLogger("densekd")
 SETTINGS = "settings.json"
 WAITING = 16   # entries that may wait to be written; more make the step wait
 WRITERS = 2    # threads
-OLD = 86400.0  # seconds after which an unfinished file is one of a run that was killed
 
 
 def fingerprint(settings: Mapping) -> str:
@@ -78,24 +75,6 @@ def others(root: Path, settings: Mapping, own: Collection[str]) -> list[str]:
     return lines
 
 
-def place(folder: Path, path: Path, write: Any) -> Any:
-    """Write a file so that others see all of it or nothing, also if several processes write it at once.
-
-    Args:
-        write: called with the path of a temporary file in `folder`.
-    """
-    partial = folder / "tmp" / secrets.token_hex(16)
-    try:
-        result = write(partial)
-        path.parent.mkdir(exist_ok=True)
-        os.replace(partial, path)
-        return result
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
 class Store:
     """Writes the entries of a folder in threads.
 
@@ -112,10 +91,7 @@ class Store:
         self._room = threading.BoundedSemaphore(WAITING)
         self._threads = ThreadPoolExecutor(WRITERS, "answers-out")
         self._jobs: set[Future] = set()
-        for path in (folder / "tmp").glob("*"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > OLD:
-                    path.unlink()
+        remove_old(folder)
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.bin"

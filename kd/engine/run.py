@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data import DataError, build_dataset, build_loader
+from data.coco.columns import flat
 from data.coco.unlabelled import evaluated_too, paths_of
 from data.errors import counted, listed
 from data.ranges import Count, Number
@@ -130,7 +131,7 @@ def build_run(cfg: Config, work_dir: Path, device: torch.device, state: dict | N
         raise ConfigError("train.sync_bn", "PyTorch synchronises batch norms on CUDA only: remove it")
     check_unlabelled(cfg)
     train_set = build_dataset(data, "train", training=True, seed=settings.seed, epochs=settings.epochs)
-    if not any(map(len, train_set.labels)):
+    if not len(flat(train_set.labels)[0]):
         raise DataError(f"annotation file {train_set.annotation_file} has no box to learn: add boxes, or see "
                         "scripts/check_data.py for what was left out")
     cfg = with_classes(cfg, train_set)
@@ -315,8 +316,8 @@ def describe_run(run: Run) -> str:
             names = ", ".join(type(method).__name__ for method in methods)
             lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}"
                          f"{knowledge(teacher, data.classes)}")
-    found = set(np.concatenate(data.labels).tolist())
-    if absent := [name for label, name in enumerate(data.classes) if label not in found]:
+    boxes = np.bincount(flat(data.labels)[0], minlength=data.num_classes)
+    if absent := [name for name, number in zip(data.classes, boxes) if not number]:
         lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")
     if data.num_dropped_boxes:
         lines.append(f"boxes left out (degenerate, outside the image, or marked as ignored): {data.num_dropped_boxes}")

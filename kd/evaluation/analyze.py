@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.cocoeval import COCOeval
 
 from data import CocoDataset, DataError
 from data.coco.annotations import SIZES
@@ -19,7 +18,7 @@ from data.tables import markdown_table, points, text_table
 from ..config import Config
 from ..inference.detectors import load_with_data
 from ..inference.thresholds import rule_of, write_thresholds
-from .coco import coco_evaluation, mean_precision
+from .coco import Evaluation, coco_evaluation, mean_precision
 from .evaluate import detect_views
 from .scores import BINS, Reliability, choose_thresholds, reliability
 from .tide import CORRECT, ERRORS, Judged, ap50, confusion_matrix, count_errors, judge, lost_ap, mean
@@ -59,15 +58,16 @@ def analyze(cfgs: Sequence[Config], checkpoints: Sequence[str], device: torch.de
             raise DataError(f"data.val is {first.annotation_file} with {counted(len(first), 'image')} in one "
                             f"configuration and {dataset.annotation_file} with {len(dataset)} in another: "
                             "compare on the same images")
-        evaluation = coco_evaluation(detect_views(detector, cfg, dataset, device), dataset, fast=False)
+        evaluation = coco_evaluation(detect_views(detector, cfg, dataset, device), dataset, fast=False,
+                                     matches=True)
         found.append(replace(analyze_evaluation(name, evaluation, dataset, score_thr), checkpoint=checkpoint))
     return found
 
 
-def analyze_evaluation(name: str, evaluation: COCOeval, dataset: CocoDataset, score_thr: float = 0.3) -> Analysis:
+def analyze_evaluation(name: str, evaluation: Evaluation, dataset: CocoDataset, score_thr: float = 0.3) -> Analysis:
     """The analysis of detections that pycocotools has evaluated."""
     judged, classes = judge(evaluation), range(dataset.num_classes)
-    precision = evaluation.eval["precision"][:, :, :, :, -1]  # IoU threshold, recall, class, area: all and the sizes
+    precision = evaluation.precision[:, :, :, :, -1]  # IoU threshold, recall, class, area: all and the sizes
     by_size = {size: [mean_precision(precision[:, :, k, a]) for k in classes] for a, size in enumerate(SIZES, start=1)}
     return Analysis(name, dataset.classes, [mean_precision(precision[:, :, k, 0]) for k in classes], ap50(judged),
                     lost_ap(judged), by_size, confusion_matrix(judged, score_thr), judged, dataset.annotation_file)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from pycocotools import mask
-from pycocotools.cocoeval import COCOeval
+
+from .coco import Evaluation
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object counts as found; up to which it counts as not touched
 CORRECT, CLASS, BOX, BOTH, DUPLICATE, NOTHING = range(6)
@@ -20,13 +21,13 @@ class Judged:
     """All detections and objects of a data set, with their errors. Classes are numbered from 0."""
 
     num_classes: int
-    image: np.ndarray    # (D,) number of its image; detections inside crowds of their class are left out
+    image: np.ndarray    # (D,) number of its image, ascending; detections inside crowds of their class are left out
     box: np.ndarray      # (D, 4) x, y, width, height
     label: np.ndarray    # (D,)
     score: np.ndarray    # (D,)
     kind: np.ndarray     # (D,) CORRECT, or the type of its error
     object: np.ndarray   # (D,) the object that it finds, or that it alone would find if corrected; otherwise -1
-    object_image: np.ndarray  # (G,) crowds are left out
+    object_image: np.ndarray  # (G,) ascending; crowds are left out
     object_box: np.ndarray    # (G, 4)
     object_label: np.ndarray  # (G,)
     object_area: np.ndarray   # (G,) as annotated; COCO's sizes depend on it
@@ -42,56 +43,52 @@ class Judged:
         return ~np.isin(np.arange(len(self.object_label)), self.object)
 
 
-def judge(evaluation: COCOeval) -> Judged:
-    """Find every detection's type of error from pycocotools' matches of boxes at IoU 0.5, after its `evaluate()`."""
-    params = evaluation.params
-    at = int(np.abs(params.iouThrs - FOREGROUND).argmin())
-    images, areas = len(params.imgIds), len(params.areaRng)
-    detections, objects = [], []
-    for i in range(images):
-        place, own, theirs = {}, [], []  # the objects' numbers by annotation id, this image's detections and objects
-        matched = [(k, evaluation.evalImgs[k * areas * images + i]) for k in range(len(params.catIds))]
-        matched = [(k, match) for k, match in matched if match is not None]
-        for k, match in matched:
-            for annotation in (evaluation.cocoGt.anns[number] for number in match["gtIds"]):
-                if not annotation["iscrowd"]:
-                    place[annotation["id"]] = len(objects) + len(theirs)
-                    theirs.append((i, k, *annotation["bbox"], annotation["area"]))
-        for k, match in matched:
-            for number, partner, ignored in zip(match["dtIds"], match["dtMatches"][at], match["dtIgnore"][at]):
-                if not ignored:
-                    found = evaluation.cocoDt.anns[number]
-                    own.append((i, k, *found["bbox"], found["score"], place.get(int(partner), -1)))
-        detections += judge_image(sorted(own, key=lambda row: -row[6]), theirs, len(objects))
-        objects += theirs
-    d, g = np.array(detections).reshape(-1, 9), np.array(objects).reshape(-1, 7)
-    return Judged(len(params.catIds), d[:, 0].astype(int), d[:, 2:6], d[:, 1].astype(int), d[:, 6], d[:, 8].astype(int),
-                  d[:, 7].astype(int), g[:, 0].astype(int), g[:, 2:6], g[:, 1].astype(int), g[:, 6])
+def judge(evaluation: Evaluation) -> Judged:
+    """Find every detection's type of error from an evaluation's `matches` of boxes at IoU 0.5."""
+    truth, rows, classes = evaluation.truth, evaluation.rows, len(evaluation.params.catIds)
+    low, high = evaluation.params.areaRng[0]
+    far = (truth[:, 6] != 0) | (truth[:, 4] < low) | (truth[:, 4] > high)  # pycocotools has them last
+    objects = np.lexsort((far, truth[:, 5], evaluation.truth_images))
+    objects = objects[truth[objects, 6] == 0]  # crowds are left out
+    number = np.full(len(truth) + 1, -1)  # of each annotation as an object; the last is for none
+    number[objects] = np.arange(len(objects))
+    own = np.lexsort((rows[:, 5], -rows[:, 4], evaluation.row_images))
+    own = own[evaluation.counts[own]]
+    images = np.arange(len(evaluation.params.imgIds) + 1)
+    ends = np.searchsorted(evaluation.row_images[own], images)
+    object_ends = np.searchsorted(evaluation.truth_images[objects], images)
+    partners = number[evaluation.partners[own]]
+    kinds = np.full(len(own), CORRECT)
+    for i in images[:-1]:
+        here, there = slice(ends[i], ends[i + 1]), slice(object_ends[i], object_ends[i + 1])
+        partners[here], kinds[here] = judge_image(rows[own[here]], partners[here], truth[objects[there]],
+                                                  object_ends[i])
+    return Judged(classes, evaluation.row_images[own], rows[own, :4], rows[own, 5].astype(int), rows[own, 4], kinds,
+                  partners, evaluation.truth_images[objects], truth[objects, :4], truth[objects, 5].astype(int),
+                  truth[objects, 4])
 
 
-def judge_image(detections: list[tuple], objects: list[tuple], first: int) -> list[tuple]:
-    """One image's detections, best first, with their kinds.
+def judge_image(detections: np.ndarray, partners: np.ndarray, objects: np.ndarray, first: int
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """The object of each of one image's detections, and its kind.
 
     Args:
-        detections: rows of image, label, box, score and the number of the object found, or -1.
-        objects: rows of image, label, box and area, numbered from `first`.
+        detections: (d, 6) box, score and label, best first.
+        partners: (d,) the number of the object found, or -1.
+        objects: (g, 7) box, area, label, numbered from `first`.
     Returns:
-        The rows, each with its kind. If a detection would find an object once its error is corrected, and no other
-        detection finds it and no better one would, the row has the number of that object.
+        The partners, and the kinds (d,). If a detection would find an object once its error is corrected, and no other
+        detection finds it and no better one would, its partner is the number of that object.
     """
-    labels = np.array([row[1] for row in objects], dtype=int)
-    taken = np.isin(np.arange(len(objects)) + first, [row[7] for row in detections])
-    overlap = iou([row[2:6] for row in detections], [row[2:6] for row in objects])
-    claimed, rows = set(), []
-    for row, overlaps in zip(detections, overlap):
-        kind, number = CORRECT, row[7]
-        if number < 0:
-            kind, index = kind_of_error(overlaps, labels == row[1], taken)
-            if index >= 0 and not taken[index] and index not in claimed:
-                claimed.add(index)
-                number = first + index
-        rows.append((*row[:7], number, kind))
-    return rows
+    labels, partners, kinds = objects[:, 5], partners.copy(), np.full(len(detections), CORRECT)
+    taken, claimed = np.isin(np.arange(len(objects)) + first, partners), set()
+    wrong = np.flatnonzero(partners < 0)
+    for d, overlaps in zip(wrong, iou(detections[wrong, :4], objects[:, :4])):
+        kinds[d], index = kind_of_error(overlaps, labels == detections[d, 5], taken)
+        if index >= 0 and not taken[index] and index not in claimed:
+            claimed.add(index)
+            partners[d] = first + index
+    return partners, kinds
 
 
 def kind_of_error(overlaps: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[int, int]:
@@ -112,9 +109,9 @@ def kind_of_error(overlaps: np.ndarray, same: np.ndarray, taken: np.ndarray) -> 
     return (NOTHING if overlaps.max() <= BACKGROUND else BOTH), -1
 
 
-def iou(boxes: list, others: list) -> np.ndarray:
+def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """IoU (D, G) of boxes x, y, width, height, as pycocotools computes it."""
-    if not boxes or not others:
+    if not len(boxes) or not len(others):
         return np.zeros((len(boxes), len(others)))
     return mask.iou(np.array(boxes, dtype=float), np.array(others, dtype=float), [0] * len(others))
 
@@ -142,23 +139,26 @@ def ap50(judged: Judged) -> list[float | None]:
     return class_aps(judged.label, judged.score, judged.kind == CORRECT, objects)
 
 
-def image_aps(evaluation: COCOeval, labels: Sequence[int]) -> dict[int, float]:
+def image_aps(evaluation: Evaluation, labels: Sequence[int]) -> dict[int, float]:
     """For each image with objects, by its number, the AP of its own detections: those of all these classes in one list,
     by score; the mean over the IoU thresholds. Averages of it compare two detectors image by image.
+
+    Args:
+        evaluation: one with `hits`.
     """
-    params = evaluation.params
-    images, areas, found = len(params.imgIds), len(params.areaRng), {}
-    for i, number in enumerate(params.imgIds):
-        matches = [evaluation.evalImgs[k * areas * images + i] for k in labels]  # of objects of all sizes
-        matches = [match for match in matches if match is not None]
-        objects = sum(int((np.asarray(match["gtIgnore"]) == 0).sum()) for match in matches)
-        if not objects:
-            continue
-        scores = np.concatenate([match["dtScores"] for match in matches])
-        right, ignored = (np.concatenate([match[key] for match in matches], axis=1) > 0
-                          for key in ("dtMatches", "dtIgnore"))
-        found[number] = float(np.mean([average_precision(scores[~out], hit[~out], objects)
-                                       for hit, out in zip(right, ignored)]))
+    truth, rows, images = evaluation.truth, evaluation.rows, len(evaluation.params.imgIds)
+    low, high = evaluation.params.areaRng[0]
+    counted = (truth[:, 6] == 0) & (truth[:, 4] >= low) & (truth[:, 4] <= high) & np.isin(truth[:, 5], labels)
+    objects = np.bincount(evaluation.truth_images[counted], minlength=images)
+    own = np.flatnonzero(np.isin(rows[:, 5], labels))
+    own = own[np.argsort(evaluation.row_images[own], kind="stable")]
+    ends = np.searchsorted(evaluation.row_images[own], np.arange(images + 1))
+    found = {}
+    for number in np.flatnonzero(objects):
+        here = own[ends[number]:ends[number + 1]]
+        scores, hits = rows[here, 4], evaluation.hits[:, here]
+        found[int(number)] = float(np.mean([average_precision(scores[hit >= 0], hit[hit >= 0] > 0, objects[number])
+                                            for hit in hits]))
     return found
 
 
@@ -210,10 +210,13 @@ def confusion_matrix(judged: Judged, score_thr: float) -> np.ndarray:
     """
     k = judged.num_classes
     matrix = np.zeros((k + 1, k + 1), dtype=int)
-    for i in np.union1d(judged.image, judged.object_image):
-        own = np.flatnonzero((judged.image == i) & (judged.score >= score_thr))  # best first
-        objects = np.flatnonzero(judged.object_image == i)
-        overlap, free = iou(list(judged.box[own]), list(judged.object_box[objects])), np.ones(len(objects), dtype=bool)
+    images = np.union1d(judged.image, judged.object_image)
+    ends, object_ends = (np.searchsorted(each, [*images, np.inf]) for each in (judged.image, judged.object_image))
+    for i in range(len(images)):
+        own = np.arange(ends[i], ends[i + 1])  # best first
+        own = own[judged.score[own] >= score_thr]
+        objects = np.arange(object_ends[i], object_ends[i + 1])
+        overlap, free = iou(judged.box[own], judged.object_box[objects]), np.ones(len(objects), dtype=bool)
         for d, overlaps in zip(own, overlap):
             candidates = np.where(free, overlaps, 0)
             if len(objects) and candidates.max() >= FOREGROUND:

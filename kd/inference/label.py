@@ -95,7 +95,7 @@ def label_results(file: Path, annotations: Path, score_thr: float, exceptions: E
     lowest = dict(zip(classes.ids, class_thresholds(classes, score_thr, exceptions, OPTION).tolist()))
     results = read_results(file)
     kept = [each for each in results if each["score"] >= lowest.get(key_of(each["category_id"]), 0)]
-    return make_labels(known["images"], kept, known["categories"], f"results file {file}")
+    return make_labels(list(known["images"]), kept, known["categories"], f"results file {file}")
 
 
 def key_of(value: object) -> object:

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from data import DataError, find_data
+from data.coco.stream import parse
 from data.errors import counted, listed, one_line
 from data.tables import markdown_table, points
 from models.checkpoints.sources import is_address
@@ -153,7 +154,7 @@ def annotations_text(part: Mapping) -> tuple[str, list[str]]:
     """The annotation file of a data set with its number of images, and the licences that it names."""
     path, first = str(part["annotations"]), part.get("first")
     try:
-        content = json.loads(find_data(path).read_bytes())
+        content = parse(find_data(path))  # a large list in it is not in memory
         images, named = len(content["images"]), content.get("licenses")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # moved since, or not COCO's
         return path, []

@@ -11,7 +11,7 @@ from models import Detector
 
 from ...config import Config
 from ...evaluation.analyze import found_from
-from ...evaluation.coco import ImageResult, coco_evaluation, number_images, read_figures
+from ...evaluation.coco import ImageResult, coco_evaluation, ordered_ids, read_figures
 from ...evaluation.evaluate import detect, eval_loader
 from ...evaluation.tide import image_aps, judge
 from ...processes import distributed
@@ -47,7 +47,7 @@ def measure(detector: Detector, cfg: Config, dataset: CocoDataset, labels: Seque
 
 def summed_up(results: list[ImageResult], dataset: CocoDataset, labels: Sequence[int], lowest: float) -> Quality:
     """The quality that detections show."""
-    evaluation = coco_evaluation(results, dataset, fast=False)
+    evaluation = coco_evaluation(results, dataset, fast=False, matches=True)
     figures, judged, names = read_figures(evaluation, dataset), judge(evaluation), dataset.classes
     found, counts = found_from(judged, lowest), np.isin(judged.object_label, labels)
 
@@ -61,7 +61,7 @@ def summed_up(results: list[ImageResult], dataset: CocoDataset, labels: Sequence
         {names[k]: figures["per_class"][names[k]] for k in labels}, int(counts.sum()), share(counts),
         {names[k]: share(judged.object_label == k) for k in labels},
         {size: share((area >= low) & (area < high)) for size, (low, high) in SIZES.items()},
-        {image_id: own[number] for image_id, number in number_images(dataset).items() if number in own})
+        {image_id: own[number] for number, image_id in enumerate(ordered_ids(dataset)) if number in own})
 
 
 def compared(ours: dict, theirs: dict) -> tuple[float, float, int]:

@@ -111,7 +111,7 @@ def test_repeat_factors_are_those_of_lvis():
     labels = [np.array(each, dtype=np.int64) for each in [[0]] * 4 + [[0, 0, 1], [0, 1], [0, 2, 2], []]]
     factors = oversample(labels, [1.0] * 8, 0.5)
     assert factors == pytest.approx([1, 1, 1, 1, sqrt(2), sqrt(2), 2, 1])
-    assert oversample(labels, [1.0] * 8, 0.0) == [1.0] * 8
+    assert oversample(labels, [1.0] * 8, 0.0).tolist() == [1.0] * 8
     # Shown twice, the image with class 2 is two of nine images.
     assert oversample(labels, [1.0] * 6 + [2.0, 1.0], 0.5)[6] == pytest.approx(2 * sqrt(0.5 * 9 / 2))
 

@@ -9,8 +9,9 @@ from caches import FLOAT, SETS, caching, run_config, without_teacher
 from processes import together
 from small_models import make_batch, same_losses
 
+from data.shared import Damaged
 from kd.cache import entry
-from kd.cache.entry import Damaged, is_dense
+from kd.cache.entry import is_dense
 from kd.config import parse_config
 from kd.engine.train import train
 
@@ -60,7 +61,7 @@ def test_a_full_disk_stops_only_the_writing(tmp_path, monkeypatch, reported):
     def full(file, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(entry, "write_all", full)
+    monkeypatch.setattr("data.shared.write_all", full)
     distiller, batch = caching(*SETS["all"], folder=tmp_path), make_batch(**FLOAT)
     losses = distiller.loss(*batch)
     distiller.caches[0].finish()

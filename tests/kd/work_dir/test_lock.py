@@ -101,6 +101,6 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
     def unknown(*args):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("kd.work_dir.lock.fcntl.flock", unknown)
+    monkeypatch.setattr("data.shared.fcntl.flock", unknown)
     with open_work_dir(tmp_path):
         assert (tmp_path / "run.lock").exists()
