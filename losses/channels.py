@@ -43,7 +43,8 @@ def statistics(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Ten
     tiny = torch.finfo(maps[0].dtype).tiny  # for a constant channel
     normed, means, inverse = zip(*(torch.native_batch_norm(x, None, None, None, None, True, 0.0, tiny) for x in maps))
     counts = [x.numel() // x.shape[1] for x in maps]
-    ratio = torch.tensor([[math.sqrt(n / max(n - 1, 1))] for n in counts], dtype=maps[0].dtype)
+    ratio = torch.tensor([[math.sqrt(n / max(n - 1, 1))] for n in counts], dtype=maps[0].dtype, device="cpu")
+    # From the CPU, because a CUDA device would be waited for if the tensor were made there.
     ratio = ratio.to(maps[0].device, non_blocking=maps[0].is_cuda)
     return ratio / torch.stack(inverse), torch.stack(means), ratio, list(normed)
 

@@ -18,7 +18,7 @@ WORK = Workload(size=(96, 128), batch=2, boxes=3)
 
 def test_views_and_allocation_are_no_kernels():
     x = torch.ones(4, 6)
-    assert count_launches(lambda: x.t()[1:].reshape(-1, 2, 2).detach().unsqueeze(0)) == Launches(1, 0, 160)  # a copy
+    assert count_launches(lambda: x.t()[1:].reshape(-1).detach().unsqueeze(0)) == Launches(1, 0, 160)  # a copy
     assert count_launches(lambda: torch.empty(3)) == Launches(0, 0, 0)
     assert count_launches(lambda: x + x) == Launches(1, 0, 3 * 96)
 
