@@ -1,4 +1,5 @@
 """Many training runs, one after another or several at once: resumed where they were stopped, then compared."""
+import copy
 import os
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from data.output import naming
 from models import ConfigError
 from models.checkpoints.sources import is_address
 
-from ..config import Config, load_config
+from ..build import check_files
+from ..config import Config, load_config, parse_config
 from ..exceptions import Stopped, TrainingError, WorkDirError
 from ..processes.signals import StopSignals
 from ..work_dir.checkpoint import newest_checkpoint
-from ..work_dir.records import RunRecord, read_run, setting
+from ..work_dir.lock import in_use
+from ..work_dir.records import RunRecord, read_run, setting, teacher_entries
 
 TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 OUTPUT = "output.txt"  # in a run's work dir: everything that the run printed
@@ -35,9 +38,12 @@ class Job:
     work_dir: Path
     config: Config
     waits: "Job | None" = None  # the run that trains its teacher
+    title: str = ""          # its name, if it is not that of the configuration
 
     @property
     def name(self) -> str:
+        if self.title:
+            return self.title
         return self.cfg.stem if self.seed is None else f"{self.cfg.stem} seed {self.seed}"
 
     def record(self) -> RunRecord | None:
@@ -79,10 +85,7 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
     Raises:
         ConfigError: a bad configuration, nothing to evaluate on, or a teacher's checkpoint that does not exist.
     """
-    trained = None
-    if teacher is not None:
-        own = [override for override in overrides if override.startswith("data.")]
-        trained = Job(teacher, own, None, work_dir / teacher.stem, load_config(teacher, own))
+    trained = None if teacher is None else teachers_job(teacher, work_dir, overrides)
     jobs = []
     for cfg in cfgs:
         distils = load_config(cfg).distill is not None
@@ -106,6 +109,26 @@ def plan(cfgs: Sequence[Path], seeds: Sequence[int], work_dir: Path, overrides: 
     return jobs
 
 
+def teachers_job(teacher: Path, work_dir: Path, overrides: Sequence[str]) -> Job:
+    """The run that trains a teacher, with those overrides that are of `data`."""
+    own = [override for override in overrides if override.startswith("data.")]
+    return Job(teacher, own, None, work_dir / teacher.stem, load_config(teacher, own))
+
+
+def check_plan(cfgs: Sequence[Path], overrides: Sequence[str], teacher: Path | None) -> None:
+    """Raise what `plan` raises, and an error for a file of data, teachers or `train.init` that does not exist."""
+    for job in plan(cfgs, [0], Path(), overrides, teacher):
+        check_files(without_checkpoints(job.config) if job.waits else job.config, ("train", "val", "init"))
+
+
+def without_checkpoints(config: Config) -> Config:
+    """The same configuration, whose teachers have no weights: a check does not need those that are to be trained."""
+    tree = copy.deepcopy(dict(config))
+    for entry in teacher_entries(tree):
+        entry["checkpoint"] = None
+    return parse_config(tree)
+
+
 def is_teacher(config: Config, teacher: Path) -> bool:
     """Whether a configuration has one teacher, which this configuration file describes."""
     said = [entry.cfg for entry in config.teachers]
@@ -125,6 +148,8 @@ def check_teachers(config: Config, cfg: Path) -> None:
 def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None] = print) -> None:
     """Run the unfinished jobs, each in its own process and up to `at_once` at a time, on the GPUs in turn.
 
+    A job in whose work dir another process is at work waits until that one ends.
+
     Raises:
         TrainingError: a run has failed; the other runs were still made.
         Stopped: SIGINT or SIGTERM, after the runs have saved.
@@ -134,7 +159,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
     pending = [job for job in jobs if job not in done]
     if done:
         say(f"{len(done)} of {counted(len(jobs), 'run is', 'runs are')} finished already")
-    count, failed, told = len(pending), set(), False
+    count, failed, waiting, told = len(pending), set(), set(), False
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
     with StopSignals() as signals:
         try:
@@ -143,10 +168,14 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
                     failed.add(job)
                     pending.remove(job)
                     say(f"{job.name}: not run, because its teacher is not trained")
-                ready = [job for job in pending if job.waits is None or job.waits in done]
+                ready = [job for job in pending if (job.waits is None or job.waits in done)
+                         and not occupied(job, waiting, say)]
                 free = [slot for slot in range(at_once) if slot not in running]
                 for slot, job in zip(free, [] if signals.asked else ready):
                     pending.remove(job)
+                    if job in waiting and job.finished():
+                        done.add(job)
+                        continue
                     say(f"[{count - len(pending)}/{count}] {job.name}: into {job.work_dir}")
                     running[slot] = job, start(job, slot, at_once, device), time.monotonic()
                 if signals.asked and not told:  # once: a second signal would end a run without saving
@@ -156,6 +185,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
                 for slot, (job, process, begun) in list(running.items()):
                     if process.poll() is not None:
                         del running[slot]
+                        if process.returncode and occupied(job, waiting, say):  # another process was faster
+                            pending.append(job)
+                            continue
                         right = report(job, process.returncode, time.monotonic() - begun, say, told)
                         (done if right else failed).add(job)
                 time.sleep(0.1)
@@ -171,10 +203,21 @@ def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str]
                             "them again")
 
 
+def occupied(job: Job, known: set[Job], say: Callable[[str], None]) -> bool:
+    """Whether another process is at work in a job's work dir; it is told once, and the job is then `known`."""
+    if not in_use(job.work_dir):
+        return False
+    if job not in known:
+        known.add(job)
+        say(f"{job.name}: another process is at work in {job.work_dir}: waiting for it")
+    return True
+
+
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:
     """Start a run in its own session, on Windows its own process group, so that Ctrl-C does not reach it directly."""
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    env.setdefault("MKL_NUM_THREADS", env["OMP_NUM_THREADS"])
     if device == "cuda" and at_once > 1:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         env |= {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]}

@@ -39,6 +39,17 @@ def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
         raise WorkDirError(text) from None
 
 
+def in_use(work_dir: Path) -> bool:
+    """Whether a run is at work in a work dir."""
+    if not (work_dir / "run.lock").exists():
+        return False
+    try:
+        _take(work_dir).close()
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _take(work_dir: Path) -> IO:
     """Take the lock, and return its open file."""
     file = open(work_dir / "run.lock", "a")
