@@ -12,6 +12,7 @@ from data.tables import markdown_table, points, text_table
 from ..exceptions import TrainingError
 from ..work_dir.records import read_json
 from .compare import over_seeds
+from .optuna_engine import choose_with_optuna
 from .search import Search, choose, explain_plan, final_jobs, make_plan, test_once
 from .sweep import OUTPUT, Job
 from .tables import with_deviation
@@ -28,9 +29,12 @@ def finish(search: Search) -> str:
         TrainingError: a run at the end failed, or too many before.
         Stopped: a signal, after the runs have saved.
     """
-    rungs = make_plan(search)
-    search.say(explain_plan(search, rungs))
-    winner = choose(search, rungs)
+    if search.config.engine == "optuna":
+        winner = choose_with_optuna(search)
+    else:
+        rungs = make_plan(search)
+        search.say(explain_plan(search, rungs))
+        winner = choose(search, rungs)
     jobs = final_jobs(search, winner)
     search.say(f"the winner: {in_words(winner)}")
     search.run([job for several in jobs.values() for job in several])

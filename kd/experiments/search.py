@@ -5,7 +5,7 @@ it. So the same command continues a search at any time, and comes to the same wi
 """
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,14 @@ class Search:
         return Job(self.base.cfg, own, seed, self.work_dir / folder, self.base.with_settings(settings, more),
                    self.teacher, title)
 
-    def short_job(self, number: int, settings: dict, epochs: int) -> Job:
-        """A run of a candidate. Only the base configuration shows what the teacher can: it takes time."""
+    def short_job(self, number: int, settings: dict, epochs: int, name: str | None = None) -> Job:
+        """A run of a candidate, in a folder of its number or of another name.
+
+        Only the base configuration, which is number 0, shows what the teacher can: that takes time.
+        """
         more = shortened(self.base.with_settings(settings), epochs)
         more += ["train.check_images=0"] if number else []
-        name = f"c{number:03d}"
+        name = name or f"c{number:03d}"
         return self.job(f"{name}, {counted(epochs, 'epoch')}", f"{name}/epochs{epochs}", settings, self.config.seed,
                         more)
 
@@ -150,10 +153,7 @@ def make_plan(search: Search) -> list[Rung]:
     """
     state, config, epochs = search.state, search.config, search.epochs
     if "rungs" not in state:
-        runs = config.budget.runs
-        if runs is None:
-            state["seconds_per_run"] = time_of_a_run(search)
-            runs = config.budget.hours * 3600 * search.at_once / state["seconds_per_run"]
+        runs = affordable_runs(search)
         try:
             rungs = plan_rungs(runs - search.final_runs, epochs, config.reduction, config.shortest)
             drawn = candidates(search.base, config, rungs[0].count)
@@ -168,6 +168,16 @@ def make_plan(search: Search) -> list[Rung]:
         state["results"] = []
         search.save()
     return [Rung(**rung) for rung in state["rungs"]]
+
+
+def affordable_runs(search: Search) -> float:
+    """The budget in runs of full length."""
+    budget, state = search.config.budget, search.state
+    if budget.runs is not None:
+        return budget.runs
+    if "seconds_per_run" not in state:
+        state["seconds_per_run"] = time_of_a_run(search)
+    return budget.hours * 3600 * search.at_once / state["seconds_per_run"]
 
 
 def time_of_a_run(search: Search) -> float:
@@ -226,10 +236,14 @@ def choose(search: Search, rungs: Sequence[Rung]) -> dict:
         results.append({"epochs": rung.epochs, "AP": {str(number): ap for number, ap in found.items()}})
         search.save()
         tell_time(search, [jobs[number] for number in ranked(found)], rung.epochs, rungs[i + 1:])
-        for file in (file for job in jobs.values() for name in ("last*.pth", "best.pth")
-                     for file in job.work_dir.glob(name)):
-            file.unlink()  # tens of candidates would fill the disk; a longer run is trained anew
+        remove_checkpoints(jobs.values())
     return drawn[survivors(results[-1], 1)[0]]
+
+
+def remove_checkpoints(jobs: Iterable[Job]) -> None:
+    """Tens of candidates would fill the disk; and a longer run is trained anew."""
+    for file in (file for job in jobs for name in ("last*.pth", "best.pth") for file in job.work_dir.glob(name)):
+        file.unlink()
 
 
 def survivors(result: dict, count: int) -> list[int]:

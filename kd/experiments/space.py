@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from data.config import Split
 from data.errors import shown
+from data.extras import check_installed
 from data.ranges import Count, Range, Seed, Some
 from models import ConfigError
 from models.build import read_section
@@ -58,10 +59,14 @@ class SearchConfig:
     against: Some[Literal["alone", "base"]] | None = None  # rivals: without distillation, --cfg as it is; null: both
     reduction: Annotated[int, Range(2, 10)] = 3  # one of so many goes on, with so many times the epochs
     shortest: Count | None = None  # epochs of the shortest runs; null: a ninth of train.epochs
+    engine: Literal["halving", "optuna"] = "halving"  # what draws candidates and stops them; optuna needs its extra
+    storage: str | None = None     # optuna: the address of its database; null: optuna.db in the work dir
 
     def __post_init__(self):
         if len(set(self.seeds)) < len(self.seeds) or self.seed in self.seeds:
             raise ConfigError("seeds", f"must be fresh: each once, and not {self.seed}, with which the search chooses")
+        if self.storage is not None and self.engine != "optuna":
+            raise ConfigError("storage", "is of use only with engine: optuna")
         if not self.space:
             raise ConfigError("space", "is empty: name keys of the configuration, and what each may be")
         for key, node in self.space.items():
@@ -221,6 +226,8 @@ def check_search(cfg: Path, path: Path, overrides: Sequence[str], teacher: Path 
         ConfigError, DataError, CheckpointError: what is wrong, and in which file.
     """
     search, base = read_search(path), Base(cfg, overrides)
+    if search.engine == "optuna":
+        check_installed("optuna", "search", f"engine: optuna ({path})")
     needed = ("train", "val", "init")
     data, shortest = base.config.data, search.shortest
     if data is None or data.val is None:

@@ -145,72 +145,110 @@ def check_teachers(config: Config, cfg: Path) -> None:
                                                             "give its configuration with --teacher")
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None] = print) -> None:
+def run_jobs(jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None] = print,
+             after: Callable[[Job, bool], Sequence[Job]] | None = None) -> None:
     """Run the unfinished jobs, each in its own process and up to `at_once` at a time, on the GPUs in turn.
 
     A job in whose work dir another process is at work waits until that one ends.
 
+    Args:
+        after: is called with each job that has ended, and with whether it succeeded; returns jobs to run, too.
     Raises:
         TrainingError: a run has failed; the other runs were still made.
         Stopped: SIGINT or SIGTERM, after the runs have saved.
         WorkDirError: a work dir holds another run.
     """
-    done = {job for job in jobs if job.finished()}
-    pending = [job for job in jobs if job not in done]
-    if done:
-        say(f"{len(done)} of {counted(len(jobs), 'run is', 'runs are')} finished already")
-    count, failed, waiting, told = len(pending), set(), set(), False
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
+    queue = Queue(jobs, at_once, device, say, after)
     with StopSignals() as signals:
         try:
-            while (pending and not signals.asked) or running:
-                for job in [job for job in pending if job.waits in failed]:
-                    failed.add(job)
-                    pending.remove(job)
-                    say(f"{job.name}: not run, because its teacher is not trained")
-                ready = [job for job in pending if (job.waits is None or job.waits in done)
-                         and not occupied(job, waiting, say)]
-                free = [slot for slot in range(at_once) if slot not in running]
-                for slot, job in zip(free, [] if signals.asked else ready):
-                    pending.remove(job)
-                    if job in waiting and job.finished():
-                        done.add(job)
-                        continue
-                    say(f"[{count - len(pending)}/{count}] {job.name}: into {job.work_dir}")
-                    running[slot] = job, start(job, slot, at_once, device), time.monotonic()
-                if signals.asked and not told:  # once: a second signal would end a run without saving
-                    told = True
-                    for _, process, _ in running.values():
-                        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
-                for slot, (job, process, begun) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[slot]
-                        if process.returncode and occupied(job, waiting, say):  # another process was faster
-                            pending.append(job)
-                            continue
-                        right = report(job, process.returncode, time.monotonic() - begun, say, told)
-                        (done if right else failed).add(job)
+            while (queue.pending and not signals.asked) or queue.running:
+                if signals.asked:
+                    queue.stop()
+                else:
+                    queue.start_ready()
+                queue.collect()
                 time.sleep(0.1)
         finally:
-            for _, process, _ in running.values():
+            for _, process, _ in queue.running.values():
                 process.kill()
     if signals.asked:
         raise Stopped(signals.asked, "stopped; the same command goes on from there")
-    if failed:
-        names = ", ".join(job.name for job in jobs if job in failed)
-        raise TrainingError(f"{len(failed)} of {counted(len(jobs), 'run')} failed ({names}): see {OUTPUT} in the work "
-                            "dirs; the same command tries "
-                            "them again")
+    if queue.failed:
+        raise TrainingError(f"{len(queue.failed)} of {counted(len(jobs), 'run')} failed "
+                            f"({', '.join(job.name for job in queue.failed)}): see {OUTPUT} in the work dirs; the same "
+                            "command tries them again")
 
 
-def occupied(job: Job, known: set[Job], say: Callable[[str], None]) -> bool:
-    """Whether another process is at work in a job's work dir; it is told once, and the job is then `known`."""
-    if not in_use(job.work_dir):
-        return False
-    if job not in known:
-        known.add(job)
-        say(f"{job.name}: another process is at work in {job.work_dir}: waiting for it")
-    return True
+class Queue:
+    """Jobs that wait, run, or have ended; arguments as of `run_jobs`."""
+
+    def __init__(self, jobs: Sequence[Job], at_once: int, device: str, say: Callable[[str], None],
+                 after: Callable[[Job, bool], Sequence[Job]] | None):
+        self.done = {job for job in jobs if job.finished()}
+        self.pending = [job for job in jobs if job not in self.done]
+        self.failed, self.waiting, self.stopping = [], set(), False
+        self.running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
+        self.started, self.count = 0, len(self.pending)
+        self.device, self.say, self.after = device, say, after
+        self.at_once = at_once if after else max(1, min(at_once, len(self.pending)))  # the others leave no core idle
+        if self.done:
+            say(f"{len(self.done)} of {counted(len(jobs), 'run is', 'runs are')} finished already")
+        for job in jobs:
+            if job in self.done:
+                self.go_on(job, True)
+
+    def go_on(self, job: Job, right: bool) -> None:
+        """Take what follows a job that has ended."""
+        self.pending += self.after(job, right) if self.after else ()
+
+    def start_ready(self) -> None:
+        """Start jobs in the free slots."""
+        for job in [job for job in self.pending if job.waits in self.failed]:
+            self.pending.remove(job)
+            self.failed.append(job)
+            self.say(f"{job.name}: not run, because its teacher is not trained")
+            self.go_on(job, False)
+        ready = [job for job in self.pending
+                 if (job.waits is None or job.waits in self.done) and not self.occupied(job)]
+        for slot, job in zip([slot for slot in range(self.at_once) if slot not in self.running], ready):
+            self.pending.remove(job)
+            if job.finished():  # another process has made it, or it came with `after`
+                self.done.add(job)
+                self.go_on(job, True)
+                continue
+            self.started += 1
+            left = f"/{self.count}" if self.after is None else ""
+            self.say(f"[{self.started}{left}] {job.name}: into {job.work_dir}")
+            self.running[slot] = job, start(job, slot, self.at_once, self.device), time.monotonic()
+
+    def collect(self) -> None:
+        """Take out the runs that have ended."""
+        for slot, (job, process, begun) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[slot]
+            if process.returncode and not self.stopping and self.occupied(job):  # another process was faster
+                self.pending.append(job)
+                continue
+            right = report(job, process.returncode, time.monotonic() - begun, self.say, self.stopping)
+            self.done.add(job) if right else self.failed.append(job)
+            if not self.stopping:
+                self.go_on(job, right)
+
+    def stop(self) -> None:
+        """Ask the runs to save and stop, once: a second signal would end a run without saving."""
+        for _, process, _ in () if self.stopping else self.running.values():
+            process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
+        self.stopping = True
+
+    def occupied(self, job: Job) -> bool:
+        """Whether another process is at work in a job's work dir; this is told once."""
+        if not in_use(job.work_dir):
+            return False
+        if job not in self.waiting:
+            self.waiting.add(job)
+            self.say(f"{job.name}: another process is at work in {job.work_dir}: waiting for it")
+        return True
 
 
 def start(job: Job, slot: int, at_once: int, device: str) -> subprocess.Popen:

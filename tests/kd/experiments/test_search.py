@@ -14,6 +14,7 @@ from kd.experiments import search as searching
 from kd.experiments import sweep
 from kd.experiments.outcome import check_failed, finish
 from kd.experiments.search import open_search
+from kd.experiments.space import check_search
 from models import ConfigError
 
 SPACE = {"optimizer.lr": {"log": [0.001, 0.1]}, "distill.methods": {"choice": [
@@ -41,11 +42,11 @@ class FakeRun:
         if self.returncode:
             return
         cfg = json.loads(json.dumps(job.config))
-        cfg["train"]["seed"] = job.seed
+        seed = cfg["train"]["seed"] = job.seed or 0
         cfg["model"]["head"]["num_classes"] = 6
         epochs = cfg["train"]["epochs"]
         methods = (cfg.get("distill") or {"methods": []})["methods"]
-        ap = 0.2 + 0.001 * epochs + 0.01 * (job.seed % 5) + (0.1 * len(methods)) + 0.05 * ("CrossKD" in str(methods))
+        ap = 0.2 + 0.001 * epochs + 0.01 * (seed % 5) + (0.1 * len(methods)) + 0.05 * ("CrossKD" in str(methods))
         ap -= abs(cfg["optimizer"]["lr"] - 0.01)
         (job.work_dir / "run.json").write_text(json.dumps({"config": cfg}))
         (job.work_dir / "metrics.jsonl").write_text(json.dumps({"epoch": epochs - 1, "step": epochs, "AP": ap}) + "\n")
@@ -229,6 +230,20 @@ def test_what_cannot_be_built_is_refused_before_any_run(study):
     assert not FakeRun.calls and not (study / "work").exists()
 
 
+def test_the_teacher_is_trained_first(study):
+    study, _ = study
+    cfg = yaml.safe_load((study / "base.yaml").read_text())
+    teacher = write_config(study / "teacher.yaml", {key: value for key, value in cfg.items() if key != "distill"})
+    cfg["distill"]["teacher"] = {"cfg": str(teacher), "checkpoint": "runs/none/last.pth"}
+    write_config(study / "base.yaml", cfg)
+    check_search(study / "base.yaml", study / "space.yaml", [], teacher)
+    finish(open_search(study / "base.yaml", study / "space.yaml", [], study / "work", 1, "cpu", teacher, lambda _: 0))
+    assert names(FakeRun.calls)[:2] == ["teacher", "c000, 3 epochs"] and len(FakeRun.calls) == 15
+    checkpoint = str(study / "work" / "teacher" / "last.pth")
+    assert all(job.config["distill"]["teacher"]["checkpoint"] == checkpoint for job in FakeRun.calls
+               if job.config.distill) and Path(checkpoint).is_file()
+
+
 def test_a_student_alone_as_base(study):
     """Then `alone` and `base` are the same, and one of them is enough; and if it wins, there is nothing to compare."""
     study, _ = study
@@ -242,6 +257,33 @@ def test_a_student_alone_as_base(study):
     write_config(study / "space.yaml", FILE | {"space": {"optimizer.lr": {"choice": [0.5, 0.6]}}})
     _, _, text = run(study, folder="other")
     assert "the search found nothing better" in text and "data.val has also chosen the winner" in text
+
+
+def test_optuna(study, monkeypatch):
+    """It goes on after a stop, from its database; a failed run is not the winner."""
+    optuna = pytest.importorskip("optuna", reason="needs the extra search")
+    study, evaluated = study
+    file = yaml.safe_load((study / "space.yaml").read_text())
+    write_config(study / "space.yaml", file | {"engine": "optuna"})
+    monkeypatch.setattr(FakeRun, "dies_at", 4)
+    with pytest.raises(Killed):
+        run(study, at_once=2)
+    monkeypatch.setattr(FakeRun, "dies_at", None)
+    monkeypatch.setattr(FakeRun, "fails", Path(FakeRun.calls[3].work_dir).parent.name)
+    search, said, text = run(study, at_once=2)
+    there, trials = names(FakeRun.calls), optuna.load_study(
+        study_name=None, storage=f"sqlite:///{study / 'work' / 'optuna.db'}").trials
+    assert len(set(there)) == len(there) and len(evaluated) == 6 and "c000" in text
+    states = [trial.state.name for trial in trials]
+    assert states.count("COMPLETE") >= 1 and states.count("PRUNED") >= 1
+    assert max(trial.value for trial in trials if trial.state.name == "COMPLETE") == max(
+        ap for ap in search.state["results"][-1]["AP"].values() if ap is not None)
+    calls = len(there)
+    assert run(study, at_once=2)[2] == text and len(FakeRun.calls) == calls
+    with pytest.raises(TrainingError, match="The end is made where the study was started"):  # another machine
+        write_config(study / "space.yaml", file | {
+            "engine": "optuna", "storage": f"sqlite:///{study / 'work' / 'optuna.db'}"})
+        run(study, folder="elsewhere")
 
 
 def test_search_script(tmp_path, monkeypatch, capsys):

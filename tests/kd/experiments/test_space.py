@@ -1,7 +1,9 @@
 """The file of a search: what it may contain, and what is drawn from it."""
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from math import log
 from pathlib import Path
 
@@ -10,7 +12,19 @@ import yaml
 from runs import ROOT, config, model, run_script, write_config
 
 from data import generate_scenes
-from kd.experiments.space import Base, Draws, candidates, check_search, draw, read_search, variants
+from kd.experiments.halving import Rung, plan_rungs
+from kd.experiments.space import (
+    OWN,
+    RANGES,
+    Base,
+    Draws,
+    SearchConfig,
+    candidates,
+    check_search,
+    draw,
+    read_search,
+    variants,
+)
 from models import ConfigError
 from models.checkpoints.sources import CheckpointError
 
@@ -71,7 +85,8 @@ def test_a_good_file(folder):
     ({"budget": {"runs": 1, "hours": 1}}, "budget: give either runs or hours"),
     ({"budget": {"runs": 0}}, "budget.runs: must be above 0"), ({"seeds": [0, 1]}, "seeds: must be fresh"),
     ({"seeds": []}, "seeds: must be a list with at least one entry"), ({"shortest": 10}, "shortest: must be at most 9"),
-    ({"against": ["teacher"]}, "against.0: must be one of alone, base")])
+    ({"against": ["teacher"]}, "against.0: must be one of alone, base"),
+    ({"storage": "sqlite:///a.db"}, "storage: is of use only with engine: optuna")])
 def test_bad_files(folder, keys, expected):
     """Each is one line, which names the file."""
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -149,3 +164,24 @@ def test_the_script_refuses_what_a_search_does_not_take(folder, monkeypatch, cap
         assert run_script(monkeypatch, "sweep.py", *words, *more) == 2
         assert expected in capsys.readouterr().err
     assert not Path(folder / "w").exists()
+
+
+def test_the_examples_fit_their_configurations(tmp_path):
+    """The one of the page, and those in configs."""
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    example = tmp_path / "space.yaml"
+    example.write_text(re.search(r"^```yaml\n(.*?)^```", page, re.S | re.M)[1], encoding="utf-8")
+    found = [(example, re.search(r"--cfg (\S+)", page)[1])]
+    found += [(path, path.with_name(path.name.removeprefix("space_"))) for path in (ROOT / "configs").rglob("space_*")]
+    assert len(found) == 2
+    for path, cfg in found:
+        search, base = read_search(path), Base(ROOT / cfg, [])
+        assert search.test.annotations.endswith("test.json")
+        assert all(base.with_settings(settings).distill for settings in variants(search.space))
+
+
+def test_the_page_names_every_key_and_form():
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    assert all(f"`{field.name}`" in page for field in fields(SearchConfig))
+    assert all(f"`{{{kind}: [" in page for kind in ("choice", *RANGES)) and all(f"`{key}`" in page for key in OWN)
+    assert "62 runs of 2 epochs" in page and plan_rungs(30 - 9, 15, 3, None) == [Rung(62, 2), Rung(20, 5), Rung(6, 15)]
