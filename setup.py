@@ -27,6 +27,7 @@ setup(
         "timm": ["timm>=1.0"],  # its models as backbones
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"],  # with its default store, a database file
+        "search": ["optuna>=4"],  # engine: optuna of sweep.py --search
         "hub": ["safetensors>=0.4"],  # .safetensors files
     },
 )

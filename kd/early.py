@@ -77,18 +77,31 @@ def check_early(path: str | Path | None, overrides: Sequence[str], needed: Seque
             or none: the one in a file is not read here.
         needed: as in `check_files`.
         checkpoint: another file that is needed.
-    Raises what the full check raises. An error that is not ours says nothing: the full check then decides.
+    Raises what the full check raises.
+    """
+    early("kd.early", "_check", path, overrides, needed, checkpoint)
+
+
+def _check(path: str | Path | None, overrides: Sequence[str], needed: Sequence[str],
+           checkpoint: str | Path | None) -> None:
+    if path is None:
+        import_module("models.checkpoints.sources").check_file(checkpoint)
+        path = import_module("models.checkpoints.zoo").published_config(checkpoint)
+    if path is not None:
+        import_module("kd.checks").check_files(import_module("kd.config").load_config(path, overrides), needed,
+                                              checkpoint)
+
+
+def early(module: str, function: str, *arguments: object) -> None:
+    """Call a function of ours that checks something, with stand-ins, if PyTorch is not imported yet.
+
+    Raises what the function raises. An error that is not ours says nothing: the full check then decides.
     """
     if "torch" in sys.modules:
         return
     with stand_ins():
         try:
-            if path is None:
-                import_module("models.checkpoints.sources").check_file(checkpoint)
-                path = import_module("models.checkpoints.zoo").published_config(checkpoint)
-            if path is not None:
-                import_module("kd.checks").check_files(import_module("kd.config").load_config(path, overrides), needed,
-                                                      checkpoint)
+            getattr(import_module(module), function)(*arguments)
         except Exception as error:
             if getattr(error, "exit_code", 0):
                 raise

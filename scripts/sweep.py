@@ -1,11 +1,13 @@
-"""Train and evaluate configurations over seeds, one run after another or several at once, and compare them.
+"""Train and evaluate configurations over seeds, one run after another or several at once, and compare them. Or search
+for the settings that distil best (--search).
 
 Finished runs are skipped and stopped ones are resumed, so the same command continues a sweep at any time."""
+from argparse import Namespace
 from pathlib import Path
 
 from data.ranges import Few, Seed
 from kd import cli
-from kd.early import check_early
+from kd.early import early
 from kd.exceptions import TrainingError, UsageError
 
 
@@ -21,8 +23,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, metavar="FILE",
                         help="configuration of the teacher, which is trained first, once; its checkpoint is then used "
                              "by each --cfg whose distill.teacher.cfg is this file")
-    parser.add_argument("--seeds", nargs="+", type=seed_or_setting, default=[0, 1, 2], metavar="SEED",
-                        help="default: 0 1 2")
+    parser.add_argument("--search", type=Path, metavar="FILE",
+                        help="which settings of the only --cfg to search, and what that may cost, see docs/search.md")
+    parser.add_argument("--seeds", nargs="+", type=seed_or_setting, default=[], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/sweep"),
                         help="where the runs and the table go; default: runs/sweep")
     parser.add_argument("--jobs", type=cli.number(Few), metavar="N",
@@ -30,24 +33,21 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     seeds = [seed for seed in args.seeds if isinstance(seed, int)]
     overrides = [*(word for word in args.seeds if isinstance(word, str)), *args.overrides]
-    if not seeds or len(set(seeds)) < len(seeds):
+    if args.seeds and not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {' '.join(map(str, seeds))}: give whole numbers, each once")
-    for path in args.cfg:  # overrides of distill are only for those that distil
-        check_early(path, [text for text in overrides if not text.startswith("distill.")],
-                    ("train", "val", "init"))
-    import torch
-
+    if args.search:
+        search(args, seeds, overrides)
+        return
+    early("kd.experiments.sweep", "check_plan", args.cfg, overrides, args.teacher)
     from kd.experiments.compare import compare
     from kd.experiments.sweep import plan, run_jobs
     from kd.experiments.tables import explain, format_rows, save_rows
     from kd.work_dir.records import read_runs
 
-    device = cli.choose_device(args.device).type
-    at_once = args.jobs or (torch.cuda.device_count() if device == "cuda" else 1)
-
-    jobs, failure = plan(args.cfg, seeds, args.work_dir, overrides, args.teacher), None
+    device, at_once = choose(args)
+    jobs, failure = plan(args.cfg, seeds or [0, 1, 2], args.work_dir, overrides, args.teacher), None
     try:
-        run_jobs(jobs, at_once, device, lambda line: print(line, flush=True))
+        run_jobs(jobs, at_once, device, say)
     except TrainingError as error:
         failure = error
     there = [job.work_dir for job in jobs if job.record() is not None]
@@ -59,6 +59,37 @@ def main() -> None:
             cli.wrote(args.work_dir / name)
     if failure:
         raise failure
+
+
+def search(args: Namespace, seeds: list[int], overrides: list[str]) -> None:
+    """Do what --search asks for."""
+    if len(args.cfg) > 1:
+        raise UsageError("--search takes one --cfg: what else may be is in its file")
+    if seeds:
+        raise UsageError(f"--seeds is not for --search: {args.search} says which seeds")
+    if args.teacher_ap is not None:
+        raise UsageError("--teacher-ap is not for --search, which does not show the gap to the teacher")
+    early("kd.experiments.space", "check_search", args.cfg[0], args.search, overrides, args.teacher)
+    from kd.experiments.outcome import check_failed, finish
+    from kd.experiments.search import open_search
+
+    device, at_once = choose(args)
+    found = open_search(args.cfg[0], args.search, overrides, args.work_dir, at_once, device, args.teacher, say)
+    print(f"\n{finish(found)}")
+    cli.wrote(args.work_dir / "search.md", args.work_dir / "winner.yaml")
+    check_failed(found)
+
+
+def choose(args: Namespace) -> tuple[str, int]:
+    """The device, and how many runs are made at once."""
+    import torch
+
+    device = cli.choose_device(args.device).type
+    return device, args.jobs or (torch.cuda.device_count() if device == "cuda" else 1)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def seed_or_setting(text: str) -> int | str:

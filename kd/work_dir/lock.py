@@ -27,3 +27,14 @@ def open_work_dir(work_dir: Path, lock: bool = True) -> AbstractContextManager:
     except OSError as error:
         text = f"work dir {work_dir} cannot be written ({reason_of(error)}): give another --work-dir"
         raise WorkDirError(text) from None
+
+
+def in_use(work_dir: Path) -> bool:
+    """Whether a run is at work in a work dir."""
+    if not (work_dir / "run.lock").exists():
+        return False
+    try:
+        take_lock(work_dir / "run.lock").close()
+    except BlockingIOError:
+        return True
+    return False

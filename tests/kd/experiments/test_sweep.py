@@ -3,17 +3,20 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 from runs import config, run_script, write_config
 
-from data import generate_scenes
+from data import DataError, generate_scenes
 from kd.exceptions import Stopped, TrainingError, WorkDirError
 from kd.experiments import sweep
-from kd.experiments.sweep import plan, run_jobs
+from kd.experiments.sweep import check_plan, plan, run_jobs
 from kd.work_dir.checkpoint import save_checkpoint
+from kd.work_dir.lock import open_work_dir
 from models import ConfigError
 
 # Writes the files that train.py writes; files beside it make it fail, or wait for another run or a signal.
@@ -24,7 +27,8 @@ work_dir = pathlib.Path(words[words.index("--work-dir") + 1])
 cfg = json.loads((here / "configs.json").read_text())[str(work_dir)]
 with open(here / "calls.jsonl", "a") as file:
     gpu, threads = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"]
-    file.write(json.dumps({"run": str(work_dir.relative_to(here)), "words": words, "threads": threads}) + "\\n")
+    file.write(json.dumps({"run": str(work_dir.relative_to(here)), "words": words, "threads": threads, "gpu": gpu,
+                           "mkl": os.environ["MKL_NUM_THREADS"]}) + "\\n")
 if (here / "fail").exists() and work_dir.match((here / "fail").read_text()):
     sys.exit("error: as was asked")
 if (here / "meet").exists():
@@ -48,7 +52,8 @@ def study(tmp_path, monkeypatch):
     """Configurations of a teacher, a student and a distilled student, and the stand-in."""
     (tmp_path / "train.py").write_text(STAND_IN)
     monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     teacher = write_config(tmp_path / "teacher.yaml", config(Path("scenes"), 5))
     write_config(tmp_path / "student.yaml", config(Path("scenes"), 2))
     write_config(tmp_path / "fgd.yaml", config(Path("scenes"), 2, {
@@ -104,6 +109,10 @@ def test_bad_plans(study):
         plan([study / "student.yaml"], [0], study / "work", teacher=study / "teacher.yaml")
     with pytest.raises(ConfigError, match="data.val: missing"):
         plan([study / "student.yaml"], [0], study / "work", ["data.val=null"])
+    with pytest.raises(ConfigError, match="nowhere/last.pth does not exist"):
+        check_plan([study / "fgd.yaml"], [], None)
+    with pytest.raises(DataError, match="annotation file"):  # and nothing about the teacher, which is trained first
+        check_plan([study / "fgd.yaml"], [], study / "teacher.yaml")
 
 
 def test_every_run_once_and_the_teacher_first(study):
@@ -133,6 +142,56 @@ def test_several_at_once(study):
     assert {call["run"] for call in calls(study)[:2]} == {"work/teacher", "work/student/seed0"}
     assert [call["run"] for call in calls(study)].index("work/fgd/seed0") > 1
     assert calls(study)[0]["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+def test_each_gpu_has_its_run(study, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (study / "meet").touch()
+    run_jobs(plan_all(study), 2, "cuda", lambda line: None)
+    assert {call["gpu"] for call in calls(study)[:2]} == {"2", "5"}
+    assert all((call["threads"], call["mkl"]) == ("3", "3") for call in calls(study))
+
+
+def test_a_work_dir_in_use_is_waited_for(study):
+    jobs, said = plan([study / "student.yaml"], [0, 1], study / "work"), []
+    plan_all(study)  # what the stand-in reads
+    lock = open_work_dir(jobs[0].work_dir)
+
+    def say(line):
+        said.append(line)
+        if line.startswith("student seed 1: AP"):
+            lock.close()
+
+    run_jobs(jobs, 1, "cpu", say)
+    assert [call["run"] for call in calls(study)] == ["work/student/seed1", "work/student/seed0"]
+    assert sum("student seed 0: another process is at work in" in line for line in said) == 1
+
+
+def test_a_run_that_another_process_has_started_meanwhile(study, monkeypatch):
+    """It fails because of the lock, and is looked at again when that is free; the other process has finished it."""
+    job, = plan([study / "student.yaml"], [0], study / "work")
+    plan_all(study)
+    taken = []
+
+    class TooLate:
+        returncode = 2
+
+        def __init__(self, *arguments):
+            taken.append(open_work_dir(job.work_dir))
+
+        def poll(self):
+            return 2
+
+    def say(line):
+        if "another process" in line:
+            subprocess.run([sys.executable, sweep.TRAIN, "--work-dir", job.work_dir], check=True, env=os.environ | {
+                "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+            taken[0].close()
+
+    monkeypatch.setattr(sweep, "start", TooLate)
+    run_jobs([job], 1, "cpu", say)
+    assert len(taken) == 1 and job.finished()
 
 
 def test_the_others_are_run_though_one_fails(study):
