@@ -15,7 +15,7 @@ import torch
 from data.errors import DataError, counted
 from data.output import write_text
 
-from ..build import check_files
+from ..checks import check_files
 from ..config import load_config
 from ..engine.train import train
 from ..exceptions import Incomplete, Stopped
