@@ -46,6 +46,7 @@ def test_with_checkpoints(paths, tmp_path, monkeypatch, capsys):
     assert len([line for line in error if " in the last line of the records" in line]) == 6
     assert not [line for line in error if line.startswith("The teacher of ")]
     assert page.text().startswith("Shapes & sizes Shapes & sizes runs 6 runs of 3 settings")
+    assert "the teacher" in page.text("curves")  # its AP is not in the records
     said = page.text("errors")
     assert "the teacher" in said and "classification" in said and said.count("→") == 6 * len(METHODS)
     assert "By class: Mimic" in page.text("precision") and "disc" in page.text("precision")

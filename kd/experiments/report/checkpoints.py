@@ -19,7 +19,7 @@ from ...evaluation.evaluate import detect_views
 from ...evaluation.tide import ERRORS, mean
 from ...inference.detectors import load_with_data
 from ...work_dir.records import RunRecord, is_number, read_json
-from ..compare import Row
+from ..compare import Row, judge_gain
 
 SAME = 0.005  # difference in AP up to which a checkpoint is taken for that of the record; processors round differently
 WRONG = (ConfigError, DataError, CheckpointError)
@@ -53,7 +53,8 @@ def checkpoint_of(run: RunRecord) -> Path | None:
 
 
 def measure(rows: Sequence[Row], device: torch.device, score_thr: float) -> Evidence:
-    """Evaluate the checkpoint of each run on data.val, and the teacher of each distilled setting.
+    """Evaluate the checkpoint of each run on data.val, and the teacher of each distilled setting, whose AP is filled in
+    where it was not known.
 
     What does not work for one run is a note, and the others go on.
     Raises:
@@ -84,6 +85,10 @@ def measure(rows: Sequence[Row], device: torch.device, score_thr: float) -> Evid
         run = next((run for run in row.runs if run.path in found.measured), None)
         if row.methods and run is not None:
             add_teacher(found, run, teachers, device, score_thr)
+            if row.teacher is None and run.path in found.teachers:
+                row.teacher = mean(found.teachers[run.path].analysis.ap)
+                if row.gain is not None:  # now the share of the gap is known
+                    judge_gain(row, next(other for other in rows if other.name == row.verdict.baseline))
     return found
 
 

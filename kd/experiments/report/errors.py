@@ -27,9 +27,12 @@ def errors_part(rows: Sequence[Row], evidence: Evidence, advice: Html) -> Html:
         own = errors_of(one.analysis)
         cells.append([one.name, *(points(own[kind]) for kind in ("AP50", *ERRORS))])
     meaning = tag("ul", *(tag("li", tag("strong", kind), f": {text}") for kind, text in MEANINGS.items()))
+    together = tag("p", "The costs do not add up to what is missing to 100: one error can hide another.",
+                   class_="about")
     return join(table("AP50, and what it would gain without the errors of one kind, in points",
                       ["run", "AP50", *ERRORS], cells),
-                tag("details", tag("summary", "What the kinds of error are"), meaning), charts(rows, evidence))
+                tag("details", tag("summary", "What the kinds of error are"), meaning, together),
+                charts(rows, evidence))
 
 
 def values_of(row: Row, evidence: Evidence, name: str) -> tuple[float | None, float | None]:

@@ -43,7 +43,8 @@ def pictures_part(rows: Sequence[Row], evidence: Evidence, count: int, score_thr
                                     aria_hidden="true"), text) for kind, text in (
         ("object", "an object"), ("right", "an object that is found"), ("wrong", "a box that finds no object"),
         ("lost", "an object that is not found"))), class_="legend")
-    return join(said, key, *drawn)
+    hint = tag("p", "Point at a box to see its class and score.", class_="about screen")
+    return join(said, key, hint if drawn else None, *drawn)
 
 
 def columns_of(rows: Sequence[Row], evidence: Evidence) -> list[Column]:

@@ -16,6 +16,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
              "--disable-sync"]
 A4 = (595, 842)  # in points
+MOST = 300_000   # milliseconds, on a busy machine
 EVIL = "<script>alert(1)</script>"
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed: none of {', '.join(NAMES)}")
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installe
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as engine:
-        started = engine.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)  # with an empty profile
+        started = engine.chromium.launch(executable_path=BROWSER, args=ARGUMENTS, timeout=MOST)  # with an empty profile
         yield started
         started.close()
 
@@ -54,6 +55,7 @@ def pages(tmp_path_factory):
 def window(browser):
     """A window, with lists of what it asked for and of the messages of its console."""
     window = browser.new_page()
+    window.set_default_timeout(MOST)
     window.asked, window.messages = [], []
     window.on("request", lambda request: window.asked.append(request.url))
     window.on("console", lambda message: window.messages.append(message.text))
