@@ -1,6 +1,7 @@
 """Where the figures come from: the command, commit, machine and date of every run."""
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.errors import counted, one_line
 
@@ -48,7 +49,11 @@ def text_of(value: object) -> str:
 
 def command_of(content: dict) -> str:
     words = content.get("command")
-    return f"python {shlex.join(map(str, words))}" if isinstance(words, list) and words else UNKNOWN
+    if not isinstance(words, list) or not words:
+        return UNKNOWN
+    script = Path(str(words[0]))  # sweep.py starts runs by the whole path, which is nobody else's
+    first = f"scripts/{script.name}" if script.parent.name == "scripts" else str(script)
+    return f"python {shlex.join([first, *map(str, words[1:])])}"
 
 
 def commit_of(content: dict) -> str:

@@ -16,7 +16,7 @@ from kd.work_dir.records import read_runs
 
 ALONE, DISTILLED = (0.30, 0.31, 0.32), (0.36, 0.372, 0.378)  # gains of 6.0, 6.2 and 5.8 points
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
-ORIGIN = {"command": ["scripts/train.py", "--cfg", "a b.yaml"], "commit": "0123456789abcdef+",
+ORIGIN = {"command": ["/somewhere/scripts/train.py", "--cfg", "a b.yaml"], "commit": "0123456789abcdef+",
           "date": "2026-11-28T10:00:00+00:00", "versions": {"torch": "2.14"},
           "machine": {"system": "Linux", "device": "cpu", "threads": 2}}
 
