@@ -12,7 +12,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["kd", "kd.*", "models", "models.*", "losses", "data", "data.*"]),
-    package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")},
+    package_data={package: ["py.typed"] for package in ("kd", "models", "losses", "data")} | {
+        "kd.experiments.report": ["*.html", "*.css"]},
     install_requires=["torch>=2.7", "torchvision>=0.22", "pycocotools>=2.0.7", "numpy>=1.26", "pyyaml>=6", "tqdm>=4"],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff", "faster-coco-eval>=1.8", "av", "matplotlib",
@@ -29,5 +30,6 @@ setup(
         "mlflow": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"],  # with its default store, a database file
         "search": ["optuna>=4"],  # engine: optuna of sweep.py --search
         "hub": ["safetensors>=0.4"],  # .safetensors files
+        "browser": ["playwright>=1.50"],  # 50 MB; tests open the report in an installed Chromium, and skip without it
     },
 )

@@ -119,7 +119,11 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 def write_picture(path: Path, image: Tensor, quality: int = 95) -> None:
     """Write uint8 (3, h, w) as PNG, or as JPEG of this quality, as the name says; raises as `data.output.naming`."""
+    write_bytes(path, encode_picture(image, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality))
+
+
+def encode_picture(image: Tensor, kind: str = "JPEG", quality: int = 95) -> bytes:
+    """The content of a file with uint8 (3, h, w), of a `kind` that Pillow knows."""
     file = io.BytesIO()
-    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, kind, quality=quality)
-    write_bytes(path, file.getvalue())
+    return file.getvalue()

@@ -55,3 +55,8 @@ def test_what_is_installed(monkeypatch):
     marked = {package for package, files in said["package_data"].items() if "py.typed" in files}
     assert marked == {folder for folder in folders if "." not in folder}
     assert all((ROOT / package / "py.typed").is_file() for package in marked)
+    others = {path for package in said["packages"] for path in (ROOT / package.replace(".", "/")).glob("*.*")
+              if path.suffix != ".py" and path.is_file() and path.name != "py.typed"}
+    taken = {path for package, patterns in said["package_data"].items() for pattern in patterns
+             for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    assert others and others <= taken

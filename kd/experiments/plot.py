@@ -51,16 +51,22 @@ Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 def draw_group(axis: Any, label: str, curves: Sequence[Curve], number: int, marker: str = "") -> None:
     """Draw a curve as a line, or the mean of several curves in a band from the lowest to the highest."""
-    common = sorted(set.intersection(*(set(np.round(x, 6)) for x, _ in curves)))
-    if not common:
+    common, values = at_common_places(curves)
+    if not len(common):
         return
-    values = np.array([[y[np.round(x, 6) == place][0] for place in common] for x, y in curves])
     color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
     label = label if len(curves) == 1 else f"{label} ({len(curves)} seeds)"
     axis.plot(common, values.mean(0), style, color=color, label=label, marker=marker, linewidth=1.4, markersize=4,
               clip_on=not marker)
     if len(curves) > 1:
         axis.fill_between(common, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def at_common_places(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """The x (n,) that all curves have, and the y (curves, n) there."""
+    common = sorted(set.intersection(*(set(np.round(x, 6)) for x, _ in curves)))
+    values = [[y[np.round(x, 6) == place][0] for place in common] for x, y in curves]
+    return np.array(common), np.array(values)
 
 
 def draw_bar(axis: Any, label: str, values: Sequence[float], number: int) -> None:
@@ -131,16 +137,18 @@ def plot_losses(groups: dict[str, list[RunRecord]]) -> Any | None:
 
 def plot_aps(groups: dict[str, list[RunRecord]]) -> Any | None:
     """COCO's AP figures, and AP of each class if there are several, but few."""
-    def read(run: RunRecord, name: str) -> Curve:
-        values = [(line["epoch"] + 1, line.get(name, (line.get("per_class") or {}).get(name)))
-                  for line in run.evaluations]
-        values = [(epoch, 100 * ap) for epoch, ap in values if ap is not None]
-        return np.array([epoch for epoch, _ in values]), np.array([ap for _, ap in values])
     runs = [run for members in groups.values() for run in members]
     classes = list(dict.fromkeys(key for run in runs for line in run.evaluations for key in line.get("per_class", {})))
     names = [name for name in [*AP_FIGURES, *(classes if 1 < len(classes) <= MOST_CLASSES else [])]
-             if any(len(read(run, name)[0]) for run in runs)]
-    return plot_lines(groups, names, read, "AP, points", marker="o")
+             if any(len(ap_curve(run, name)[0]) for run in runs)]
+    return plot_lines(groups, names, ap_curve, "AP, points", marker="o")
+
+
+def ap_curve(run: RunRecord, name: str) -> Curve:
+    """A figure of COCO or the AP of a class over epochs, in points."""
+    values = [(line["epoch"] + 1, line.get(name, (line.get("per_class") or {}).get(name))) for line in run.evaluations]
+    values = [(epoch, 100 * ap) for epoch, ap in values if ap is not None]
+    return np.array([epoch for epoch, _ in values]), np.array([ap for _, ap in values])
 
 
 def plot_precision_recall(groups: dict[str, list[RunRecord]]) -> Any | None:

@@ -35,6 +35,11 @@ def number(value: float | None, unit: float, form: str = ".2f") -> str:
 
 def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
     """The table for people, AP in points."""
+    return (markdown_table if markdown else text_table)(*cells_of(rows))
+
+
+def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of that table."""
     header = ["run", "methods", "seeds", *AP_FIGURES, "gain", "verdict", "at equal time", "gap closed", "hours", "cost",
               "peak GiB", "parameters (M)", "GFLOPs", "GFLOPs of a step", "training images/s"]
     cells = [[row.name, row.methods or "-", ", ".join(str(run.seed) for run in row.runs),
@@ -43,7 +48,7 @@ def format_rows(rows: Sequence[Row], markdown: bool = False) -> str:
               gap_text(row.gap_closed), hours_text(row), number(row.relative_cost, 1),
               number(row.peak_memory, 2 ** 30), number(row.parameters, 1e6), number(row.flops, 1e9),
               number(row.step_flops, 1e9, ".1f"), number(row.images_per_second, 1, ".1f")] for row in rows]
-    return (markdown_table if markdown else text_table)(header, cells)
+    return header, cells
 
 
 def explain(rows: Sequence[Row]) -> str:
@@ -80,12 +85,17 @@ def explain_time(rows: Sequence[Row]) -> list[str]:
         elif row.epochs_to_equal is not None:
             lines.append(f"- {row.name}: in the given runs, no student alone was trained for as much time. Longer "
                          "training alone may give the same gain: train the student alone with train.epochs="
-                         f"{math.ceil(row.epochs_to_equal - 1e-6)} or a little more (and later milestones), with the "
-                         "same seeds, and give these runs, too.")
+                         f"{next_epochs(row)} or a little more (and later milestones), with the same seeds, and give "
+                         "these runs, too.")
         elif row.gain is not None and row.seconds is not None:
             lines.append(f"- {row.name}: its time cannot be compared with that of the student alone, because a time is "
                          "not known or the machines differ.")
     return lines
+
+
+def next_epochs(row: Row) -> int:
+    """The number of epochs for which to train the student alone, so that it takes as much time as this setting."""
+    return math.ceil(row.epochs_to_equal - 1e-6)
 
 
 def explain_costs(rows: Sequence[Row]) -> list[str]:

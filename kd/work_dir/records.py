@@ -149,14 +149,15 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
     return run
 
 
-def read_json(path: Path, advice: str) -> dict:
-    """The mapping in a JSON file; DataError with advice if it has none."""
+def read_json(path: Path, advice: str, kind: type = dict) -> dict | list:
+    """The mapping, or another kind, in a JSON file; DataError with advice if it has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
         raise DataError(f"{path} cannot be read ({error}): {advice}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} cannot be read (it must hold a mapping, not {shown(content)}): {advice}")
+    if not isinstance(content, kind):
+        wanted = "mapping" if kind is dict else "list"
+        raise DataError(f"{path} cannot be read (it must hold a {wanted}, not {shown(content)}): {advice}")
     return content
 
 

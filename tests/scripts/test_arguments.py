@@ -11,8 +11,8 @@ from runs import ROOT, run_script
 from data.ranges import Range
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-# Names and paths.
-FREE = {"cfg", "checkpoint", "classes", "input", "out", "overrides", "runs", "server"}
+# Names, paths and headings.
+FREE = {"cfg", "checkpoint", "classes", "input", "out", "overrides", "runs", "server", "title"}
 
 
 class Found(Exception):

@@ -1,0 +1,1 @@
+"""One page about runs, as a single HTML file."""
