@@ -73,8 +73,8 @@ def main() -> None:
         report = run_exported(cfg, args.exported, args.checkpoint, args.compile, not args.no_ap, args.rounds, note=note)
         print(format_exported(report))
     else:
-        from kd.benchmark.explain import format_where, run_where
         from kd.benchmark.run import format_report, run_benchmark
+        from kd.benchmark.where.report import format_where, run_where
 
         device = cli.choose_device(args.device)
         size, batch = SIZES[device.type]

@@ -27,8 +27,8 @@ def main() -> None:
     for path in args.cfg or CONFIGS:
         check_early(path, [], [], None)
     device = cli.choose_device(args.device or "cuda")
-    from kd.benchmark.gpu import Job, failures, run_gpu
-    from kd.benchmark.gpu_table import format_gpu
+    from kd.benchmark.gpu.run import Job, failures, run_gpu
+    from kd.benchmark.gpu.table import format_gpu
     from kd.benchmark.workload import Workload
     from kd.exceptions import Incomplete
 

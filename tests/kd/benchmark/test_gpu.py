@@ -9,11 +9,19 @@ from pretended_gpu import pretended_gpu
 from runs import config, config_with, model, run_script, write_config
 
 from data.sources.scenes import generate_scenes
-from kd.benchmark import gpu, variants
-from kd.benchmark.gpu import Job, LeftOut, Part, failures, parts, run_gpu, run_part
-from kd.benchmark.parity import compare_precision
+from kd.benchmark.gpu import run as gpu
+from kd.benchmark.gpu import variants
+from kd.benchmark.gpu.parity import compare_precision
+from kd.benchmark.gpu.run import Job, LeftOut, Part, failures, parts, run_gpu, run_part
+from kd.benchmark.gpu.variants import (
+    VARIANTS,
+    KeptCopies,
+    captured_step,
+    count_synchronisations,
+    time_feed,
+    time_variant,
+)
 from kd.benchmark.steps import build_subject, make_batch, prepare, training_step
-from kd.benchmark.variants import VARIANTS, KeptCopies, captured_step, count_synchronisations, time_feed, time_variant
 from kd.benchmark.workload import GPU_PARTS, Workload
 from kd.config import load_config
 from models.layers import from_host
@@ -155,7 +163,7 @@ def test_train_step_does_not_wait_for_a_gpu(path, amp):
 
 @pytest.mark.gpu
 def test_synchronisations_are_counted_on_a_gpu():
-    from kd.benchmark.variants import synchronisations
+    from kd.benchmark.gpu.variants import synchronisations
 
     with synchronisations() as found:
         x = torch.ones(3, device="cuda")

@@ -7,13 +7,13 @@ import torch
 from runs import config, model, run_script, write_config
 from torch import nn
 
-from kd.benchmark import explain
-from kd.benchmark.explain import format_where, run_where
-from kd.benchmark.floor import LAYOUTS, build_floor, record
-from kd.benchmark.onednn import summarise
 from kd.benchmark.steps import build_subject, make_batch, prepare, training_step
 from kd.benchmark.timing import with_flops
-from kd.benchmark.where import REST, where
+from kd.benchmark.where import report as explain
+from kd.benchmark.where.floor import LAYOUTS, build_floor, record
+from kd.benchmark.where.onednn import summarise
+from kd.benchmark.where.parts import REST, where
+from kd.benchmark.where.report import format_where, run_where
 from kd.benchmark.workload import Workload
 from kd.config import parse_config
 

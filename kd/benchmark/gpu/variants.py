@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import generate_scenes
 from data.sources.scenes import CLASSES
 
-from ..config import load_config, parse_config
-from ..engine.prefetch import prefetched
-from ..engine.run import build_run
-from ..engine.step import compute_losses, to_device
-from ..engine.train import train_step
-from .steps import Subject, build_subject, make_batch, prepare, training_step, update
-from .timing import Call, interleave, peak_gpu_memory, with_flops
-from .workload import Workload
+from ...config import load_config, parse_config
+from ...engine.prefetch import prefetched
+from ...engine.run import build_run
+from ...engine.step import compute_losses, to_device
+from ...engine.train import train_step
+from ...processes.timing import Call, interleave
+from ..steps import Subject, build_subject, make_batch, prepare, training_step, update
+from ..timing import peak_gpu_memory, with_flops
+from ..workload import Workload
 
 SYNCHRONISING = "called a synchronizing"  # PyTorch's warning
 WARM = 2  # steps before the synchronisations are counted: anchors, choices of cuDNN, state of the optimiser

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from models.heads.fcos import FCOSHead
 
-from ..build import build_model
-from ..config import Config, parse_config
-from ..distiller import Distiller
-from ..engine.step import compute_losses, seed_step, to_device
-from ..exceptions import TrainingError
-from .steps import make_batch, prepare
-from .workload import Workload
+from ...build import build_model
+from ...config import Config, parse_config
+from ...distiller import Distiller
+from ...engine.step import compute_losses, seed_step, to_device
+from ...exceptions import TrainingError
+from ..steps import make_batch, prepare
+from ..workload import Workload
 
 LOSS_SCALES = (2.0 ** 10, 2.0 ** 5, 1.0, 2.0 ** -5)  # in fp16: the first without overflow, as a GradScaler finds it
 # The largest difference from float32: of each loss, in units of this loss, and of the whole gradient, in its norm.

@@ -15,18 +15,19 @@ import torch
 from data.errors import DataError, counted
 from data.output import write_text
 
-from ..checks import check_files
-from ..config import load_config
-from ..engine.train import train
-from ..exceptions import Incomplete, Stopped
-from .gpu_table import format_gpu
+from ...checks import check_files
+from ...config import load_config
+from ...engine.train import train
+from ...exceptions import Incomplete, Stopped
+from ...processes.timing import interleave, medians_ms
+from ..run import format_report, names, run_benchmark
+from ..timing import machine, matmul_call
+from ..workload import CONFIGS, GPU_PARTS, Workload
 from .parity import compare_precision, with_methods
-from .run import format_report, names, run_benchmark
-from .timing import interleave, machine, matmul_call, medians_ms
+from .table import format_gpu
 from .variants import VARIANTS, count_synchronisations, has_teachers, time_feed, time_variant
-from .workload import CONFIGS, GPU_PARTS, Workload
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PARITY = ("configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml",
           "configs/crosskd/crosskd_r50_atss_r101_1x.yaml", "configs/crosskd/crosskd_r50_fcos_r101_ms_2x.yaml")
 TRAINING = "configs/bccd/student_gfl_r18w16.yaml"  # RESULTS.md has its AP on a CPU

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..processes.timing import Call, interleave, medians_ms
+from ...processes.timing import Call, interleave, medians_ms
 
 aten = torch.ops.aten
 LAYOUTS = ("ordinary", "channels_last")

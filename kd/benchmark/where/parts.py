@@ -10,9 +10,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..distiller import Distiller
-from ..processes.timing import Call, synchronize
-from .steps import Subject
+from ...distiller import Distiller
+from ...processes.timing import Call, synchronize
+from ..steps import Subject
 
 PART = "part: "  # of an annotation's name
 BACKWARD = "autograd::engine::evaluate_function: "

@@ -7,18 +7,18 @@ import torch
 from data.errors import counted
 from data.tables import text_table
 
-from ..config import load_config
-from ..exceptions import UsageError
-from ..processes.timing import interleave, medians_ms
-from . import steps
-from .against import STEP, shown
-from .busy import BusyWatch
+from ...config import load_config
+from ...exceptions import UsageError
+from ...processes.timing import interleave, medians_ms
+from .. import steps
+from ..against import STEP, shown
+from ..busy import BusyWatch
+from ..run import YARDSTICK, names
+from ..timing import machine
+from ..workload import Workload
 from .floor import LAYOUTS, build_floor
 from .onednn import run_in_process
-from .run import YARDSTICK, names
-from .timing import machine
-from .where import where
-from .workload import Workload
+from .parts import where
 
 FLOOR = "floor: "
 LISTED = 12  # rows of a table

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, parse_config
-from ..engine.layout import Layout
-from .steps import build_subject, make_batch, training_step
-from .workload import Workload
+from ...config import Config, parse_config
+from ...engine.layout import Layout
+from ..steps import build_subject, make_batch, training_step
+from ..workload import Workload
 
 LINE = re.compile(r"onednn_verbose(?:,v\d+)?,primitive,exec,cpu,(.*)")
 MEMORY = re.compile(r"(src|dst):[^:]*:[^:]*:[^:]*:([^:]*):")  # src:f32::blocked:acdb::f0
@@ -32,7 +32,7 @@ def run_in_process(cfg: Config, work: Workload, layout: Layout) -> dict | None:
     """
     if not torch.backends.mkldnn.is_available():
         return None
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()),
                         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     given = json.dumps({"cfg": cfg, "work": asdict(work), "layout": asdict(layout)})
