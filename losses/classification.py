@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from data.ranges import NonNegative, Share
 
 from .reduce import at_least_float32, modulate, reduce_loss
-from .summed import background, one_class, summed_loss, towards
+from .sliced import background, one_class, summed_loss, towards
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

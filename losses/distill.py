@@ -9,7 +9,7 @@ from data.ranges import NonNegative, Temperature
 
 from .channels import rescaled_channels
 from .reduce import at_least_float32, modulate, reduce_loss
-from .summed import EXACT, summed_loss, towards
+from .sliced import EXACT, summed_loss, towards
 
 
 def kd_quality_focal_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None, beta: float = 1.0,

@@ -2,7 +2,7 @@
 
 Autograd runs a dozen operators forward and two dozen backward for a focal loss, and keeps half of their results:
 16 MB each for RetinaNet on a small image. With the gradient's formula there are ten operators in all, most of them in
-place, and only the gradient is kept.
+place, and only the gradient is kept. They run on slices of MOST scores, which is mostly one slice, to limit memory.
 """
 from collections.abc import Callable
 from typing import Any

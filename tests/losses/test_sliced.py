@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import losses.summed
+import losses.sliced
 from losses import binary_kd_loss, kd_quality_focal_loss, quality_focal_loss, sigmoid_focal_loss
 
 N, P, C = 2, 13, 5
@@ -18,9 +18,9 @@ def arguments(name: str, dtype: torch.dtype) -> tuple:
 @pytest.fixture
 def slices(monkeypatch):
     """Slices of four rows, so that the last slice is shorter. The result lists the slices."""
-    monkeypatch.setattr(losses.summed, "MOST", 4 * C + 1)
-    seen, plain = [], losses.summed.background
-    monkeypatch.setattr(losses.summed, "background", lambda *args: seen.append(args) or plain(*args))
+    monkeypatch.setattr(losses.sliced, "MOST", 4 * C + 1)
+    seen, plain = [], losses.sliced.background
+    monkeypatch.setattr(losses.sliced, "background", lambda *args: seen.append(args) or plain(*args))
     return seen
 
 
@@ -31,14 +31,14 @@ def slices(monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_value_and_gradient(name, options, weighted, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(losses.summed, "MOST", 4 * C + 1)
+    monkeypatch.setattr(losses.sliced, "MOST", 4 * C + 1)
     function, other = arguments(name, torch.float64)
     weight = torch.rand(N, P, dtype=torch.float64) if weighted else None
     pred = (3 * torch.randn(N, P, C, dtype=torch.float64)).requires_grad_()
     factor = torch.tensor(3.0, dtype=torch.float64)
     value = function(pred, other, weight, avg_factor=factor, **options)
     gradient, = torch.autograd.grad(2 * value, pred)
-    whole = function(pred, other, weight, reduction="sum", **options) / (factor + losses.summed.EPS)
+    whole = function(pred, other, weight, reduction="sum", **options) / (factor + losses.sliced.EPS)
     expected, = torch.autograd.grad(2 * whole, pred)
     torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-14)
