@@ -19,6 +19,8 @@ from kd.config import load_config
 from models import Detector, build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml")  # those that train
+                 if path.parent.name != "_base_" and not path.stem.startswith("space_"))
 
 
 def model(channels: int = 8, head: str = "GFLHead") -> dict:

@@ -3,14 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, built
+from runs import CONFIGS, ROOT, built
 from small_models import make_batch
 
 from kd import METHODS
 from kd.config import load_config
 
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "_base_"
-                 and not path.stem.startswith("space"))
 HEAD_LOSSES = {"GFLHead": {"loss_dfl"}, "ATSSHead": {"loss_centerness"}, "FCOSHead": {"loss_centerness"},
                "RetinaHead": set()}
 METHOD_LOSSES = {"CrossKD": {"loss_cls_kd", "loss_reg_kd"}, "Mimic": {"loss_cls_kd", "loss_reg_kd"},

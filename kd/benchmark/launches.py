@@ -1,5 +1,5 @@
 """What a call asks of a device: kernels, waits and bytes. These numbers have no noise, and need no GPU."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.kernels = self.waits = self.bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.partition("::")[2] + "." + function._overloadname
         if function.namespace == "profiler" or function.is_view or name.startswith(ALLOCATES):

@@ -145,7 +145,7 @@ def _used(weights: Weights, project: str, keep_counters: bool = False) -> Iterat
 
 
 def _no_counterpart(project: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{project}'s RetinaNet has no counterpart of {what}; docs/commands.md lists the settings "
+    return CheckpointError(f"{project}'s RetinaNet has no counterpart of {what}; docs/shipping.md lists the settings "
                            "of models that can be converted")
 
 
@@ -233,7 +233,7 @@ def remarks(detector: Detector | None, project: str) -> list[str]:
         found.append(f"give its batch norms the eps {', '.join(f'{each:g}' for each in sorted(eps))}")
     anchors, stage = detector.bbox_head.prior_generator, detector.backbone.layer2[0]
     if project == "torchvision" and anchors.style != "torchvision":
-        found.append("give it the anchors of this model, which torchvision rounds (docs/commands.md)")
+        found.append("give it the anchors of this model, which torchvision rounds (docs/shipping.md)")
     elif not _are_default(anchors):
         found.append("give it the sizes, ratios and offset of this model's anchors, which are not its own")
     if project == "detectron2" and isinstance(stage, Bottleneck) and stage.conv1.stride == (1, 1):

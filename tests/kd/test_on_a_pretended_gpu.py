@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretended_gpu import on_gpu, pretended_gpu, run_backward, set_gradients, unknown_sizes
-from runs import ROOT, without_size
+from runs import CONFIGS, ROOT, without_size
 from small_models import HEADS, VARIANTS, make_batch, small_config, small_distiller, teacher_entry
 
 import models.postprocess
@@ -25,7 +25,6 @@ from kd.optim import build_optimizer
 from models.backbones import resnet
 
 CUDA = torch.device("cuda")
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "_base_")
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,8 @@ def measure_one(name: str, cfg: Config, checkpoint: Path | str, device: torch.de
                 part: str | None = None) -> Measured:
     """Raises as `load_with_data`."""
     detector, dataset = load_with_data(cfg, checkpoint, device, part)
-    evaluation = coco_evaluation(detect_views(detector, cfg, dataset, device), dataset, fast=False)
+    evaluation = coco_evaluation(detect_views(detector, cfg, dataset, device), dataset, fast=False,
+                                 matches=True)
     return Measured(name, analyze_evaluation(name, evaluation, dataset, score_thr),
                     precision_recall(evaluation, dataset), dataset)
 

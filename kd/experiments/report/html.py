@@ -36,7 +36,7 @@ def left_out(*children: str) -> Html:
     return tag("p", tag("strong", "Left out: "), *children, class_="missing")
 
 
-def code(text: str) -> Html:
+def in_code(text: str) -> Html:
     return tag("code", text)
 
 

@@ -7,7 +7,7 @@ from data.errors import counted, one_line
 
 from ...work_dir.records import RunRecord, read_json
 from ..compare import Row
-from .html import Html, breakable, code, join, tag
+from .html import Html, breakable, in_code, join, tag
 
 UNKNOWN = "not known"
 ORDER = ("command", "commit", "date", "machine", "versions", "teacher", "start", "records")
@@ -32,7 +32,7 @@ def setting_origin(runs: Sequence[RunRecord]) -> Html:
         for entry in said:
             entries.setdefault(entry, []).append(f"seed {run.seed}")
     ordered = sorted(entries.items(), key=lambda item: ORDER.index(item[0][0]))
-    return tag("dl", *(join(tag("dt", name), tag("dd", code(text) if name == "command" else text,
+    return tag("dl", *(join(tag("dt", name), tag("dd", in_code(text) if name == "command" else text,
                                                  "" if len(seeds) == len(runs) else f" ({', '.join(seeds)})"))
                        for (name, text), seeds in ordered))
 

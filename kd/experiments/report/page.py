@@ -19,7 +19,7 @@ from .checkpoints import Evidence, measure, stored_errors
 from .errors import errors_part
 from .figures import costs_part, curves_part, figures_part, precision_part
 from .gains import gains_part
-from .html import Html, bullets, code, join, left_out, tag
+from .html import Html, bullets, in_code, join, left_out, tag
 from .origin import origin_part, summary
 from .pictures import pictures_part
 
@@ -84,8 +84,8 @@ def page(rows: Sequence[Row], evidence: Evidence, curves: dict[Path, dict], comm
     distilled, rows = any(row.verdict for row in rows), [*distilled_first(rows), *best_first(rows)]
     title = title or ("Does distillation pay?" if distilled else "Trained detectors" if len(rows) > 1 else
                       "A trained detector")
-    advice = join("The same command with ", code("--analyze"), " computes them, if the work dirs still hold ",
-                  code("last.pth"), ".") if analyze is None else join("No checkpoint could be evaluated.")
+    advice = join("The same command with ", in_code("--analyze"), " computes them, if the work dirs still hold ",
+                  in_code("last.pth"), ".") if analyze is None else join("No checkpoint could be evaluated.")
     score_thr, count = (analyze.score_thr, analyze.pictures) if analyze else (0.3, 0)
     parts = {
         "title": title, "summary": summary(rows), "answer": answer(rows), "figures": figures_part(rows),

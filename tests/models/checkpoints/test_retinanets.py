@@ -110,13 +110,13 @@ def test_torchvision_detects_the_same(tmp_path, norm, source):
 
 @pytest.mark.parametrize("anchors", ["mmdet", "detectron2"])
 def test_torchvision_with_other_anchors(tmp_path, monkeypatch, anchors):
-    """The code in docs/commands.md gives it the anchors, because its own are rounded; their order is changed."""
+    """The code in docs/shipping.md gives it the anchors, because its own are rounded; their order is changed."""
     model = section(anchors=anchors, classes=3)
     ours = lively(model)
     monkeypatch.chdir(tmp_path)
     line = convert_checkpoint(file_of(tmp_path, ours, model), "torchvision", "student_torchvision.pth")
-    assert "give it the anchors of this model, which torchvision rounds (docs/commands.md)" in line
-    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert "give it the anchors of this model, which torchvision rounds (docs/shipping.md)" in line
+    page = (ROOT / "docs" / "shipping.md").read_text(encoding="utf-8")
     code, scope = re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1], {}
     exec(compile(code, "<page>", "exec"), scope)  # noqa: S102 our own page
     theirs = scope["model"]

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from runs import ROOT, run_script
+from runs import CONFIGS, ROOT, run_script
 
 from kd.config import load_config
 from models.checkpoints import sources
@@ -12,7 +12,6 @@ from models.checkpoints.zoo import ZOO, Published, checksum, published_config, z
 from models.weights import CheckpointError, load_weights
 
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
-CONFIGS = [path for path in PAGES if path.suffix == ".yaml" and path.parent.name != "_base_"]
 
 
 def test_a_name_stands_for_an_address(monkeypatch):
