@@ -18,6 +18,7 @@ from kd import METHODS
 from kd.build import build_model
 from kd.config import load_config, parse_config
 from kd.engine.average import WeightAverage
+from kd.engine.clock import PartsClock
 from kd.engine.finite import FiniteWatch
 from kd.engine.run import Run
 from kd.engine.train import train_step
@@ -197,7 +198,7 @@ def test_a_whole_training_step(settings, monkeypatch, tmp_path):
         model, other = build(cfg), build(cfg)
         run = Run(cfg, CUDA, tmp_path, model, build_optimizer(cfg.optimizer, model, 2),
                   torch.amp.GradScaler("cuda", enabled=settings.get("amp") == "fp16"), None, None, FiniteWatch(CUDA),
-                  None)
+                  None, PartsClock(torch.device("cpu")), None)
         monkeypatch.setattr(Run, "steps_per_epoch", 10)
         if cfg.train.ema:
             monkeypatch.setattr(copy, "deepcopy", lambda _: other.student)  # a fake tensor cannot be copied

@@ -37,7 +37,7 @@ def measured(dataset, found, name="x"):
     """`found`: (image id, class, box, score)."""
     results = [(i, np.array([[*box, score, k] for at, k, box, score in found if at == i]).reshape(-1, 6))
                for i in dataset.image_ids]
-    evaluation = coco_evaluation(results, dataset, fast=False)
+    evaluation = coco_evaluation(results, dataset, fast=False, matches=True)
     return Measured(name, analyze_evaluation(name, evaluation, dataset), precision_recall(evaluation, dataset), dataset)
 
 
