@@ -73,8 +73,12 @@ def hashable(value: Any) -> Any:
 
 def record(call: Call) -> list[Convolution]:
     """The convolutions of a call, in order, each without what oneDNN could compute along with it."""
-    with torch.backends.mkldnn.flags(enabled=False), Recorder() as recorder:
-        call()
+    enabled, *_ = torch.backends.mkldnn.set_flags(False)  # its context manager `flags` warns about other settings
+    try:
+        with Recorder() as recorder:
+            call()
+    finally:
+        torch.backends.mkldnn.set_flags(enabled)
     return recorder.found
 
 
