@@ -26,13 +26,14 @@ def main() -> None:
     check(args)
     cli.check_runs(args.runs)
     from kd.experiments.report.page import Analyze, write_report
+    from kd.work_dir.provenance import command
     from kd.work_dir.records import read_runs
 
     runs, notes = read_runs(args.runs)
     notes += [f"{run.path} is left out: it has not been evaluated yet" for run in runs if not run.evaluations]
     asked = {name: value for name in ("score_thr", "pictures") if (value := getattr(args, name)) is not None}
     analyze = Analyze(cli.choose_device(args.device), **asked) if args.analyze else None
-    notes += write_report(runs, args.out, f"python {shlex.join(sys.argv)}", args.title, cli.fraction(args.teacher_ap),
+    notes += write_report(runs, args.out, f"python {shlex.join(command())}", args.title, cli.fraction(args.teacher_ap),
                           analyze)
     if notes:
         print("\n".join(notes), file=sys.stderr)

@@ -23,7 +23,7 @@ def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
     """
     paths = [teacher.source for teacher in cfg.teachers]
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "config": cfg,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command(), "config": cfg,
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | {
             name: version(name) for name in ("torchvision", "numpy", "pycocotools")},
@@ -32,6 +32,15 @@ def provenance(cfg: Config, device: torch.device, init: dict[str, str]) -> dict:
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type},
         "teachers": {path: file_hash(local_path(path)) for path in paths if path is not None},
         "teacher_models": teacher_models(cfg), "init": init}
+
+
+def command() -> list[str]:
+    """The words of this process's command. A script of this project has its path in the project, from wherever it was
+    called, so that records name no folder of one machine.
+    """
+    script, project = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[2]
+    inside = script.is_relative_to(project)
+    return [script.relative_to(project).as_posix() if inside else sys.argv[0], *sys.argv[1:]]
 
 
 def teacher_models(cfg: Config) -> list[dict | None]:

@@ -17,7 +17,6 @@ from ..detector import Detector
 from .formats import Weights
 from .unpickler import CheckpointError
 
-PROJECTS = ("torchvision", "detectron2")
 EPS = 1e-5          # of both projects' batch norms
 TOWER = 4           # convolutions in a tower of torchvision's head
 WIDTH = 64          # of the first stage of torchvision's ResNets, and of all with basic blocks in detectron2

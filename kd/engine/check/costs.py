@@ -16,6 +16,7 @@ from ...inference.precision import autocast
 from ...optim import build_optimizer
 from ...processes import distributed
 from ...processes.memory import peak_memory
+from ...processes.timing import synchronize
 from ..average import WeightAverage
 from ..clock import PartsClock
 from ..finite import FiniteWatch
@@ -95,7 +96,7 @@ def measure_costs(run: Run, groups: list[Group], loading: float | None) -> tuple
             torch.cuda.reset_peak_memory_stats(run.device)
         # The first steps are slower: they set up what later ones use.
         first = [train_step(each, model, group)[0] for group in own]
-        synchronize(run.device)
+        synchronize()
         memory.append(peak_memory(run.device))
     lines = measure_seldom(run) if run.distiller else []
     seconds = time_in_turn(runs, models, shown)
@@ -129,10 +130,10 @@ def time_in_turn(runs: list[Run], models: list[nn.Module], shown: list[list[Grou
     for _ in range(ROUNDS):
         for place in range(len(shown[0])):
             for each, model, groups, times in zip(runs, models, shown, seconds):
-                synchronize(each.device)
+                synchronize()
                 before = time.perf_counter()
                 train_step(each, model, groups[place])
-                synchronize(each.device)
+                synchronize()
                 times[place].append(time.perf_counter() - before)
         if distributed.from_first(time.perf_counter() - start > ENOUGH):  # all processes stop together
             break
@@ -196,7 +197,7 @@ def time_detection(run: Run) -> tuple[int, int, float] | None:
         images = detector.preprocess(shown[0].to(run.device), shown[1])
         with autocast(run.device, run.cfg.train.amp):
             found = detector.predict(images, shown[1])
-        synchronize(run.device)
+        synchronize()
         seconds = time.perf_counter() - before
     detector.train(was_training)
     return sum(len(each["boxes"]) for each in found), len(found), seconds / len(found)
@@ -205,9 +206,3 @@ def time_detection(run: Run) -> tuple[int, int, float] | None:
 def is_busy() -> bool:
     """Whether more programs ask for the processors than there are; False where the system does not tell."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the work on a device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -51,7 +51,7 @@ def command_of(content: dict) -> str:
     words = content.get("command")
     if not isinstance(words, list) or not words:
         return UNKNOWN
-    script = Path(str(words[0]))  # sweep.py starts runs by the whole path, which is nobody else's
+    script = Path(str(words[0]))  # earlier versions recorded whole paths, which are those of one machine
     first = f"scripts/{script.name}" if script.parent.name == "scripts" else str(script)
     return f"python {shlex.join([first, *map(str, words[1:])])}"
 
