@@ -7,7 +7,7 @@ import torch
 
 from data import CocoDataset, find_data
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 
 
 def test_relative_paths_start_from_the_data_folder(monkeypatch):
