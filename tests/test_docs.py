@@ -24,7 +24,7 @@ from models.detector import BACKBONES, HEADS
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 MAPS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/README.md")]
-LINKED = [*MAPS, ROOT / "RESULTS.md", ROOT / "configs" / "README.md",
+LINKED = [*MAPS, ROOT / "RESULTS.md", *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "configs" / "README.md",
           *(ROOT / "docs" / name for name in PAGES if name != "README.md")]
 FOLDERS = ("kd", "models", "losses", "data", "scripts", "configs", "tests", "docs", "results")
 

@@ -1,4 +1,4 @@
-"""The tables in RESULTS.md agree with the records in results/."""
+"""The tables in RESULTS.md and docs/results/ agree with the records in results/."""
 import json
 import re
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from kd.experiments.compare import Row, compare, over_seeds
 from kd.experiments.tables import gap_text, with_deviation
 from kd.work_dir.records import read_runs
 
-RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-RECORD = re.compile(r"\[[^]]+\]\((results/[^)]+)\)")
+PAGES = [ROOT / "RESULTS.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+RECORD = re.compile(r"\[[^]]+\]\((?:\.\./\.\./)?(results/[^)]+)\)")
 
 
 def tables() -> Iterator[list[list[str]]]:
-    """The cells of every table, with its header first."""
-    for block in re.findall(r"(?:^\|.*\|\n)+", RESULTS, re.M):
+    """The cells of every table on every page, with its header first."""
+    for block in re.findall(r"(?:^\|.*\|\n)+", "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES), re.M):
         header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
         yield [header, *rows]
 
@@ -73,7 +73,8 @@ def test_a_row(record, cells, teacher):
 
 def test_every_record_is_linked_to():
     records = {record_of(metrics).relative_to(ROOT).as_posix() for metrics in (ROOT / "results").rglob("*.jsonl")}
-    assert records and not [record for record in sorted(records) if f"({record})" not in RESULTS]
+    linked = {record for page in PAGES for record in RECORD.findall(page.read_text(encoding="utf-8"))}
+    assert records and not sorted(records - linked)
 
 
 def record_of(metrics: Path) -> Path:

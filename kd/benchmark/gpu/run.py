@@ -30,7 +30,7 @@ from .variants import VARIANTS, count_synchronisations, has_teachers, time_feed,
 ROOT = Path(__file__).resolve().parents[3]
 PARITY = ("configs/crosskd/crosskd_r18_gfl_r50_1x.yaml", "configs/crosskd/crosskd_r18_retinanet_r50_1x.yaml",
           "configs/crosskd/crosskd_r50_atss_r101_1x.yaml", "configs/crosskd/crosskd_r50_fcos_r101_ms_2x.yaml")
-TRAINING = "configs/bccd/student_gfl_r18w16.yaml"  # RESULTS.md has its AP on a CPU
+TRAINING = "configs/bccd/student_gfl_r18w16.yaml"  # docs/results/ has its AP on a CPU
 TEST_SECONDS = 240  # the most that the tests may take
 
 
