@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from sys import float_info
@@ -147,6 +147,32 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
         run.teacher_models = models if isinstance(models, list) else []
         run.machine = content.get("machine") if isinstance(content.get("machine"), dict) else {}
     return run
+
+
+def with_figures(runs: Sequence[RunRecord], name: str) -> tuple[list[RunRecord], list[str]]:
+    """The same runs with the figures that the file `name` in each work dir has, as `eval.py --out` writes it, in place
+    of those of training. Runs without the file are left out, and give a note each.
+
+    Raises:
+        DataError: a file that has no figures.
+    """
+    found, notes = [], []
+    for run in runs:
+        path = run.path / name
+        if not path.is_file():
+            notes.append(f"{run.path} is left out: there is no {name} in it; eval.py --out writes it")
+            continue
+        if not run.evaluations or run.config is None:
+            notes.append(f"{run.path} is left out: training has not ended, or there is no run.json in it")
+            continue
+        advice = f"write it with eval.py --out {path}"
+        line = run.evaluations[-1] | read_json(path, advice)
+        if "AP" not in read_json(path, advice) or not is_record(line):
+            raise DataError(f"{path} has no figures of an evaluation: {advice}")
+        # A teacher's AP on data.val must not be taken for one on these images, so data.val is not that any more.
+        config = run.config | {"data": run.config["data"] | {"val": name}}
+        found.append(replace(run, config=config, evaluations=[line]))
+    return found, notes
 
 
 def read_json(path: Path, advice: str, kind: type = dict) -> dict | list:

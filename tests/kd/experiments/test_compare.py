@@ -13,7 +13,7 @@ from kd.evaluation.cost import count_flops, count_parameters
 from kd.experiments.compare import compare, cost
 from kd.experiments.tables import explain
 from kd.experiments.verdict import paired_interval, t_quantile
-from kd.work_dir.records import group_runs, read_runs, setting
+from kd.work_dir.records import group_runs, read_runs, setting, with_figures
 from models import build_detector
 
 DIGEST = hashlib.sha256(TEACHER).hexdigest()
@@ -134,6 +134,33 @@ def test_a_list_of_one_data_set_is_the_same_setting_as_no_list():
     for lr in (0.01, {"per_image": 0.01}):
         other["optimizer"] = {"lr": lr}
         assert f'"lr": {json.dumps(lr)}' in setting(other)
+
+
+def test_figures_from_a_file_in_each_work_dir(tmp_path, monkeypatch, capsys):
+    """As eval.py --out writes them, for example on the test part. A teacher's AP on other images is not taken."""
+    paths = study(tmp_path)
+    for path, ap in zip(paths, (0.2, 0.22, 0.3, 0.3)):  # not the teacher
+        (path / "test.json").write_text(json.dumps({"AP": ap, "AP50": 2 * ap, "per_class": {}}))
+    runs, notes = with_figures(read_runs(paths)[0], "test.json")
+    assert len(notes) == 1 and "teacher is left out: there is no test.json in it; eval.py --out writes it" in notes[0]
+    alone, crosskd = compare(runs)
+    assert alone.figures["AP50"][0] == pytest.approx(0.42) and crosskd.gain == pytest.approx(0.09)
+    assert crosskd.verdict.baseline == "alone" and crosskd.gap_closed is None
+    (paths[-1] / "test.json").write_text('{"AP": 0.4}')
+    assert {row.name: row for row in compare(with_figures(read_runs(paths)[0], "test.json")[0])
+            }["crosskd"].gap_closed == pytest.approx(0.09 / 0.19)
+    assert run_script(monkeypatch, "compare.py", *paths, "--figures", "test.json") == 0
+    assert "+9.0" in capsys.readouterr().out
+
+
+def test_figures_from_a_file_that_has_none(tmp_path, monkeypatch, capsys):
+    paths = study(tmp_path)
+    assert run_script(monkeypatch, "compare.py", *paths, "--figures", "test.json") == 2
+    assert "no run has a test.json: " in capsys.readouterr().err
+    for text in ('{"classes": 3}', '{"AP": "high"}', "[]", "AP 0.3"):
+        (paths[0] / "test.json").write_text(text)
+        assert run_script(monkeypatch, "compare.py", *paths, "--figures", "test.json") == 2
+        assert f"write it with eval.py --out {paths[0] / 'test.json'}" in capsys.readouterr().err
 
 
 def test_names_of_runs_in_folders_of_a_seed_each(tmp_path):
