@@ -109,7 +109,7 @@ def check_levels(levels: Sequence[int], student: Sequence[int], teacher: Sequenc
 
 def module_channels(detector: Detector, name: str, key: str) -> int:
     """The output channels of a module's last convolution; ConfigError if there is no such module or convolution."""
-    modules = dict(detector.named_modules())
+    modules = {key: module for key, module in detector.named_modules() if key}  # without the detector itself
     if name not in modules:
         raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')
     convolutions = [module for module in modules[name].modules() if isinstance(module, nn.Conv2d)]
