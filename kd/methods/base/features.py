@@ -25,6 +25,9 @@ class FeaturePairs(nn.Module):
         self.student_modules = tuple(student_modules or ())
         self.teacher_modules = tuple(teacher_modules or self.student_modules)
         self.unpaired: list[int] = []  # strides of the student's maps for which the teacher has none
+        if teacher_modules and not student_modules:
+            raise ConfigError("teacher_modules", "names modules of the teacher, and student_modules does not say which "
+                                                 "of the student they are compared with: add student_modules")
         if self.student_modules:
             if levels is not None or len(self.student_modules) != len(self.teacher_modules):
                 raise ConfigError("student_modules", "give these or levels, not both, and as many as teacher_modules")

@@ -285,3 +285,10 @@ def test_a_single_cell_of_one_image_has_no_divergence():
 def test_statistics_of_all_processes_need_the_norm():
     with pytest.raises(ConfigError, match="sync_stats: is about the statistics that norm needs"):
         small_distiller({"type": "CWD", "sync_stats": True})
+
+
+@pytest.mark.parametrize("argument", [{"levels": [0]}, {"student_modules": ["neck.fpn_convs.0.conv"]},
+                                      {"teacher_modules": ["neck.fpn_convs.0.conv"]}, {"adapter_kernel": 3}])
+def test_cwd_on_scores_takes_no_choice_of_maps(argument):
+    with pytest.raises(ConfigError, match=f"CWD on logits compares the scores of all levels: .*{[*argument][0]}"):
+        small_distiller({"type": "CWD", "on": "logits", **argument})

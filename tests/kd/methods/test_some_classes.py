@@ -73,7 +73,7 @@ def test_no_gradient_in_the_other_classes_of_crossed_heads(head, monkeypatch):
 
 
 @pytest.mark.parametrize("method, key", [(PREDICTION[0], "loss_cls_kd"), (PREDICTION[1], "loss_cls_kd"),
-                                         (PREDICTION[2], "loss_kd")], ids=name)
+                                         (PREDICTION[2], "loss_kd"), (PREDICTION[5], "loss_cls_kd")], ids=name)
 def test_two_specialists_are_as_good_as_one_teacher_of_all(method, key):
     """Their class losses add up to those of a teacher with the same weights that knows all classes."""
     whole = small_distiller(method)
