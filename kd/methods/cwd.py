@@ -45,8 +45,8 @@ class CWD(Method):
         if self.teacher_head:
             self.teacher_levels = ()
             if (levels, student_modules, teacher_modules, adapter_kernel) != (None, None, None, 1):
-                raise ConfigError("", "CWD on logits compares the scores of all levels: remove levels, student_modules, "
-                                      "teacher_modules and adapter_kernel")
+                raise ConfigError("", "CWD on logits compares the scores of all levels: remove levels, "
+                                      "student_modules, teacher_modules and adapter_kernel")
             check_same_predictions(student.bbox_head, teacher.bbox_head, "CWD on logits", boxes=False)
         else:
             self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)

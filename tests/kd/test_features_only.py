@@ -186,6 +186,8 @@ def test_methods_on_predictions(method, entry, monkeypatch):
     (RCNN | {"cfg": "a.yaml"}, "torchvision: describes the teacher, and so do others"),
     (RCNN | {"class_map": [0, 1, 2]}, "class_map: makes no sense with torchvision"),
     (RCNN | {"part": "student"}, "part: makes no sense with torchvision"),
+    (RCNN | {"checkpoint": "zoo:gfl_r50_1x"}, "checkpoint: zoo:gfl_r50_1x has weights of another network"),
+    (RCNN | {"checkpoint": "torchvision://resnet50"}, "checkpoint: torchvision://resnet50 has weights of another"),
     (RCNN | {"arguments": {}}, "arguments: are those of factory, which is missing"),
     ({"model": small_config(), "checkpoint": None, "preprocess": {}}, "preprocess: is for torchvision or factory"),
     (FACTORY | {"factory": "feature_networks"}, "factory: must be module:function"),
@@ -239,8 +241,9 @@ def test_a_wrong_factory_or_method_is_found_before_weights_are_downloaded(monkey
 def test_the_place_of_an_error_is_in_the_users_code(tmp_path, monkeypatch):
     (tmp_path / "wrong_syntax.py").write_text("def build(:")
     monkeypatch.syspath_prepend(tmp_path)
-    for entry, message in ((FACTORY | {"factory": "wrong_syntax:build"}, r"SyntaxError: .* \(wrong_syntax.py, line 1\)$"),
-                           (FACTORY | {"arguments": {"channels": -1}}, r"\(.*feature_networks.py, line \d+\)$")):
+    wrong = FACTORY | {"factory": "wrong_syntax:build"}, FACTORY | {"arguments": {"channels": -1}}
+    for entry, message in zip(wrong, (r"SyntaxError: .* \(wrong_syntax.py, line 1\)$",
+                                      r"\(.*feature_networks.py, line \d+\)$")):
         with pytest.raises(ConfigError, match=message):
             small_distiller({"type": "FGD"}, teacher=entry)
 
