@@ -41,9 +41,16 @@ class Unlabelled:
         return [find_data(path) for path in ([self.images] if isinstance(self.images, str) else self.images)]
 
     def check_paths(self) -> None:
-        """Raise DataError if a folder is not there."""
+        """Raise DataError if a folder is not there, or is in another one, so that its images would count twice."""
         for folder in self.folders:
             check_there("folder of data.unlabelled", folder, folder=True)
+        real = [folder.resolve() for folder in self.folders]
+        for i, folder in enumerate(real):
+            for j, other in enumerate(real):
+                if i != j and folder.is_relative_to(other):
+                    raise DataError(f"data.unlabelled.images: {self.folders[i]} is "
+                                    f"{'named twice' if folder == other else f'in {self.folders[j]}'}, so its images "
+                                    "would be used twice: remove it")
 
 
 @dataclass
@@ -92,5 +99,6 @@ def find_data(path: str | Path) -> Path:
 def check_there(what: str, path: Path, folder: bool = False) -> None:
     """Raise DataError if a path from a configuration does not exist, or is no folder and has to be one."""
     if not (path.is_dir() if folder else path.exists()):
-        raise DataError(f"{what} {path} does not exist: correct the path, or set DENSEKD_DATA to the folder that "
-                        "relative paths start from")
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{what} {path} {problem}: correct the path, or set DENSEKD_DATA to the folder that relative "
+                        "paths start from")

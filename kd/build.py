@@ -8,6 +8,7 @@ from torch import nn
 
 from models import ConfigError, Detector, ModelConfig, build_detector
 from models.backbones.features import (
+    FeatureMaps,
     check_torchvision,
     factory_code,
     factory_features,
@@ -48,8 +49,10 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     for entry in cfg.teachers:
         if entry.torchvision is not None:
             check_torchvision(entry.torchvision, "distill.teacher.torchvision")
-    check_combination(cfg, pretrained)
-    student, teachers, methods = build_parts(cfg.model, cfg.teachers, distill.methods, pretrained)
+    with torch.random.fork_rng(devices=[]):
+        networks = [factory_network(entry) for entry in cfg.teachers]
+    check_combination(cfg, pretrained, networks)
+    student, teachers, methods = build_parts(cfg.model, cfg.teachers, networks, distill.methods, pretrained)
     for own in methods:
         log_unpaired(student, own, [entry["type"] for entry in distill.methods])
     common = [read_section(MethodOptions, split_options(entry, MethodOptions)[0], f"distill.methods.{i}")
@@ -68,23 +71,23 @@ def build_distiller(cfg: Mapping, pretrained: bool = True) -> Distiller:
     return model
 
 
-def check_combination(cfg: Config, pretrained: bool) -> None:
+def check_combination(cfg: Config, pretrained: bool, networks: list[FeatureMaps | None]) -> None:
     """Raise ConfigError for methods that cannot work with this pair, before weights are downloaded and read.
 
-    Student and teachers are built once without weights. A teacher of a `factory` is left out, because its code would
-    run twice.
+    Student and teachers are built once without weights. `networks` are those of `factory_network`.
     """
-    teachers = [entry for entry in cfg.teachers if entry.factory is None]
-    if pretrained and cfg.model.backbone.get("weights") or any(entry.checkpoint is not None for entry in teachers):
+    entries = [replace(entry, checkpoint=None) for entry in cfg.teachers]
+    if pretrained and cfg.model.backbone.get("weights") or entries != cfg.teachers:
         with torch.random.fork_rng(devices=[]):
-            build_parts(cfg.model, [replace(entry, checkpoint=None) for entry in teachers], cfg.distill.methods, False)
+            build_parts(cfg.model, entries, networks, cfg.distill.methods, False)
 
 
-def build_parts(model: ModelConfig, entries: list[TeacherConfig], methods: list[dict], pretrained: bool
-                ) -> tuple[Detector, list[Detector], list[list[Method]]]:
-    """Student, teachers, and for each teacher the methods."""
+def build_parts(model: ModelConfig, entries: list[TeacherConfig], networks: list[FeatureMaps | None],
+                methods: list[dict], pretrained: bool) -> tuple[Detector, list[Detector], list[list[Method]]]:
+    """Student, teachers, and for each teacher the methods. `networks` are those of `factory_network`."""
     student = build_detector(model, pretrained)
-    teachers = [build_teacher(entry, student.bbox_head.num_classes) for entry in entries]
+    teachers = [build_teacher(entry, student.bbox_head.num_classes, network)
+                for entry, network in zip(entries, networks)]
     return student, teachers, [build_methods(methods, student, teacher) for teacher in teachers]
 
 
@@ -142,10 +145,21 @@ def unique_names(said: list[str | None], kinds: list[str], key: str) -> list[str
     return names
 
 
-def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
-    """Build a teacher and load its weights; unless its configuration gives a class count, it has the student's."""
+def factory_network(entry: TeacherConfig) -> FeatureMaps | None:
+    """The network of a teacher with a `factory`, whose code runs; None for other teachers."""
+    if entry.factory is None:
+        return None
+    return factory_features(entry.factory, entry.arguments or {}, "distill.teacher.factory")
+
+
+def build_teacher(entry: TeacherConfig, num_classes: int, network: FeatureMaps | None = None) -> Detector:
+    """Build a teacher and load its weights; unless its configuration gives a class count, it has the student's.
+
+    Args:
+        network: that of `factory_network`, if there is one; by default it is built here.
+    """
     if entry.features_only:
-        teacher = build_features_teacher(entry)
+        teacher = build_features_teacher(entry, network)
     else:
         model = teacher_model(entry)
         check_teachers_map(entry, model, num_classes)
@@ -158,12 +172,12 @@ def build_teacher(entry: TeacherConfig, num_classes: int) -> Detector:
     return teacher
 
 
-def build_features_teacher(entry: TeacherConfig) -> Detector:
+def build_features_teacher(entry: TeacherConfig, network: FeatureMaps | None = None) -> Detector:
     """Build a teacher without a head, from `torchvision` or `factory`, and load its weights."""
     if entry.torchvision is not None:
         backbone, own = torchvision_features(entry.torchvision, entry.source, "distill.teacher.torchvision")
     else:
-        backbone = factory_features(entry.factory, entry.arguments or {}, "distill.teacher.factory")
+        backbone = network or factory_network(entry)
         own = getattr(backbone.model, "preprocess", None)
     if own is None and entry.preprocess is None:
         raise ConfigError("distill.teacher.preprocess", f"missing: give the mean and std (in 0..255) and channel_order "

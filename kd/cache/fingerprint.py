@@ -2,14 +2,17 @@
 import hashlib
 import platform
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import torch
 
+import models
 from models import Detector, ModelConfig
 
 from .needs import Needs
 
-LAYOUT = 1  # raise it if other code gives other answers, or writes other files
+LAYOUT = 1  # raise it if other code writes other files
 NOT_ASKED = ("assigner", "loss_cls", "loss_bbox", "loss_dfl", "loss_centerness", "weights", "pos_weight",
              "allowed_border", "restrict_to_pad", "center_sampling", "center_sample_radius", "regress_ranges")
 
@@ -20,6 +23,17 @@ def weights_hash(detector: Detector) -> str:
     for name, value in sorted(detector.state_dict().items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the code that computes answers: all of `models` except its readers of checkpoints."""
+    found, folder = hashlib.sha256(), Path(models.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder)
+        if name.parts[0] != "checkpoints":
+            found.update(f"{name.as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
     return found.hexdigest()[:32]
 
 
@@ -53,7 +67,7 @@ def all_settings(given: Mapping, student: Detector, teacher: Detector, needs: Ne
     weight = next(teacher.parameters())
     pixels = {who: {"statistics": detector.preprocess.statistics, "order": detector.preprocess.channel_order}
               for who, detector in (("student", student), ("teacher", teacher))}
-    return plain({"layout": LAYOUT, "weights": weights_hash(teacher), **given, "numbers": numbers,
+    return plain({"layout": LAYOUT, "code": code_hash(), "weights": weights_hash(teacher), **given, "numbers": numbers,
                   "preprocess": pixels,
                   "precision": teacher.precision, "device": weight.device.type,
                   "dtype": str(weight.dtype).removeprefix("torch."), "needs": needs._asdict()})

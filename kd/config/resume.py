@@ -156,9 +156,16 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         name = "data.batch_size times the number of processes" if self.key == "data.batch_size" else self.key
-        old, new = (json.dumps(value, default=str) for value in (self.old, self.new))
+        old, new = (json.dumps(types_of(value), default=str) for value in (self.old, self.new))
         old, new = (text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for text in (old, new))
         return f"{name} was {old} and is {new}"
+
+
+def types_of(value: Any) -> Any:
+    """The types of a list of sections that have one, which is shorter than the list; other values as they are."""
+    if isinstance(value, list) and all(isinstance(each, Mapping) and "type" in each for each in value):
+        return [each["type"] for each in value]
+    return value
 
 
 def rule_of(key: str) -> Rule | None:

@@ -116,6 +116,9 @@ class TeacherConfig:
                 raise ConfigError("preprocess", "is for torchvision or factory; the model section of another teacher "
                                                 "has its own")
             return
+        if self.torchvision is not None and (self.checkpoint or "").startswith(("zoo:", "torchvision://")):
+            raise ConfigError("checkpoint", f"{self.checkpoint} has weights of another network than torchvision's "
+                                            f"{self.torchvision}: write DEFAULT for its own, or a path or address")
         key = "torchvision" if self.factory is None else "factory"
         if sum(value is not None for value in (self.cfg, self.model, self.torchvision, self.factory)) > 1:
             raise ConfigError(key, "describes the teacher, and so do others of cfg, model, torchvision and factory: "

@@ -312,10 +312,12 @@ def describe_run(run: Run) -> str:
         lines.append(f"WARNING: {counted(steps, 'step')} in total; detectors usually need some thousands: raise "
                      "train.epochs and schedule.milestones")
     if run.distiller:
-        for teacher, methods in zip(run.distiller.teachers, run.distiller.methods):
+        teachers = zip(run.cfg.teachers, run.distiller.teachers, run.distiller.methods)
+        for i, (entry, teacher, methods) in enumerate(teachers):
             names = ", ".join(type(method).__name__ for method in methods)
-            lines.append(f"teacher: {brief(teacher, size)}, {f'distilled by {names}' if names else 'not distilled'}"
-                         f"{knowledge(teacher, data.classes)}")
+            which = "" if len(run.cfg.teachers) == 1 else f" {i} ({entry.name})" if entry.name else f" {i}"
+            lines.append(f"teacher{which}: {brief(teacher, size)}, "
+                         f"{f'distilled by {names}' if names else 'not distilled'}{knowledge(teacher, data.classes)}")
     boxes = np.bincount(flat(data.labels)[0], minlength=data.num_classes)
     if absent := [name for name, number in zip(data.classes, boxes) if not number]:
         lines.append(f"classes without a box in the training data, which are not learned: {listed(absent, ', ')}")

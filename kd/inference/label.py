@@ -1,8 +1,9 @@
 """Annotations made of detections, to train on: from a detector, or from a file of COCO results."""
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def label_images(cfg: Config, checkpoint: str, sources: Sequence[Source], device
                 results.add(sample, found, sources[sample.targets[0]["image_id"] - 1].name)
             bar.update(len(batch))
     results.sort()
-    return make_labels(results.images, results.results, classes.categories, "the detections"), problems
+    return make_labels(results.images, enumerate(results.results), classes.categories, "the detections"), problems
 
 
 def label_results(file: Path, annotations: Path, score_thr: float, exceptions: Exceptions = ()) -> Labels:
@@ -94,7 +95,8 @@ def label_results(file: Path, annotations: Path, score_thr: float, exceptions: E
     classes = Classes([str(each["name"]) for each in categories], [each["id"] for each in categories])
     lowest = dict(zip(classes.ids, class_thresholds(classes, score_thr, exceptions, OPTION).tolist()))
     results = read_results(file)
-    kept = [each for each in results if each["score"] >= lowest.get(key_of(each["category_id"]), 0)]
+    kept = [(place, each) for place, each in enumerate(results)
+            if each["score"] >= lowest.get(key_of(each["category_id"]), 0)]
     return make_labels(list(known["images"]), kept, known["categories"], f"results file {file}")
 
 
@@ -126,18 +128,19 @@ def read_results(file: Path) -> list[dict]:
     return content
 
 
-def make_labels(images: list[dict], results: list[dict], categories: list[dict], where: str) -> Labels:
+def make_labels(images: list[dict], results: Iterable[tuple[int, dict]], categories: list[dict], where: str) -> Labels:
     """Annotations of results, numbered from 1, clipped to their images; without those that training would leave out.
 
     Args:
+        results: with their places in the list that they are from.
         where: the results are from, for errors.
     Raises:
         DataError: results of unknown images or categories, or with wrong boxes; names that no file may have.
     """
-    annotations = [{"id": number, "image_id": each["image_id"], "category_id": each["category_id"],
-                    "bbox": each["bbox"], "iscrowd": 0, "score": each["score"]}
-                   for number, each in enumerate(results, 1)]
-    raise_problems(where, find_problems({"images": images, "annotations": annotations, "categories": categories}))
+    annotations = [{"id": place, "image_id": each["image_id"], "category_id": each["category_id"],
+                    "bbox": each["bbox"], "iscrowd": 0, "score": each["score"]} for place, each in results]
+    found = find_problems({"images": images, "annotations": annotations, "categories": categories})
+    raise_problems(where, [each._replace(text=re.sub("^annotation ", "entry ", each.text)) for each in found])
     of_id, kept, dropped = {image["id"]: image for image in images}, [], Counter()
     for annotation in annotations:
         image = of_id[annotation["image_id"]]
@@ -160,4 +163,5 @@ def clipped(box: Sequence[float], image: dict) -> list[float]:
 def raise_problems(where: object, problems: list[Problem]) -> None:
     """Raise DataError with the first problems, if there are any."""
     if problems:
-        raise DataError(f"{where}: {counted(len(problems), 'problem')}: {listed([each.text for each in problems])}")
+        raise DataError(f"{where}: {counted(len(problems), 'problem')}: {listed([each.text for each in problems])}; "
+                        "correct the file")

@@ -300,7 +300,7 @@ def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tup
         chosen: a score for each class in place of `score_thr`, see `load_thresholds`; None leaves out all detections
             of the class.
     Raises:
-        UsageError: an exception names a class that does not exist.
+        UsageError: an exception names a class that does not exist, or a class twice.
     """
     thresholds = torch.full((len(classes.names),), score_thr)
     if chosen is not None:
@@ -308,6 +308,8 @@ def class_thresholds(classes: Classes, score_thr: float, per_class: Sequence[tup
     for name, score in per_class:
         if name not in classes.names:
             raise UsageError(f'{option} {name}={score}: there is no class "{name}"; {nearest(name, classes.names)}')
+        if [other for other, _ in per_class].count(name) > 1:
+            raise UsageError(f"{option}: {name} has more than one score: give one")
         thresholds[classes.names.index(name)] = score
     return thresholds
 

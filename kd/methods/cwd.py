@@ -44,8 +44,9 @@ class CWD(Method):
             raise ConfigError("sync_stats", "is about the statistics that norm needs: set norm: true, or remove it")
         if self.teacher_head:
             self.teacher_levels = ()
-            if levels is not None or student_modules is not None:
-                raise ValueError("CWD on logits compares all levels: remove levels and student_modules")
+            if (levels, student_modules, teacher_modules, adapter_kernel) != (None, None, None, 1):
+                raise ConfigError("", "CWD on logits compares the scores of all levels: remove levels, "
+                                      "student_modules, teacher_modules and adapter_kernel")
             check_same_predictions(student.bbox_head, teacher.bbox_head, "CWD on logits", boxes=False)
         else:
             self.pair_features(student, teacher, levels, student_modules, teacher_modules, adapter_kernel)

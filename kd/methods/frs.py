@@ -9,7 +9,7 @@ from losses import at_least_float32, kd_quality_focal_loss, mean_over_processes
 from models import Detector, DetectorPass
 from models.build import ConfigError
 
-from .base import HeatMap, Method, check_same_predictions, link, split_levels
+from .base import HeatMap, Method, check_same_predictions, compared_scores, link, split_levels
 
 # The authors' weights of the two losses for the student's head. They did not use ATSS; it has FCOS's.
 WEIGHTS = {"RetinaHead": (0.005, 0.02), "GFLHead": (0.1, 0.05), "FCOSHead": (0.01, 0.05), "ATSSHead": (0.01, 0.05)}
@@ -23,7 +23,8 @@ class FRS(Method):
         feat:  sum(M (conv(s) - t)^2) / sum(M)
         cls:   sum(M BCE(p, q)) / sum(M)
     BCE is the binary cross-entropy of each class. sum(M) is averaged over processes. As in the authors' code, a trained
-    convolution adapts the features of every level, also between maps of equal width.
+    convolution adapts the features of every level, also between maps of equal width. If the teacher knows only some
+    classes, both losses are about these.
 
     Args:
         distill_feat_weight: weight of the loss on features. Default, by the student's head: 0.005 for RetinaNet, 0.1
@@ -35,6 +36,7 @@ class FRS(Method):
     """
 
     teacher_head = True
+    some_classes = True
     needs_labels = False
     needs = ("features", "scores", "same heads", "same classes")
     needs_with = {"distill_cls_weight: 0": ("features", "scores")}
@@ -64,7 +66,7 @@ class FRS(Method):
         totals = mean_over_processes(torch.stack([mask.sum() for mask in masks]), least=tiny)
         masks = [mask / total for mask, total in zip(masks, totals)]
         if self.feat_weight:
-            maps = zip(self.align, self.pairs.maps(student, teacher), self.pairs.levels)
+            maps = zip(self.align, self.pairs.maps(student, teacher), self.pairs.teacher_levels)
             errors = [(at_least_float32(align(own)) - at_least_float32(other)).square().sum(1) * masks[level]
                       for align, (own, other), level in maps]
             losses["loss_frs_feat"] = self.feat_weight * sum(error.sum() for error in errors)
@@ -72,7 +74,7 @@ class FRS(Method):
             anchors = student.head.prior_generator.num_anchors
             weight = torch.cat([mask.flatten(1) for mask in masks], 1).repeat_interleave(anchors, 1)  # (N, P)
             losses["loss_frs_cls"] = self.cls_weight * kd_quality_focal_loss(
-                student.outputs.cls, teacher.outputs.cls, weight, beta=0, avg_factor=1.0)
+                *compared_scores(student, teacher), weight, beta=0, avg_factor=1.0)
         return losses
 
     def weights(self) -> dict[str, float]:
@@ -80,8 +82,10 @@ class FRS(Method):
 
     def links(self, student: DetectorPass, teacher: DetectorPass) -> list[str]:
         lines = super().links(student, teacher) if self.feat_weight else []
-        scores = [link("class scores", student.outputs.cls, "class scores", teacher.outputs.cls)]
-        return lines + (scores if self.cls_weight else [])
+        if self.cls_weight:
+            own, other = compared_scores(student, teacher)
+            lines.append(link("class scores", own, "class scores", other))
+        return lines
 
     def charts(self, student: DetectorPass, teacher: DetectorPass, trained: bool) -> dict[str, list[list[HeatMap]]]:
         """The teacher's highest score in each cell; a column for each level."""

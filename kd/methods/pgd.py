@@ -12,7 +12,7 @@ from models.assigners import box_chunks, pairwise_overlap
 from models.build import ConfigError
 from models.targets import pad_targets
 
-from .base import HeatMap, Method, adapter, link, split_levels
+from .base import HeatMap, Method, adapter, known_anchors, link, split_levels
 
 # The authors move each position at random by up to 0.05 pixel, so that a covariance has an inverse. This is the
 # variance of such a move in each direction. Added to the covariance, it does the same without chance.
@@ -36,6 +36,7 @@ class PGD(Method):
     Gaussian is fitted to their centres by maximum likelihood. A cell's weight is `exp(-d^2 / 2)`, d the Mahalanobis
     distance of its centre to the mean. Cells outside the box, or of quality zero, have weight 0. A cell in the regions
     of several objects takes the largest weight. Where a cell has several anchors, it has the best quality of these.
+    Objects of a class that the teacher does not know have no key region, and their cells are not background either.
 
     With student and teacher features s and t (N, C, H, W) of a level, T the temperature, S = HW softmax(mean_c |t| / T)
     over positions, and A = C softmax(|t| / T) over channels in each cell, S' and A' the same of s, the losses are
@@ -66,6 +67,7 @@ class PGD(Method):
     """
 
     teacher_head = True
+    some_classes = True
     needs = ("scores", "boxes", "same classes")
 
     def __init__(self, student: Detector, teacher: Detector, tower_convs: Number = 1, temperature: Positive = 0.8,
@@ -132,15 +134,16 @@ class PGD(Method):
         weights, covered = [torch.zeros_like(valid, dtype=predicted.dtype) for _ in self.xi], torch.zeros_like(valid)
         for part in box_chunks(truth.boxes, len(priors.boxes)):
             boxes = truth.boxes[:, part]
-            counts = truth.real[:, part].unsqueeze(-1) & valid.unsqueeze(1)  # (N, G, cells)
-            inside = in_boxes(points, boxes) & counts
+            inside = in_boxes(points, boxes) & truth.real[:, part].unsqueeze(-1) & valid.unsqueeze(1)  # (N, G, cells)
+            covered |= inside.any(1)
+            known = known_anchors(truth.real[:, part], truth.labels[:, part], head)  # (N, G)
+            counts = known.unsqueeze(-1) & valid.unsqueeze(1)
             overlap = pairwise_overlap(boxes, predicted)  # (N, G, P)
             score = logits.gather(1, truth.labels[:, part].unsqueeze(-1).expand_as(overlap)).sigmoid()
             for i, xi in enumerate(self.xi):
                 quality = (score.pow(1 - xi) * overlap.pow(xi)).unflatten(-1, (-1, anchors)).amax(-1) * counts
-                weight = gaussian_weights(points, quality, self.topk) * inside
+                weight = gaussian_weights(points, quality, self.topk) * (inside & counts)
                 weights[i] = torch.maximum(weights[i], weight.amax(1))
-            covered |= inside.any(1)
         return Regions(*weights, (valid & ~covered).to(weights[0].dtype))
 
     def weights(self) -> dict[str, float]:
@@ -170,7 +173,7 @@ def check_heads(student: nn.Module, teacher: nn.Module, tower_convs: int) -> Non
     if student.num_classes != teacher.num_classes:
         raise ConfigError("", "PGD needs the teacher's scores of the student's classes, and the student has "
                               f"{counted(student.num_classes, 'class')} and the teacher {teacher.num_classes}; give "
-                              "the teacher a class_map")
+                              "the teacher a class_map, with null for classes that it does not know")
     for name, head in (("student", student), ("teacher", teacher)):
         if tower_convs > head.stacked_convs:
             raise ConfigError("tower_convs", f"must be from 0 to {head.stacked_convs}, the number of convolutions in "

@@ -179,6 +179,12 @@ def factory_code(factory: str) -> str:
 
 
 def brief(error: Exception) -> str:
-    """An error from code of the user in one line, with its place."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return one_line(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})", 400)
+    """An error from code of the user in one line, with the last line of code that is not an installed package's."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):  # it names its place itself
+        return one_line(said, 400)
+    places = [place for place in traceback.extract_tb(error.__traceback__)
+              if Path(place.filename).is_file() and "site-packages" not in place.filename and
+              Path(place.filename) != Path(__file__)]
+    where = [f" ({place.filename}, line {place.lineno})" for place in places[-1:]]
+    return one_line(said + "".join(where), 400)

@@ -186,6 +186,8 @@ def test_methods_on_predictions(method, entry, monkeypatch):
     (RCNN | {"cfg": "a.yaml"}, "torchvision: describes the teacher, and so do others"),
     (RCNN | {"class_map": [0, 1, 2]}, "class_map: makes no sense with torchvision"),
     (RCNN | {"part": "student"}, "part: makes no sense with torchvision"),
+    (RCNN | {"checkpoint": "zoo:gfl_r50_1x"}, "checkpoint: zoo:gfl_r50_1x has weights of another network"),
+    (RCNN | {"checkpoint": "torchvision://resnet50"}, "checkpoint: torchvision://resnet50 has weights of another"),
     (RCNN | {"arguments": {}}, "arguments: are those of factory, which is missing"),
     ({"model": small_config(), "checkpoint": None, "preprocess": {}}, "preprocess: is for torchvision or factory"),
     (FACTORY | {"factory": "feature_networks"}, "factory: must be module:function"),
@@ -214,6 +216,36 @@ def test_other_refusals(tmp_path):
     torch.save(Pyramid(4).state_dict(), tmp_path / "narrow.pth")
     with pytest.raises(CheckpointError, match="distill.teacher: .*other shapes for"):
         small_distiller({"type": "FGD"}, teacher=FACTORY | {"checkpoint": str(tmp_path / "narrow.pth")})
+
+
+def test_a_wrong_factory_or_method_is_found_before_weights_are_downloaded(monkeypatch):
+    """The code runs once, and the student's weights do not depend on it."""
+    calls, asked = [], []
+    monkeypatch.setattr("feature_networks.build", lambda channels=8: calls.append(1) or Pyramid(channels))
+    monkeypatch.setattr("models.checkpoints.sources._download", lambda url: asked.append(url) or "/nowhere.pth")
+    student = small_config(backbone={"weights": "https://example.org/r18.pth"})
+    for teacher, levels in ((FACTORY | {"factory": "feature_networks:broken"}, None), (FACTORY, [4]),
+                            (FACTORY | {"checkpoint": "https://example.org/own.pth"}, [4])):
+        with pytest.raises(ConfigError):
+            build_distiller({"model": student, "distill": {"teacher": teacher, "methods": [
+                {"type": "PKD", "levels": levels}]}})
+    assert asked == [] and len(calls) == 2
+    weights = []
+    for teacher in (FACTORY, {"model": small_config(), "checkpoint": None}):
+        torch.manual_seed(3)
+        weights.append(build_distiller({"model": small_config(), "distill": {
+            "teacher": teacher, "methods": [{"type": "PKD"}]}}).student.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in weights)))
+
+
+def test_the_place_of_an_error_is_in_the_users_code(tmp_path, monkeypatch):
+    (tmp_path / "wrong_syntax.py").write_text("def build(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    wrong = FACTORY | {"factory": "wrong_syntax:build"}, FACTORY | {"arguments": {"channels": -1}}
+    for entry, message in zip(wrong, (r"SyntaxError: .* \(wrong_syntax.py, line 1\)$",
+                                      r"\(.*feature_networks.py, line \d+\)$")):
+        with pytest.raises(ConfigError, match=message):
+            small_distiller({"type": "FGD"}, teacher=entry)
 
 
 # --- a run ---

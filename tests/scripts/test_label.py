@@ -152,7 +152,9 @@ def test_images_that_cannot_be_read_are_told(lively, tmp_path, monkeypatch, caps
     ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": "1"}], "has the score '1', not a number"),
     ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3], "score": 1}], "has bbox [1, 2, 3], not four finite"),
     ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, -3, 4], "score": 1}], "negative width or height"),
-    ([{"image_id": 99, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "has the unknown image_id 99"),
+    ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": score} for score in (0.1, 0.2)]
+     + [{"image_id": 99, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}],
+     "results.json: 1 problem: entry 2 has the unknown image_id 99; correct the file"),
     ([{"image_id": [], "category_id": {}, "bbox": [1, 2, 3, 4], "score": 1}], "has the unknown image_id []")])
 def test_wrong_results(lively, tmp_path, monkeypatch, capsys, content, part):
     (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -175,6 +177,8 @@ def test_wrong_results(lively, tmp_path, monkeypatch, capsys, content, part):
     (["--checkpoint", "x", "--input", "{in}", "--score-thr", "0.5", "0.6"], "--score-thr has 2 numbers for all"),
     (["--checkpoint", "{model}", "--cfg", "{cfg}", "--input", "{in}", "--score-thr", "dics=0.5"],
      '--score-thr dics=0.5: there is no class "dics"; did you mean "disc"?'),
+    (["--checkpoint", "{model}", "--cfg", "{cfg}", "--input", "{in}", "--score-thr", "disc=0.5", "disc=0.6"],
+     "--score-thr: disc has more than one score: give one"),
     (["--checkpoint", "x", "--input", "{in}", "--score-thr", "=0.5"], "is not of the form NAME=NUMBER"),
     (["--checkpoint", "x", "--input", "{in}", "--score-thr", "cat=2"], "--score-thr: must be from 0 to 1, not 2.0"),
     (["--checkpoint", "x", "--input", "{mixed}"], "holds 1 video (film.mp4), and only images can be labelled")])

@@ -25,6 +25,9 @@ class FeaturePairs(nn.Module):
         self.student_modules = tuple(student_modules or ())
         self.teacher_modules = tuple(teacher_modules or self.student_modules)
         self.unpaired: list[int] = []  # strides of the student's maps for which the teacher has none
+        if teacher_modules and not student_modules:
+            raise ConfigError("teacher_modules", "names modules of the teacher, and student_modules does not say which "
+                                                 "of the student they are compared with: add student_modules")
         if self.student_modules:
             if levels is not None or len(self.student_modules) != len(self.teacher_modules):
                 raise ConfigError("student_modules", "give these or levels, not both, and as many as teacher_modules")
@@ -109,7 +112,7 @@ def check_levels(levels: Sequence[int], student: Sequence[int], teacher: Sequenc
 
 def module_channels(detector: Detector, name: str, key: str) -> int:
     """The output channels of a module's last convolution; ConfigError if there is no such module or convolution."""
-    modules = dict(detector.named_modules())
+    modules = {key: module for key, module in detector.named_modules() if key}  # without the detector itself
     if name not in modules:
         raise ConfigError(key, f'the detector has no module "{name}"; {nearest(name, modules)}')
     convolutions = [module for module in modules[name].modules() if isinstance(module, nn.Conv2d)]

@@ -150,9 +150,13 @@ def test_damaged_images_are_handled_as_labelled_ones(config, tmp_path):
 def test_bad_folders(config, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, part in ((tmp_path / "none", "none does not exist"), (tmp_path / "empty", "hold no image"),
-                         (tmp_path / "a" / "notes.txt", "notes.txt does not exist")):
+                         (tmp_path / "a" / "notes.txt", "notes.txt is not a folder")):
         with pytest.raises(DataError, match=part):
             build_dataset(replace(config, unlabelled=Unlabelled(str(folder))), "train", True)
+    for folders, part in ((["a", "b", "a/../a"], "a is named twice"), (["b", "a/deep", "a"], "deep is in .*a, so its")):
+        with pytest.raises(DataError, match=f"^data.unlabelled.images: .*{part}.*: remove it$"):
+            Unlabelled([str(tmp_path / folder) for folder in folders]).check_paths()
+    config.unlabelled.check_paths()
     section = {"train": {"images": "a", "annotations": "b"}}
     for more, part in (({"unlabelled": {}}, "data.unlabelled.images"), ({"unlabelled": {"images": []}}, "at least one"),
                        ({"unlabelled": {"images": "a", "annotations": "b"}}, "annotations"),

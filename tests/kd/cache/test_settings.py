@@ -9,7 +9,7 @@ from small_models import make_batch, same_losses, small_config, teacher_entry
 
 from data.augment.presets import PRESETS
 from data.samplers import TrainBatchSampler
-from kd.cache import store
+from kd.cache import fingerprint, store
 from kd.cache.expected import expect
 from kd.config import parse_config
 from kd.engine.check import check
@@ -60,6 +60,20 @@ def test_a_factory_whose_code_has_changed_is_another_teacher(tmp_path, monkeypat
         assert len(folders(tmp_path / "answers")) == folder_count
         assert expected is None or same_losses(losses, expected)
         expected = losses
+
+
+def test_answers_of_other_code_are_not_used(tmp_path, monkeypatch):
+    def run():
+        distiller = caching(*SETS["CrossKD"], folder=tmp_path)
+        distiller.loss(*make_batch(**FLOAT))
+        distiller.caches[0].finish()
+        return distiller.caches[0]
+
+    assert len(fingerprint.code_hash()) == 32 and run().computed == 2 and run().computed == 0
+    monkeypatch.setattr(fingerprint, "code_hash", lambda: "other")
+    changed = run()
+    assert changed.computed == 2 and len(folders(tmp_path)) == 2
+    assert "code was" in store.others(tmp_path, changed.settings, {changed.fingerprint})[0]
 
 
 def test_a_run_names_the_folders_that_it_does_not_use(scenes, tmp_path):

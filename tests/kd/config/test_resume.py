@@ -91,7 +91,7 @@ def test_each_changed_setting_is_found_with_its_rule(tmp_path):
 @pytest.mark.parametrize("path, value, text, rule", [
     ("distill", None, "distill was {", REFUSE),
     ("data.val", None, "data.val was {", WARN),
-    ("distill.methods", [{"type": "PKD"}], "distill.methods was [{", REFUSE),
+    ("distill.methods", [{"type": "PKD"}], 'distill.methods was ["CrossKD", "FGD", "CWD"] and is ["PKD"]', REFUSE),
     ("optimizer", {"type": "AdamW"}, 'optimizer.type was "SGD" and is "AdamW"', REFUSE),
     ("optimizer.lr", 0.001, "optimizer.lr was 0.01 and is 0.001", WARN),
     ("data.batch_size", 8, "data.batch_size times the number of processes was 4 and is 8", REFUSE)])

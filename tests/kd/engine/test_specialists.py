@@ -43,6 +43,7 @@ def test_from_their_training_to_the_pictures(folder, monkeypatch, capsys):
     for i, text in enumerate(knows):
         assert f"distilled by CrossKD, FGD, {text}" in printed and f"from teacher {i}, {text}: times 1" in printed
         assert f" teacher {i}, {text}: AP " in printed
+        assert f"teacher {i} ({teachers[i]['name']}): " in printed
     assert "student class scores (4, 86, 2) <-" in printed and "student class scores (4, 86, 4) <-" in printed
 
     run = folder / "run"

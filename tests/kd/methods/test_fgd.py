@@ -254,6 +254,7 @@ def test_modules_by_name_are_the_levels_that_they_give():
     ({"student_modules": ["neck.fpn_conv.0"]}, 'no module "neck.fpn_conv.0"; did you mean "neck.fpn_convs.0"'),
     ({"student_modules": ["backbone.relu"]}, "no convolution"),
     ({"student_modules": ["backbone.layer3"], "levels": [0]}, "give these or levels, not both"),
+    ({"teacher_modules": ["backbone.layer3"]}, "teacher_modules: .* add student_modules"),
     ({"student_modules": ["backbone.layer3"], "teacher_modules": ["backbone.layer2", "backbone.layer3"]}, "each"),
 ])
 def test_modules_that_cannot_be_distilled(arguments, message):

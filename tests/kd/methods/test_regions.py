@@ -243,6 +243,21 @@ def test_frs_of_some_levels():
     assert [g is not None for g in gradients] == [False, True, False, True, False]
 
 
+def test_frs_weighs_each_map_by_the_scores_of_its_own_level():
+    """The teacher's levels have other numbers than the student's levels of the same strides."""
+    anchors = {"type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1,
+               "strides": [4, 8, 16, 32, 64]}
+    method, student, teacher = run({"type": "FRS", "distill_cls_weight": 0.0}, teacher=teacher_entry(
+        neck={"start_level": 0}, head_={"anchor_generator": anchors}))
+    expected, scores = 0.0, teacher.outputs.cls.sigmoid().amax(-1).split([h * w for h, w in teacher.outputs.sizes], 1)
+    for level in range(4):
+        mask = scores[level + 1].view(2, *teacher.outputs.sizes[level + 1])
+        mimicked = F.conv2d(student.features[level], method.align[level].weight, method.align[level].bias, padding=1)
+        error = (mimicked - teacher.features[level + 1]).square().sum(1)
+        expected += 0.1 * (mask * error).sum() / mask.sum()
+    same(method(student, teacher)["loss_frs_feat"], expected, student.features[:4])
+
+
 # --- CWD of normalised maps ---
 
 @pytest.mark.parametrize("width", [16, 24])
@@ -270,3 +285,10 @@ def test_a_single_cell_of_one_image_has_no_divergence():
 def test_statistics_of_all_processes_need_the_norm():
     with pytest.raises(ConfigError, match="sync_stats: is about the statistics that norm needs"):
         small_distiller({"type": "CWD", "sync_stats": True})
+
+
+@pytest.mark.parametrize("argument", [{"levels": [0]}, {"student_modules": ["neck.fpn_convs.0.conv"]},
+                                      {"teacher_modules": ["neck.fpn_convs.0.conv"]}, {"adapter_kernel": 3}])
+def test_cwd_on_scores_takes_no_choice_of_maps(argument):
+    with pytest.raises(ConfigError, match=f"CWD on logits compares the scores of all levels: .*{[*argument][0]}"):
+        small_distiller({"type": "CWD", "on": "logits", **argument})

@@ -17,7 +17,7 @@ from kd.methods.base import Method
 from models import ConfigError
 
 PREDICTION = [{"type": "CrossKD", "reused_teacher_head_idx": 1}, {"type": "Mimic"}, {"type": "KD"}, {"type": "DKD"},
-              {"type": "CWD", "on": "logits"}, {"type": "BCKD"}]
+              {"type": "CWD", "on": "logits"}, {"type": "BCKD"}, {"type": "FRS"}]
 KL = {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 10, "T": 2}
 LDS = [{"type": "LD"}, {"type": "LD", "vlr_weight": 0.25}]
 LD_CLASSES = {"type": "LD", "loss_kd": KL, "loss_kd_vlr": KL}
@@ -73,7 +73,7 @@ def test_no_gradient_in_the_other_classes_of_crossed_heads(head, monkeypatch):
 
 
 @pytest.mark.parametrize("method, key", [(PREDICTION[0], "loss_cls_kd"), (PREDICTION[1], "loss_cls_kd"),
-                                         (PREDICTION[2], "loss_kd")], ids=name)
+                                         (PREDICTION[2], "loss_kd"), (PREDICTION[5], "loss_cls_kd")], ids=name)
 def test_two_specialists_are_as_good_as_one_teacher_of_all(method, key):
     """Their class losses add up to those of a teacher with the same weights that knows all classes."""
     whole = small_distiller(method)
@@ -141,7 +141,24 @@ def test_ld_leaves_out_boxes_of_other_classes(method):
         assert all((value == 0) == (label in UNKNOWN) for value in found)
 
 
-@pytest.mark.parametrize("method", [*PREDICTION, *LDS, LD_CLASSES, {"type": "GI"}, {"type": "FGD"}, {"type": "PKD"}],
+@pytest.mark.parametrize("xi", [0.8, 1.0])  # with 1, the teacher's score of the class plays no part
+def test_pgd_leaves_out_objects_of_other_classes(xi):
+    """Their key regions are missing, and their cells are no background."""
+    method, student, teacher = passes({"type": "PGD", "topk": 5, "xi_cls": xi, "xi_reg": xi})
+    found = method.regions(student, teacher)
+    whole = student.targets
+    student.targets = [target | {key: target[key][target["labels"] != UNKNOWN[0]] for key in ("boxes", "labels")}
+                       for target in whole]
+    without = method.regions(student, teacher)
+    teacher.head.known = None
+    student.targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in whole]
+    of_all = method.regions(student, teacher)
+    assert torch.equal(found.cls, without.cls) and torch.equal(found.reg, without.reg) and (found.cls > 0).any()
+    assert torch.equal(found.background, of_all.background) and (without.background > found.background).any()
+
+
+@pytest.mark.parametrize("method", [*PREDICTION, *LDS, LD_CLASSES, {"type": "GI"}, {"type": "PGD"}, {"type": "FGD"},
+                                    {"type": "PKD"}],
                          ids=lambda method: f"{name(method)[:12]}{len(method)}")
 def test_it_learns_without_objects_that_the_teacher_knows(method):
     """All objects are of a class that it does not know, or there are none: losses and gradients are finite."""
