@@ -31,6 +31,27 @@ def reason_of(error: OSError) -> str:
     return REASONS.get(error.errno) or error.strerror or str(error)
 
 
+def check_output(path: Path, folder: bool = False) -> None:
+    """Raise OutputError for a file, or a folder, that cannot be written: before the work whose result it is to hold."""
+    target = Path(os.path.realpath(path))  # of a link
+    there = next(each for each in (target, *target.parents) if each.exists())
+    wanted_folder = folder or there != target
+    error: type[OSError] | None = None
+    if wanted_folder and not there.is_dir():
+        error, number = NotADirectoryError, errno.ENOTDIR
+    elif not wanted_folder and there.is_dir():
+        error, number = IsADirectoryError, errno.EISDIR
+    elif not os.access(there.parent if there.is_file() and not folder else there, os.W_OK):
+        error, number = PermissionError, errno.EACCES
+    if error is not None:
+        raise cannot_write(path, os.strerror(number)) from error(number, os.strerror(number))
+
+
+def cannot_write(path: Path, reason: str) -> OutputError:
+    """The error for a path that the operating system refuses."""
+    return OutputError(f"{path} cannot be written ({reason}): give another path, or make room")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """A context in which `path` is written in place, for example a log; its folder is made first.
@@ -46,8 +67,7 @@ def naming(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else no_room(error)
         if cause is None:
             raise
-        raise OutputError(f"{path} cannot be written ({reason_of(cause)}): give another path, or make room"
-                          ) from cause
+        raise cannot_write(path, reason_of(cause)) from cause
 
 
 @contextmanager

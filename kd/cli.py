@@ -13,7 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
-from data.output import BAD_PATHS, REASONS, reason_of
+from data.output import BAD_PATHS, REASONS, OutputError, check_output, reason_of
 from data.ranges import Range, Share
 
 from .early import check_early
@@ -69,6 +69,20 @@ def number_or_named(hint: Any) -> Callable[[str], tuple[str | None, float]]:
 
     read.hint = hint
     return read
+
+
+def out_file(text: str, folder: bool = False) -> Path:
+    """The argparse type of a file that is written at the end. If it cannot be, this says so before the work."""
+    try:
+        check_output(Path(text), folder)
+    except OutputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def out_folder(text: str) -> Path:
+    """The same of a folder that files are written to."""
+    return out_file(text, folder=True)
 
 
 # A --cfg that need not be given.

@@ -2,7 +2,6 @@
 lowest score suits each class; and how reliable the scores are. With two checkpoints, show where one is better than the
 other."""
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from data.ranges import Range
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--precision", type=cli.number(Annotated[float, Range(0, 1, open=True)]), metavar="SHARE",
                         help="choose for each class the lowest score with this precision, for example 0.9; default: "
                              "the score with the best F1")
-    parser.add_argument("--out", type=Path, metavar="DIR",
+    parser.add_argument("--out", type=cli.out_folder, metavar="DIR",
                         help="also write analysis.md, analysis.json, thresholds.json (for predict.py and export.py) "
                              "and pictures into this folder")
     args = parser.parse_intermixed_args()

@@ -47,7 +47,7 @@ def main() -> None:
                         help="compare with a report that --out wrote: faster, slower or no difference, row by row")
     parser.add_argument("--report", type=Path, metavar="NEW.json",
                         help="with --against: compare this report, and measure nothing")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--out", type=cli.out_file, metavar="FILE", help="also write the report as JSON")
     args = parser.parse_intermixed_args()
     check_options(parser, args)
     old, new = (path and read_report(path) for path in (args.against, args.report))

@@ -1,7 +1,6 @@
 """Show runs in a table: AP over seeds, the gain over the student alone and whether it pays, the share of the gap to the
 teacher that is closed, hours, memory, parameters, GFLOPs and speed."""
 import sys
-from pathlib import Path
 
 from data import DataError
 from kd import cli
@@ -10,7 +9,7 @@ from kd import cli
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/compare.py runs/* --out table.md --out table.csv", "runs",
                         "--teacher-ap")
-    parser.add_argument("--out", type=Path, action="append", default=[], metavar="FILE",
+    parser.add_argument("--out", type=cli.out_file, action="append", default=[], metavar="FILE",
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
     parser.add_argument("--figures", metavar="NAME",
                         help="take the figures from this file in each work dir, for example test.json, as eval.py "

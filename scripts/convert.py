@@ -1,6 +1,5 @@
 """Convert a checkpoint of any known format to mmdet's, torchvision's or detectron2's, or to .safetensors, or an FGD
 checkpoint to its student. Beside a .safetensors file it writes model_card.md, a page about the detector."""
-from pathlib import Path
 
 from kd import cli
 from kd.exceptions import UsageError
@@ -15,7 +14,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=("mmdet", "torchvision", "detectron2", "safetensors", "student"),
                         help="torchvision, detectron2: for RetinaNet; safetensors: to publish a detector; student: the "
                              "student of an FGD checkpoint, in mmdet's format")
-    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    parser.add_argument("--out", required=True, type=cli.out_file, help="file to write")
     args = parser.parse_intermixed_args()
     if args.overrides and args.cfg is None:
         raise UsageError(f"{args.overrides[0]}: settings replace those of --cfg, which is missing")

@@ -10,7 +10,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/eval.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json",
                         "--cfg", "--checkpoint", "--exported", "--part", "--device", "overrides", cfg=cli.OPTIONAL)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--out", type=cli.out_file, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--curves", type=Path, metavar="FILE",
                         help="also write precision over recall of every class, as in train.py's precision_recall.json")
     args = parser.parse_intermixed_args()

@@ -13,7 +13,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/export.py --cfg configs/bccd/student_gfl_r18w16.yaml "
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out student.onnx",
                         "--cfg", "--checkpoint", "--part", "--classes", "overrides", cfg=cli.OPTIONAL)
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument("--out", required=True, type=cli.out_file, metavar="FILE", help="file to write")
     parser.add_argument("--format", choices=("onnx", "pt2", "openvino"),
                         help="default: pt2 (torch.export) if --out ends in .pt2, openvino if in .xml, otherwise onnx")
     parser.add_argument("--nms", choices=("inside", "outside"), default="inside",

@@ -9,7 +9,7 @@ from kd import cli
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/generate_data.py --out datasets/scenes --train 400 --val 100")
-    parser.add_argument("--out", type=Path, default=Path("datasets/scenes"),
+    parser.add_argument("--out", type=cli.out_folder, default=Path("datasets/scenes"),
                         help="folder to write to; default: datasets/scenes")
     parser.add_argument("--train", type=cli.number(Count), default=400, help="images to train on; default: 400")
     parser.add_argument("--val", type=cli.number(Count), default=100, help="images to evaluate on; default: 100")

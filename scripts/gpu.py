@@ -21,7 +21,7 @@ def main() -> None:
                         help="parts that would take longer than what is left are not started; default: %(default)g")
     parser.add_argument("--only", nargs="+", choices=GPU_PARTS, default=GPU_PARTS, metavar="PART",
                         help=f"run only these of {', '.join(GPU_PARTS)}")
-    parser.add_argument("--out", type=Path, metavar="DIR",
+    parser.add_argument("--out", type=cli.out_folder, metavar="DIR",
                         help="folder for the results; default: results/gpu, or runs/gpu with --device cpu")
     args = parser.parse_args()
     for path in args.cfg or CONFIGS:

@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="FILE", help="COCO results of any detector")
     parser.add_argument("--annotations", type=Path, metavar="FILE",
                         help="COCO file with the images and categories of --results; its annotations are not used")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the annotations, a new JSON file")
+    parser.add_argument("--out", required=True, type=cli.out_file, metavar="FILE",
+                        help="the annotations, a new JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--batch-size", type=cli.number(Count), metavar="N",
                         help="images or tiles at a time; default: eval.batch_size, or data.batch_size")

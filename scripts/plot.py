@@ -2,7 +2,6 @@
 are several, and the share of the gap to the teacher that is closed. Runs that differ only in the seed become one line,
 their mean, in a band from the lowest to the highest."""
 import sys
-from pathlib import Path
 
 from kd import cli
 
@@ -11,7 +10,7 @@ def main() -> None:
     parser = cli.parser(__doc__, "python scripts/plot.py runs/student_gfl_r18w16 runs/crosskd_gfl_r18w16_r18w32 "
                                  "--out plots", "runs", "--teacher-ap",
                         runs={"help": "work dirs of train.py, or metrics.jsonl files from them"})
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the PNG pictures")
+    parser.add_argument("--out", required=True, type=cli.out_folder, metavar="DIR", help="folder for the PNG pictures")
     args = parser.parse_args()
     cli.check_runs(args.runs)
     from kd.experiments.compare import compare

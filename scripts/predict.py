@@ -22,7 +22,8 @@ def main() -> None:
                                                             f"to model.test.score_thr; default: {SCORE_THR}"})
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH",
                         help="images, videos, folders (searched with their subfolders) or quoted globs")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures and results")
+    parser.add_argument("--out", required=True, type=cli.out_folder, metavar="DIR",
+                        help="folder for pictures and results")
     parser.add_argument("--class-thr", nargs="+", action="extend", type=cli.named(Share), default=[],
                         metavar="NAME=SCORE", help="lowest score for a single class")
     parser.add_argument("--thresholds", type=Path, metavar="FILE",

@@ -29,7 +29,7 @@ def main() -> None:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--input", required=True, type=Path, metavar="PATH",
                              help="folder with the images and their labels")
-        command.add_argument("--out", required=True, type=Path, metavar="DIR",
+        command.add_argument("--out", required=True, type=cli.out_folder, metavar="DIR",
                              help="folder for NAME.json of each split, and data.yaml; images stay where they are")
         command.add_argument("--annotations", type=Path, metavar="PATH",
                              help=f"{ANNOTATIONS[name]}, if it has another name (in --input) or is elsewhere")
@@ -50,7 +50,7 @@ def main() -> None:
             command.add_argument("--names", type=Path, metavar="FILE", help="YAML file, or one name per line")
     text = "COCO 2017: download (19 GiB), check and unpack; an interrupted download continues where it stopped"
     coco = commands.add_parser("coco", help=text, description=text)
-    coco.add_argument("--out", type=Path, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
+    coco.add_argument("--out", type=cli.out_folder, metavar="DIR", help="default: coco in $DENSEKD_DATA or datasets/")
     coco.add_argument("--parts", nargs="+", choices=COCO_2017, default=list(COCO_2017), help="default: all")
     coco.add_argument("--server", default=COCO_SERVER, metavar="URL", help="where the archives are")
     coco.add_argument("--keep-archives", action="store_true", help="do not delete archives after unpacking")

@@ -3,7 +3,6 @@ gains by class and size, errors, precision and recall, pictures, costs, commands
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from data.ranges import Range
@@ -16,7 +15,8 @@ def main() -> None:
                         "--teacher-ap", "--score-thr", "--device", score_thr={
                             "default": None, "help": "with --analyze: boxes with a lower score do not count, and are "
                             "not drawn; default: 0.3"})
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page, a file that ends with .html")
+    parser.add_argument("--out", required=True, type=cli.out_file, metavar="FILE",
+                        help="the page, a file that ends with .html")
     parser.add_argument("--title", metavar="TEXT", help="heading of the page")
     parser.add_argument("--analyze", action="store_true",
                         help="also evaluate the checkpoint of each run on its data.val, for errors and pictures")
@@ -44,8 +44,6 @@ def check(args: argparse.Namespace) -> None:
     """Raise UsageError for a wrong --out, and for what is only for --analyze."""
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {args.out}: the page is HTML, so give a file that ends with .html")
-    if not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: the folder {args.out.parent} does not exist: make it, or correct the path")
     for name in ("score_thr", "pictures", "device"):
         if getattr(args, name) is not None and not args.analyze:
             raise UsageError(f"--{name.replace('_', '-')} is for the evaluation of checkpoints: add --analyze")

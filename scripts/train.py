@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--resume-from", type=Path, metavar="PATH", help="go on from this checkpoint")
     parser.add_argument("--check", action="store_true",
                         help="show what would be trained, judge it, write nothing but --out, and exit")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="with --check: write the judgement as JSON")
+    parser.add_argument("--out", type=cli.out_file, metavar="FILE", help="with --check: write the judgement as JSON")
     parser.add_argument("--replay", type=Path, metavar="FILE",
                         help="repeat a step whose loss was not finite and show where it broke; needs --cfg only for "
                              "a teacher with a factory")

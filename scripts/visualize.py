@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=Path, default=[], metavar="FILE",
                         help="images to draw; default: the first ones of data.val")
     parser.add_argument("--count", type=cli.number(Count), default=4, help="how many images of data.val; default: 4")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--out", required=True, type=cli.out_folder, metavar="DIR", help="folder for the pictures")
     args = parser.parse_intermixed_args()
     cfg = cli.load_config(args.cfg, args.overrides, checkpoint=args.checkpoint)
     from kd.evaluation.visualize import visualize

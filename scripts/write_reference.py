@@ -7,7 +7,7 @@ from kd import cli
 
 def main() -> None:
     parser = cli.parser(__doc__, "python scripts/write_reference.py")
-    parser.add_argument("--out", type=Path, default=Path("docs/configuration.md"), metavar="FILE",
+    parser.add_argument("--out", type=cli.out_file, default=Path("docs/configuration.md"), metavar="FILE",
                         help="default: docs/configuration.md")
     args = parser.parse_args()
     from kd.config.reference import configuration_reference

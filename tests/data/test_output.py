@@ -13,7 +13,7 @@ from runs import ROOT, run_script
 
 from data.images import write_picture
 from data.inputs.video import VideoWriter
-from data.output import OutputError, no_room, write_bytes, write_text, writing
+from data.output import OutputError, check_output, no_room, write_bytes, write_text, writing
 from data.sources import download
 from kd import cli
 from kd.engine.loggers.board import Board
@@ -93,6 +93,36 @@ def test_the_words_for_a_full_disk(tmp_path, monkeypatch):
     assert str(caught.value) == f"{tmp_path / 'a.json'} cannot be written (disk full): give another path, or make room"
     assert cli.explain(OSError(errno.ENOSPC, "No space left on device")) == (
         1, "error: what this command prints cannot be written (disk full): make room")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    file, link = tmp_path / "file.json", tmp_path / "link.json"
+    file.write_text("before")
+    link.symlink_to(file)
+    for path in (file, link, tmp_path / "new" / "folder" / "a.json", Path(os.devnull)):
+        check_output(path)
+    for path in (tmp_path, tmp_path / "new" / "folder"):
+        check_output(path, folder=True)
+    assert file.read_text() == "before" and not (tmp_path / "new").exists()
+    for path, folder, reason in [(tmp_path, False, errno.EISDIR), (file / "a.json", False, errno.ENOTDIR),
+                                 (file, True, errno.ENOTDIR), (link / "folder", True, errno.ENOTDIR)]:
+        with pytest.raises(OutputError) as caught:
+            check_output(path, folder)
+        assert caught.value.exit_code == 2 and str(caught.value).startswith(
+            f"{path} cannot be written ({os.strerror(reason)}): give another path")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for path in (tmp_path / "new" / "a.json", file):
+        with pytest.raises(OutputError, match="Permission denied"):
+            check_output(path)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")
+                                          if '"--out"' in path.read_text(encoding="utf-8")))
+def test_every_script_checks_its_output_first(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["yolo"] if script == "prepare_data.py" else []
+    assert run_script(monkeypatch, script, *command, "--out", tmp_path / "file" / "a") == 2
+    assert f"argument --out: {tmp_path / 'file' / 'a'} cannot be written (Not a dir" in capsys.readouterr().err
 
 
 def test_an_error_that_is_about_something_else_stays(tmp_path):

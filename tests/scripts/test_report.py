@@ -95,7 +95,7 @@ def test_what_is_refused(paths, tmp_path, monkeypatch, capsys):
             ([nowhere, "--out", page], f"no run among {nowhere}: give work dirs of train.py"),
             ([tmp_path / "folder", "--out", page], f"no run among {tmp_path / 'folder'}: give work dirs of train.py"),
             ([paths[0], "--out", tmp_path / "report.pdf"], "report.pdf: the page is HTML, so give a file that"),
-            ([paths[0], "--out", nowhere / "report.html"], f"the folder {nowhere} does not exist: make it"),
+            ([paths[0], "--out", paths[0] / "run.json" / "report.html"], "report.html cannot be written (Not a dir"),
             ([paths[0]], "the following arguments are required: --out"),
             ([paths[0], "--out", page, "--pictures", 2], "--pictures is for the evaluation of checkpoints: add --ana"),
             ([paths[0], "--out", page, "--score-thr", 0.5], "--score-thr is for the evaluation"),
