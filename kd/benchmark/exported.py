@@ -17,7 +17,7 @@ from ..deploy.agreement import pad_together
 from ..deploy.export import check_samples
 from ..deploy.exported import ExportedDetector
 from ..deploy.recipe import Recipe
-from ..deploy.runtimes import open_exported
+from ..deploy.runtimes import bytes_of, open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
 from ..inference.detectors import load_named
 from ..inference.precision import place
@@ -154,8 +154,7 @@ def size(subject: Subject) -> int:
     """Bytes of a file with its weights beside it, or of a detector's parameters and buffers."""
     if subject.about is None:
         return sum(value.numel() * value.element_size() for value in subject.detector.state_dict().values())
-    beside = [subject.path.with_name(f"{subject.path.name}.data"), subject.path.with_suffix(".bin")]
-    return sum(path.stat().st_size for path in (subject.path, *beside) if path.is_file())
+    return bytes_of(subject.path)
 
 
 def format_exported(report: dict) -> str:

@@ -51,10 +51,11 @@ def test_equal_scores_keep_their_order(tmp_path):
         torch.testing.assert_close(boxes[i][real], one["boxes"], atol=1e-3, rtol=0)
 
 
-def test_weights_beside_the_file_and_a_later_opset(tmp_path):
+def test_weights_beside_a_file_that_would_be_too_large_and_a_later_opset(tmp_path, monkeypatch):
     """Two files, which belong together by their names; nothing else is left, and neither holds paths."""
     onnx, detector = pytest.importorskip("onnx"), tiny_detector("ATSSHead", clip="after")
-    found, about = tiny_export(tmp_path / "a.onnx", detector, opset=21, beside=True)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    found, about = tiny_export(tmp_path / "a.onnx", detector, opset=21)
     assert found.agrees and sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
     large, small = (tmp_path / "a.onnx.data").read_bytes(), (tmp_path / "a.onnx").read_bytes()
     assert len(large) > 4 * sum(p.numel() for p in detector.parameters()) * 0.9 > len(small)

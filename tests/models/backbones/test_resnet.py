@@ -225,4 +225,5 @@ def test_no_strided_pointwise_convolution_of_few_channels_has_a_gradient(depth, 
         sum(out.square().mean() for out in expected).backward()
     torch.testing.assert_close(outs, expected, rtol=1e-4, atol=1e-4)
     for name, value in model.named_parameters():
-        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3, atol=1e-3 * value.grad.abs().max().item() + 1e-5)
+        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3,
+                                   atol=1e-3 * value.grad.abs().max().item() + 1e-5)
