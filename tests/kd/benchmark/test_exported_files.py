@@ -1,5 +1,6 @@
 """benchmark.py --exported: the rows, the figures, and options that do not fit."""
 import json
+import shutil
 
 import numpy as np
 import onnx_rules
@@ -10,7 +11,7 @@ from runs import run_script
 
 from kd.benchmark import exported as benchmark
 from kd.config import parse_config
-from kd.deploy.runtimes import open_exported
+from kd.deploy.runtimes import bytes_of, open_exported
 
 pytestmark = onnx_rules.needed
 
@@ -78,6 +79,14 @@ def test_the_figures(exports, monkeypatch):
     assert all(len(found) == 2 and len(found[0]["boxes"]) for found in seen[0])
     table = benchmark.format_exported(report)
     assert f"{file}, 2 at a time  " in table and " 500.0" in table  # images per second
+
+
+def test_the_size_is_that_of_the_file_and_its_own_weights(exports, tmp_path):
+    """Another file's weights, or those of an earlier export, may lie beside it."""
+    path = shutil.copyfile(exports.file("any.onnx"), tmp_path / "a.onnx")
+    for other in ("a.bin", "a.onnx.data"):
+        (tmp_path / other).write_bytes(b"other")
+    assert bytes_of(path) == path.stat().st_size
 
 
 def test_noise_where_there_are_no_data(exports, monkeypatch):
