@@ -15,7 +15,7 @@ from data.tables import points, text_table
 from ..config import Config
 from ..deploy.agreement import pad_together
 from ..deploy.export import check_samples
-from ..deploy.exported import ExportedDetector
+from ..deploy.exported import ExportedDetector, open_with_data
 from ..deploy.recipe import Recipe
 from ..deploy.runtimes import bytes_of, open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
@@ -80,6 +80,9 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     report = {"kind": "exported", "machine": machine(CPU), "rounds": rounds, "threads": threads, "rows": {},
               "rounds_ms": {}}
     busy = BusyWatch()
+    with_ap = with_ap and cfg.data is not None and bool(cfg.data.parts("val"))
+    for path in files if with_ap else ():
+        open_with_data(cfg, path)  # files of other classes are refused before the timing
     first = open_exported(files[0]).about
     detector = None if checkpoint is None else load_named(cfg, checkpoint, CPU, names=first.classes)[0]
     try:
@@ -104,7 +107,7 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     finally:
         torch.set_num_threads(all_threads)
     report |= {"images": len(samples[name]), "busy": busy.record()}
-    if with_ap and cfg.data is not None and cfg.data.parts("val"):
+    if with_ap:
         for name, subject in subjects.items():
             note(f"computing the AP of {name}")
             if subject.compiled:

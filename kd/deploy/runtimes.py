@@ -18,6 +18,8 @@ from ..exceptions import ExportedFileError, UsageError
 from .recipe import INPUTS, KEY, OUTPUTS, Recipe, read_recipe
 
 MOST_JSON = 2 ** 24  # bytes
+# What runtimes write before the reason of an error: the places in their own code.
+PLACES = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(Exception from \S+:\s+|Check '.*?' failed at \S+:\s+)+")
 AGAIN = "write it again with scripts/export.py"
 FEATURE = "running an exported file"
 
@@ -70,7 +72,9 @@ def bytes_of(path: Path) -> int:
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of an error's message, which may go on for pages; with the error's type if it is one word."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    text = str(error).strip()
+    if places := PLACES.match(text):
+        text = text[places.end():] or text
     sentence = re.split(r"(?<=[.!?])\s|\n", text)[0].rstrip(" .!?:")[:200]
     return one_line(sentence) if " " in sentence else f"{type(error).__name__} {sentence}".strip()
 

@@ -12,6 +12,7 @@ from runs import run_script
 from kd.benchmark import exported as benchmark
 from kd.config import parse_config
 from kd.deploy.runtimes import bytes_of, open_exported
+from models import ConfigError
 
 pytestmark = onnx_rules.needed
 
@@ -87,6 +88,18 @@ def test_the_size_is_that_of_the_file_and_its_own_weights(exports, tmp_path):
     for other in ("a.bin", "a.onnx.data"):
         (tmp_path / other).write_bytes(b"other")
     assert bytes_of(path) == path.stat().st_size
+
+
+def test_other_classes_are_refused_before_the_timing(exports, tmp_path, monkeypatch):
+    import onnx
+
+    model = onnx.load(str(exports.file("any.onnx")))
+    about = json.loads(model.metadata_props[0].value) | {"classes": ["a", "b"]}
+    model.metadata_props[0].value = json.dumps(about)
+    onnx.save(model, str(tmp_path / "two.onnx"))
+    monkeypatch.setattr(benchmark, "interleave", None)  # not called
+    with pytest.raises(ConfigError, match=r"two.onnx has 2 classes \(a, b\)"):
+        benchmark.run_exported(parse_config(exports.model()[2]), [exports.file("any.onnx"), tmp_path / "two.onnx"])
 
 
 def test_noise_where_there_are_no_data(exports, monkeypatch):

@@ -10,7 +10,7 @@ from small_models import HEADS, VARIANTS
 
 from data.extras import MissingExtra
 from kd.deploy.options import check_options
-from kd.deploy.runtimes import open_exported
+from kd.deploy.runtimes import first_sentence, open_exported
 from kd.exceptions import ExportError, UsageError
 
 pytestmark = onnx_rules.needed
@@ -98,3 +98,12 @@ def test_what_disagrees_is_not_left_behind(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="does not agree with PyTorch.*0.01 pixels"):
         tiny_export(tmp_path / "a.onnx", tiny_detector())
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.onnx", b"before")]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load failed. More", "Load failed"),
+    ("Exception from src/core.cpp:84:\nCheck 'a == b(c, 1)' failed at src/x.cpp:9:\nIncorrect weights in bin file!\n\n",
+     "Incorrect weights in bin file"),
+    ("Exception from src/core.cpp:84:\n", "Exception from src/core.cpp:84"), ("short", "ValueError short")])
+def test_the_reason_of_a_runtime_comes_without_places_in_its_code(text, said):
+    assert first_sentence(ValueError(text)) == said
