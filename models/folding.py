@@ -20,6 +20,34 @@ class Folded(NamedTuple):
 KEPT: WeakKeyDictionary[nn.Conv2d, Folded] = WeakKeyDictionary()  # of convolutions and norms that do not learn
 
 
+class PickingConv2d(nn.Conv2d):
+    """A 1x1 convolution with a stride that picks the pixels first, see `strided_pointwise`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(self, x, self.weight, self.bias)
+
+
+LEAST_CHANNELS = 16  # of a strided 1x1 convolution in oneDNN; half of it without AVX-512
+
+
+def strided_pointwise(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    """A 1x1 convolution with a stride, without a bias.
+
+    With fewer than 16 input channels in channels_last, its weight gradient must not run in oneDNN (3.12 and before):
+    it writes beyond its memory, and the process crashes, often much later (uxlfoundation/oneDNN#6035). Such a
+    convolution picks the pixels itself, so oneDNN sees no stride. The result is the same.
+    """
+    kind = PickingConv2d if stride > 1 and in_channels < LEAST_CHANNELS else nn.Conv2d
+    return kind(in_channels, out_channels, 1, stride, bias=False)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv(x)` with another weight and bias."""
+    if isinstance(conv, PickingConv2d):
+        return F.conv2d(F.avg_pool2d(x, 1, conv.stride), weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, relu: nn.Module | None = None, plus: Tensor | None = None
               ) -> Tensor:
     """`relu(norm(conv(x)) + plus)`, as one convolution if the norm is a batch norm in evaluation mode.
@@ -38,7 +66,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, relu: nn.Module | Non
         weight, bias = fold(conv, norm)
         if relu is not None and not relu._forward_hooks and can_fuse(x, weight, bias, plus):
             return fused(conv, x, weight, bias, plus)
-        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        x = convolve(conv, x, weight, bias)
     if plus is not None:
         x += plus
     return x if relu is None else relu(x)

@@ -1,6 +1,5 @@
 """Show the COCO figures of a checkpoint, or of an exported file, on data.val."""
 import json
-from pathlib import Path
 
 from data.output import write_text
 from kd import cli
@@ -11,7 +10,7 @@ def main() -> None:
                                  "--checkpoint runs/student_gfl_r18w16/last.pth --out metrics.json",
                         "--cfg", "--checkpoint", "--exported", "--part", "--device", "overrides", cfg=cli.OPTIONAL)
     parser.add_argument("--out", type=cli.out_file, metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--curves", type=Path, metavar="FILE",
+    parser.add_argument("--curves", type=cli.out_file, metavar="FILE",
                         help="also write precision over recall of every class, as in train.py's precision_recall.json")
     args = parser.parse_intermixed_args()
     cli.check_exported(args, needs_cfg=True)

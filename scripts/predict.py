@@ -65,7 +65,7 @@ def main() -> None:
     done = predict_files(predictor, classes, sources, args.out, args.format, not args.no_pictures)
     files = WRITERS[args.format].files
     print(f"{counted(done.detections, 'detection')} on {counted(done.images, 'image')}; "
-          f"{files if args.no_pictures else f'pictures, {files}'} are in {args.out}")
+          f"{args.out} has {files if args.no_pictures else f'pictures, {files}'}")
     if done.problems:
         raise Incomplete(f"{len(done.problems)} of {counted(len(sources), 'file')} could not be read and were left "
                          "out, see above")

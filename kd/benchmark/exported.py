@@ -15,9 +15,9 @@ from data.tables import points, text_table
 from ..config import Config
 from ..deploy.agreement import pad_together
 from ..deploy.export import check_samples
-from ..deploy.exported import ExportedDetector
+from ..deploy.exported import ExportedDetector, open_with_data
 from ..deploy.recipe import Recipe
-from ..deploy.runtimes import open_exported
+from ..deploy.runtimes import bytes_of, open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
 from ..inference.detectors import load_named
 from ..inference.precision import place
@@ -80,6 +80,9 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     report = {"kind": "exported", "machine": machine(CPU), "rounds": rounds, "threads": threads, "rows": {},
               "rounds_ms": {}}
     busy = BusyWatch()
+    with_ap = with_ap and cfg.data is not None and bool(cfg.data.parts("val"))
+    for path in files if with_ap else ():
+        open_with_data(cfg, path)  # files of other classes are refused before the timing
     first = open_exported(files[0]).about
     detector = None if checkpoint is None else load_named(cfg, checkpoint, CPU, names=first.classes)[0]
     try:
@@ -104,7 +107,7 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
     finally:
         torch.set_num_threads(all_threads)
     report |= {"images": len(samples[name]), "busy": busy.record()}
-    if with_ap and cfg.data is not None and cfg.data.parts("val"):
+    if with_ap:
         for name, subject in subjects.items():
             note(f"computing the AP of {name}")
             if subject.compiled:
@@ -154,8 +157,7 @@ def size(subject: Subject) -> int:
     """Bytes of a file with its weights beside it, or of a detector's parameters and buffers."""
     if subject.about is None:
         return sum(value.numel() * value.element_size() for value in subject.detector.state_dict().values())
-    beside = [subject.path.with_name(f"{subject.path.name}.data"), subject.path.with_suffix(".bin")]
-    return sum(path.stat().st_size for path in (subject.path, *beside) if path.is_file())
+    return bytes_of(subject.path)
 
 
 def format_exported(report: dict) -> str:

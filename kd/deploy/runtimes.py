@@ -18,6 +18,8 @@ from ..exceptions import ExportedFileError, UsageError
 from .recipe import INPUTS, KEY, OUTPUTS, Recipe, read_recipe
 
 MOST_JSON = 2 ** 24  # bytes
+# What runtimes write before the reason of an error: the places in their own code.
+PLACES = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(Exception from \S+:\s+|Check '.*?' failed at \S+:\s+)+")
 AGAIN = "write it again with scripts/export.py"
 FEATURE = "running an exported file"
 
@@ -42,12 +44,7 @@ def open_exported(path: Path, device: str = "cpu") -> ExportedFile:
         ExportedFileError: it is damaged, or not a file of scripts/export.py, or its weights are missing.
         MissingExtra, UsageError: what would run it is not installed, or the device is not there.
     """
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ExportedFileError(f"{path} is empty: {AGAIN}")
-    kind = "pt2" if start.startswith(b"PK") else "openvino" if start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"<") \
-        else "onnx"
+    kind = kind_of(path)
     if device != "cpu" and kind != "onnx":
         raise UsageError(f"--device {device}: only an ONNX file runs there, and {path} is another: use --device cpu")
     if kind == "onnx":
@@ -55,9 +52,29 @@ def open_exported(path: Path, device: str = "cpu") -> ExportedFile:
     return open_pt2(path) if kind == "pt2" else open_openvino(path)
 
 
+def kind_of(path: Path) -> str:
+    """The kind of an exported file, "pt2", "openvino" or "onnx"; ExportedFileError if it is empty."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ExportedFileError(f"{path} is empty: {AGAIN}")
+    if start.startswith(b"PK"):
+        return "pt2"
+    return "openvino" if start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"<") else "onnx"
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of an exported file, with the files beside it that have its weights."""
+    kind = kind_of(path)
+    beside = check_weights(path) if kind == "onnx" else [path.with_suffix(".bin")] * (kind == "openvino")
+    return sum(file.stat().st_size for file in (path, *beside))
+
+
 def first_sentence(error: Exception) -> str:
     """The first sentence of an error's message, which may go on for pages; with the error's type if it is one word."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    text = str(error).strip()
+    if places := PLACES.match(text):
+        text = text[places.end():] or text
     sentence = re.split(r"(?<=[.!?])\s|\n", text)[0].rstrip(" .!?:")[:200]
     return one_line(sentence) if " " in sentence else f"{type(error).__name__} {sentence}".strip()
 
@@ -101,8 +118,8 @@ def open_onnx(path: Path, device: str) -> ExportedFile:
     return ExportedFile(path, about, run)
 
 
-def check_weights(path: Path) -> None:
-    """Raise ExportedFileError if a file beside an ONNX file, with its weights, is missing or too short."""
+def check_weights(path: Path) -> list[Path]:
+    """The files beside an ONNX file that have its weights; ExportedFileError if one is missing or too short."""
     onnx = need("onnx", "export", FEATURE)
     with opening(path, "ONNX"):
         tensors = onnx.load(str(path), load_external_data=False).graph.initializer
@@ -120,6 +137,7 @@ def check_weights(path: Path) -> None:
         if beside.stat().st_size < end:
             raise ExportedFileError(f"the weights of {path} are in {one_line(beside)}, which is too short: copy it "
                                     "again")
+    return [path.parent / name for name in ends]
 
 
 def open_pt2(path: Path) -> ExportedFile:

@@ -24,11 +24,12 @@ from models import ConfigError
 from ..config import Config
 from ..deploy.export import printing_to
 from ..deploy.recipe import KEY, Recipe
-from ..deploy.runtimes import first_sentence, open_exported
+from ..deploy.runtimes import bytes_of, first_sentence, open_exported
 from ..exceptions import ExportError
 from .evaluate import evaluate_exported
 
 FEATURE = "--int8"
+LARGEST = 2 ** 31                       # bytes of an ONNX file that has its weights inside
 LEVELS = 255                            # steps of an 8-bit range
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the convolutions that are left in float, in turn, until AP is kept
 RANKED_BATCHES = 4                      # on which it is found which of them cost most
@@ -55,7 +56,7 @@ class Comparison:
                   ["AP50", *(points(one["AP50"]) for one in self.figures)]]
         values += [[f"AP of {name}", *(points(one["per_class"][name]) for one in self.figures)]
                    for name in self.figures[0]["per_class"]]
-        values += [["MB", *(f"{path.stat().st_size / 1e6:.1f}" for path in self.paths)]]
+        values += [["MB", *(f"{bytes_of(path) / 1e6:.1f}" for path in self.paths)]]
         return text_table(["", "float", "int8"], values)
 
     def check(self) -> None:
@@ -104,9 +105,11 @@ def write_int8(cfg: Config, path: Path, calibrate: int = 128, max_drop: float = 
         max_drop: of AP, a fraction.
     Raises:
         ConfigError, DataError, OutputError: bad input, or no room for the files.
-        ExportError: there is nothing to quantise.
+        ExportError: there is nothing to quantise, or the file is too large.
     """
     check_data(cfg)
+    if bytes_of(path) >= LARGEST:
+        raise ExportError(f"{path} cannot be made int8: with its weights it is larger than 2 GB. Use the float file")
     about = replace(open_exported(path).about, int8=True)
     dataset = build_dataset(cfg.data, "train", training=False).at_scale(about.scale, about.within)
     dataset.antialias = about.antialias

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from data.ranges import Count, NotEmpty, Range
 
 from ..build import ConfigError
-from ..folding import conv_norm
+from ..folding import conv_norm, strided_pointwise
 from ..layers import Norm, build_norm, kaiming_init, keep_in_eval
 from ..weights import load_backbone_weights
 
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
         width = (group_width or channels) * groups
-        self.conv1 = nn.Conv2d(in_channels, width, 1, stride1, bias=False)
+        self.conv1 = strided_pointwise(in_channels, width, stride1)
         self.bn1 = build_norm(norm_cfg, width)[1]
         self.conv2 = nn.Conv2d(width, width, 3, stride2, 1, groups=groups, bias=False)
         self.bn2 = build_norm(norm_cfg, width)[1]
@@ -71,7 +71,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, norm_cfg: Norm) -
     """The projection that a shortcut needs if the shape changes, otherwise None."""
     if stride == 1 and in_channels == out_channels:
         return None
-    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    conv = strided_pointwise(in_channels, out_channels, stride)
     return Shortcut(conv, build_norm(norm_cfg, out_channels)[1])
 
 

@@ -82,6 +82,8 @@ def test_all_forms(exports, tmp_path, monkeypatch, name):
     found = quantize.write_int8(cfg, path, 1, 0.01)
     assert found.paths == (path, tmp_path / name.replace(".onnx", ".int8.onnx")) and round(found.drop, 6) == 0.005
     found.check()
+    megabytes = float(str(found).splitlines()[-1].split()[1])  # of all files
+    assert megabytes == round(sum(file.stat().st_size for file in tmp_path.glob(f"{name}*")) / 1e6, 1)
     plain, int8 = open_exported(path), open_exported(found.paths[1])
     assert int8.about.nms == plain.about.nms and int8.about.int8
     inputs = next(quantize.feeds(build_dataset(cfg.data, "val", training=False), plain.about, 1)).values()
@@ -144,6 +146,14 @@ def test_the_convolution_with_the_worst_range_comes_first(exports, tmp_path):
         order = quantize.by_error(plain, tmp_path, convs, ranges, quantize.feeds(dataset, about, 1))
         ranges.data[output[name]] = kept
         assert order[0] == name and sorted(order) == sorted(convs)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_evaluated(exports, tmp_path, monkeypatch):
+    path, cfg = copied(exports, tmp_path, "fixed.onnx")
+    monkeypatch.setattr(quantize, "LARGEST", path.with_name("fixed.onnx.data").stat().st_size)  # larger with both files
+    monkeypatch.setattr(quantize, "evaluate_exported", None)  # not called
+    with pytest.raises(ExportError, match="fixed.onnx cannot be made int8: with its weights it is larger than 2 GB"):
+        quantize.write_int8(cfg, path, 1)
 
 
 def test_images_are_spread_over_the_data(exports):

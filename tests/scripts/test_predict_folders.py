@@ -41,8 +41,8 @@ def test_results_are_the_same_with_workers_and_without_pictures(lively, tmp_path
     assert predict(monkeypatch, lively, tmp_path / "a") == 0
     assert predict(monkeypatch, lively, tmp_path / "b", "--no-pictures", "data.workers=1") == 0
     text = [line for line in capsys.readouterr().out.splitlines() if " on 11 images; " in line]
-    assert "; pictures, predictions.json and images.json are in" in text[0]
-    assert "; predictions.json and images.json are in" in text[1]
+    assert " has pictures, predictions.json and images.json" in text[0]
+    assert " has predictions.json and images.json" in text[1]
     images, results = content(tmp_path / "a")
     assert [images, results] == content(tmp_path / "b")
     assert [image["id"] for image in images["images"]] == list(range(1, 12))

@@ -1,5 +1,6 @@
 """benchmark.py --exported: the rows, the figures, and options that do not fit."""
 import json
+import shutil
 
 import numpy as np
 import onnx_rules
@@ -10,7 +11,8 @@ from runs import run_script
 
 from kd.benchmark import exported as benchmark
 from kd.config import parse_config
-from kd.deploy.runtimes import open_exported
+from kd.deploy.runtimes import bytes_of, open_exported
+from models import ConfigError
 
 pytestmark = onnx_rules.needed
 
@@ -78,6 +80,26 @@ def test_the_figures(exports, monkeypatch):
     assert all(len(found) == 2 and len(found[0]["boxes"]) for found in seen[0])
     table = benchmark.format_exported(report)
     assert f"{file}, 2 at a time  " in table and " 500.0" in table  # images per second
+
+
+def test_the_size_is_that_of_the_file_and_its_own_weights(exports, tmp_path):
+    """Another file's weights, or those of an earlier export, may lie beside it."""
+    path = shutil.copyfile(exports.file("any.onnx"), tmp_path / "a.onnx")
+    for other in ("a.bin", "a.onnx.data"):
+        (tmp_path / other).write_bytes(b"other")
+    assert bytes_of(path) == path.stat().st_size
+
+
+def test_other_classes_are_refused_before_the_timing(exports, tmp_path, monkeypatch):
+    import onnx
+
+    model = onnx.load(str(exports.file("any.onnx")))
+    about = json.loads(model.metadata_props[0].value) | {"classes": ["a", "b"]}
+    model.metadata_props[0].value = json.dumps(about)
+    onnx.save(model, str(tmp_path / "two.onnx"))
+    monkeypatch.setattr(benchmark, "interleave", None)  # not called
+    with pytest.raises(ConfigError, match=r"two.onnx has 2 classes \(a, b\)"):
+        benchmark.run_exported(parse_config(exports.model()[2]), [exports.file("any.onnx"), tmp_path / "two.onnx"])
 
 
 def test_noise_where_there_are_no_data(exports, monkeypatch):

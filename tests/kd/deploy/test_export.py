@@ -10,7 +10,7 @@ from small_models import HEADS, VARIANTS
 
 from data.extras import MissingExtra
 from kd.deploy.options import check_options
-from kd.deploy.runtimes import open_exported
+from kd.deploy.runtimes import first_sentence, open_exported
 from kd.exceptions import ExportError, UsageError
 
 pytestmark = onnx_rules.needed
@@ -51,10 +51,11 @@ def test_equal_scores_keep_their_order(tmp_path):
         torch.testing.assert_close(boxes[i][real], one["boxes"], atol=1e-3, rtol=0)
 
 
-def test_weights_beside_the_file_and_a_later_opset(tmp_path):
+def test_weights_beside_a_file_that_would_be_too_large_and_a_later_opset(tmp_path, monkeypatch):
     """Two files, which belong together by their names; nothing else is left, and neither holds paths."""
     onnx, detector = pytest.importorskip("onnx"), tiny_detector("ATSSHead", clip="after")
-    found, about = tiny_export(tmp_path / "a.onnx", detector, opset=21, beside=True)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    found, about = tiny_export(tmp_path / "a.onnx", detector, opset=21)
     assert found.agrees and sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
     large, small = (tmp_path / "a.onnx.data").read_bytes(), (tmp_path / "a.onnx").read_bytes()
     assert len(large) > 4 * sum(p.numel() for p in detector.parameters()) * 0.9 > len(small)
@@ -97,3 +98,12 @@ def test_what_disagrees_is_not_left_behind(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="does not agree with PyTorch.*0.01 pixels"):
         tiny_export(tmp_path / "a.onnx", tiny_detector())
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.onnx", b"before")]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load failed. More", "Load failed"),
+    ("Exception from src/core.cpp:84:\nCheck 'a == b(c, 1)' failed at src/x.cpp:9:\nIncorrect weights in bin file!\n\n",
+     "Incorrect weights in bin file"),
+    ("Exception from src/core.cpp:84:\n", "Exception from src/core.cpp:84"), ("short", "ValueError short")])
+def test_the_reason_of_a_runtime_comes_without_places_in_its_code(text, said):
+    assert first_sentence(ValueError(text)) == said

@@ -3,10 +3,12 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import BACKBONES, ConfigError
 from models.backbones.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet
 from models.build import build
+from models.folding import PickingConv2d
 
 
 def randomised(model):
@@ -187,3 +189,41 @@ def test_initialisation(depth, block, last):
 def test_refuses(args, key):
     with pytest.raises(ConfigError, match=key):
         build({"type": "ResNet", **args}, BACKBONES, "backbone")
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("norm_eval", [False, True])
+@pytest.mark.parametrize("depth, style, base, picking", [(18, "pytorch", 8, 1), (18, "pytorch", 16, 0),
+                                                         (50, "caffe", 2, 2)])
+def test_no_strided_pointwise_convolution_of_few_channels_has_a_gradient(depth, style, base, picking, norm_eval):
+    """oneDNN writes beyond its memory there (uxlfoundation/oneDNN#6035), and the process crashes some time later."""
+    given = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.aten.convolution_backward.default:
+                weight, stride = args[2], args[4]
+                given.append(tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and weight.shape[1] < 16)
+            return operator(*args, **kwargs or {})
+
+    torch.manual_seed(0)
+    model = randomised(ResNet(depth, base, style=style, norm_eval=norm_eval)).train().to(
+        memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 62, 70)
+    outs = model(x)
+    with Watch():
+        sum(out.square().mean() for out in outs).backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    assert len(given) > 15 and not any(given)
+    found = [conv for conv in model.modules() if isinstance(conv, PickingConv2d)]
+    assert len(found) == picking
+    for conv in found:  # the same as PyTorch's convolution, without oneDNN
+        conv.__class__ = nn.Conv2d
+    model.zero_grad()
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = model(x)
+        sum(out.square().mean() for out in expected).backward()
+    torch.testing.assert_close(outs, expected, rtol=1e-4, atol=1e-4)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3,
+                                   atol=1e-3 * value.grad.abs().max().item() + 1e-5)
