@@ -1,6 +1,7 @@
 """Show runs in a table: AP over seeds, the gain over the student alone and whether it pays, the share of the gap to the
 teacher that is closed, hours, memory, parameters, GFLOPs and speed."""
 import sys
+from pathlib import Path
 
 from data import DataError
 from kd import cli
@@ -11,7 +12,7 @@ def main() -> None:
                         "--teacher-ap")
     parser.add_argument("--out", type=cli.out_file, action="append", default=[], metavar="FILE",
                         help="also write the table: .md for markdown, .csv for CSV with AP as fractions")
-    parser.add_argument("--figures", metavar="NAME",
+    parser.add_argument("--figures", type=Path, metavar="NAME",
                         help="take the figures from this file in each work dir, for example test.json, as eval.py "
                         "--out writes it; default: those of the last evaluation in training")
     args = parser.parse_args()

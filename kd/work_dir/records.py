@@ -149,7 +149,7 @@ def read_run(path: Path, metrics: Path) -> RunRecord:
     return run
 
 
-def with_figures(runs: Sequence[RunRecord], name: str) -> tuple[list[RunRecord], list[str]]:
+def with_figures(runs: Sequence[RunRecord], name: str | Path) -> tuple[list[RunRecord], list[str]]:
     """The same runs with the figures that the file `name` in each work dir has, as `eval.py --out` writes it, in place
     of those of training. Runs without the file are left out, and give a note each.
 
@@ -170,7 +170,7 @@ def with_figures(runs: Sequence[RunRecord], name: str) -> tuple[list[RunRecord],
         if "AP" not in read_json(path, advice) or not is_record(line):
             raise DataError(f"{path} has no figures of an evaluation: {advice}")
         # A teacher's AP on data.val must not be taken for one on these images, so data.val is not that any more.
-        config = run.config | {"data": run.config["data"] | {"val": name}}
+        config = run.config | {"data": run.config["data"] | {"val": str(name)}}
         found.append(replace(run, config=config, evaluations=[line]))
     return found, notes
 
