@@ -1,5 +1,4 @@
 """The tables in RESULTS.md and docs/results/ agree with the records in results/."""
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +9,7 @@ from runs import ROOT
 
 from kd.experiments.compare import Row, compare, over_seeds
 from kd.experiments.tables import gap_text, with_deviation
-from kd.work_dir.records import read_runs
+from kd.work_dir.records import read_runs, with_figures
 
 PAGES = [ROOT / "RESULTS.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 RECORD = re.compile(r"\[[^]]+\]\((?:\.\./\.\./)?(results/[^)]+)\)")
@@ -38,36 +37,36 @@ def with_records() -> list:
 
 
 @cache
-def rows_of(folder: Path, teacher: float | None) -> list[Row]:
-    """The table that compare.py makes for a folder."""
+def rows_of(folder: Path, teacher: float | None, part: str) -> list[Row]:
+    """The table that compare.py makes for a folder; `part` names the figures of another evaluation, if there is one."""
     paths = sorted({metrics.parent for metrics in folder.rglob("metrics.jsonl")} | set(folder.glob("*.jsonl")))
-    return compare(read_runs(paths)[0], None if teacher is None else teacher / 100)
+    runs = read_runs(paths)[0]
+    return compare(with_figures(runs, f"{part}.json")[0] if part else runs, None if teacher is None else teacher / 100)
 
 
 @pytest.mark.parametrize(("record", "cells", "teacher"), with_records())
 def test_a_row(record, cells, teacher):
+    """A column "AP on test" has the figures of test.json in the work dirs, other columns those of training."""
     place = ROOT / record
-    row = next(row for row in rows_of(place.parent, teacher)
-               if any(run.path == place or place in run.path.parents for run in row.runs))
-    classes = {name for run in row.runs for name in run.evaluations[-1].get("per_class", {})}
     for column, shown in cells.items():
         if not shown:
             continue
-        if column in row.figures:
-            assert shown == with_deviation(*row.figures[column]), column
-        elif column in classes:
-            values = [run.evaluations[-1]["per_class"][column] for run in row.runs]
+        figure, _, part = column.partition(" on ")
+        row = next(row for row in rows_of(place.parent, teacher, part)
+                   if any(run.path == place or place in run.path.parents for run in row.runs))
+        classes = {name for run in row.runs for name in run.evaluations[-1].get("per_class", {})}
+        if figure in row.figures:
+            assert shown == with_deviation(*row.figures[figure]), column
+        elif figure in classes:
+            values = [run.evaluations[-1]["per_class"][figure] for run in row.runs]
             assert shown == with_deviation(*over_seeds(values)), column
-        elif column == "AP on val":
-            found = [json.loads((run.path / "val.json").read_text(encoding="utf-8"))["AP"] for run in row.runs]
-            assert shown == with_deviation(*over_seeds(found))
-        elif column == "gain":
-            assert shown == with_deviation(row.gain, row.interval, signed=True)
-        elif column == "of the gap closed":
+        elif figure == "gain":
+            assert shown == with_deviation(row.gain, row.interval, signed=True), column
+        elif figure == "of the gap closed":
             assert shown == gap_text(row.gap_closed)
-        elif column == "seeds":
+        elif figure == "seeds":
             assert shown == ", ".join(str(run.seed) for run in row.runs)
-        elif column == "epochs":
+        elif figure == "epochs":
             assert shown == str(row.runs[0].epochs)
 
 
