@@ -21,6 +21,7 @@ from models.weights import CheckpointError
 from ..build import build_model, start_student
 from ..checks import check_unlabelled, teacher_model
 from ..config import Config
+from ..config.late import never_reached
 from ..config.resume import REFUSE, WARN, Change, changes
 from ..distiller import Distiller
 from ..evaluation.cost import brief, typical_size
@@ -311,6 +312,7 @@ def describe_run(run: Run) -> str:
     if steps < FEW_STEPS:
         lines.append(f"WARNING: {counted(steps, 'step')} in total; detectors usually need some thousands: raise "
                      "train.epochs and schedule.milestones")
+    lines += [f"WARNING: {line}" for line in never_reached(run.cfg, run.steps_per_epoch)]
     if run.distiller:
         teachers = zip(run.cfg.teachers, run.distiller.teachers, run.distiller.methods)
         for i, (entry, teacher, methods) in enumerate(teachers):
