@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="PATH", help="with --exported: also time PyTorch with these weights")
     parser.add_argument("--compile", action="store_true",
                         help="with --exported and --checkpoint: also time torch.compile, which takes a minute")
+    parser.add_argument("--openvino", action="store_true",
+                        help="with --exported: also time each ONNX file with OpenVINO")
     parser.add_argument("--no-ap", action="store_true", help="with --exported: do not compute the AP on data.val")
     parser.add_argument("--annotations", choices=("coco", "objects365"),
                         help="measure the start, the loader workers and the evaluation with generated annotations like "
@@ -70,7 +72,8 @@ def main() -> None:
         from kd.benchmark.exported import format_exported, run_exported
 
         cfg = cli.load_config(args.cfg[0], args.overrides, checkpoint=args.checkpoint)
-        report = run_exported(cfg, args.exported, args.checkpoint, args.compile, not args.no_ap, args.rounds, note=note)
+        report = run_exported(cfg, args.exported, args.checkpoint, args.compile, not args.no_ap,
+                              args.openvino, args.rounds, note=note)
         print(format_exported(report))
     else:
         from kd.benchmark.run import format_report, run_benchmark

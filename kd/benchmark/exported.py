@@ -17,7 +17,7 @@ from ..deploy.agreement import pad_together
 from ..deploy.export import check_samples
 from ..deploy.exported import ExportedDetector, open_with_data
 from ..deploy.recipe import Recipe
-from ..deploy.runtimes import bytes_of, open_exported
+from ..deploy.runtimes import ExportedFile, bytes_of, kind_of, open_exported
 from ..evaluation.evaluate import evaluate_checkpoint, evaluate_exported
 from ..inference.detectors import load_named
 from ..inference.precision import place
@@ -38,6 +38,7 @@ class Subject:
     detector: ExportedDetector | nn.Module
     about: Recipe | None = None         # of an exported file
     compiled: bool = False
+    openvino: bool = False              # an ONNX file that OpenVINO runs
 
     @property
     def batch(self) -> int:
@@ -59,7 +60,7 @@ class Subject:
 
 
 def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = None, compiled: bool = False,
-                 with_ap: bool = True, rounds: int = 9, warmup: int = 2,
+                 with_ap: bool = True, openvino: bool = False, rounds: int = 9, warmup: int = 2,
                  note: Callable[[str], None] = lambda text: None) -> dict:
     """Compare exported files of one detector on the CPU, with one thread and with all.
 
@@ -67,6 +68,7 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
         cfg: its data.val gives the images to time on (otherwise noise), and the AP.
         checkpoint: also times the detector in PyTorch with these weights; with `compiled`, also by torch.compile.
         with_ap: compute the AP, if there is a data.val.
+        openvino: also run each ONNX file with OpenVINO.
         rounds, warmup: see `interleave`. In each round, each takes its turn on every image.
         note: called with a line on what is being done.
     Returns:
@@ -90,7 +92,7 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
             torch.set_num_threads(count)
             if detector is not None:
                 place(detector, CPU, cfg.train)  # its kernels depend on the threads
-            subjects = in_torch(detector, checkpoint, compiled) | open_all(files)
+            subjects = in_torch(detector, checkpoint, compiled) | open_all(files, openvino)
             samples = {name: check_samples(cfg, subject.about or first, [], IMAGES)
                        for name, subject in subjects.items()}
             note(f"timing {counted(len(subjects), 'detector')} with {counted(count, 'thread')}")
@@ -112,8 +114,10 @@ def run_exported(cfg: Config, files: Sequence[Path], checkpoint: str | None = No
             note(f"computing the AP of {name}")
             if subject.compiled:
                 figures = {"AP": report["rows"][TORCH]["AP"]}  # the same computation
+            elif subject.about:
+                figures = evaluate_exported(cfg, subject.path, CPU, openvino=subject.openvino)
             else:
-                figures = (evaluate_exported if subject.about else evaluate_checkpoint)(cfg, subject.path, CPU)
+                figures = evaluate_checkpoint(cfg, subject.path, CPU)
             report["rows"][name]["AP"] = figures["AP"]
     return report
 
@@ -130,10 +134,13 @@ def in_torch(detector: nn.Module | None, checkpoint: str | None, compiled: bool)
     return rows
 
 
-def open_all(files: Sequence[Path]) -> dict[str, Subject]:
-    """The rows by name of exported files. Their runtimes use the number of threads that PyTorch has now."""
-    opened = [open_exported(path) for path in files]
-    return {label(file.path, file.about): Subject(file.path, ExportedDetector(file), file.about) for file in opened}
+def open_all(files: Sequence[Path], openvino: bool) -> dict[str, Subject]:
+    """The rows by name of exported files, with `openvino` ONNX files twice. Their runtimes use the number of threads
+    that PyTorch has now."""
+    opened = [(open_exported(path), False) for path in files]
+    if openvino:
+        opened += [(open_exported(path, openvino=True), True) for path in files if kind_of(path) == "onnx"]
+    return {label(file, by): Subject(file.path, ExportedDetector(file), file.about, openvino=by) for file, by in opened}
 
 
 class Compiled(nn.Module):
@@ -147,10 +154,12 @@ class Compiled(nn.Module):
         return self.detector(images, targets)
 
 
-def label(path: Path, about: Recipe) -> str:
+def label(file: ExportedFile, openvino: bool) -> str:
     """A file's row: how it computes, and its path."""
+    path, about = file.path, file.about
     kind = {".pt2": "torch.export", ".xml": "OpenVINO"}.get(path.suffix, "ONNX int8" if about.int8 else "ONNX float")
-    return f"{kind} {path}" + (f", {about.batch} at a time" if about.batch and about.batch > 1 else "")
+    return (f"{kind} {path}" + (f", {about.batch} at a time" if about.batch and about.batch > 1 else "")
+            + (", by OpenVINO" if openvino else ""))
 
 
 def size(subject: Subject) -> int:

@@ -35,7 +35,7 @@ def check_options(parser: ArgumentParser, args: Namespace) -> None:
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
 
     steps = "cfg", "device", "size", "batch", "boxes", "rounds", "amp", "eval_images", "where"
-    others = "exported", "checkpoint", "compile", "no_ap"
+    others = "exported", "checkpoint", "compile", "openvino", "no_ap"
     if args.report:
         if args.against is None:
             raise UsageError("--report is compared with another report: add --against OLD.json")
@@ -52,7 +52,7 @@ def check_options(parser: ArgumentParser, args: Namespace) -> None:
     if args.where and given("eval_images"):
         raise UsageError("--eval-images is for timing the evaluation, which --where does not: remove it")
     if not args.exported:
-        if wrong := given("checkpoint", "compile", "no_ap"):
+        if wrong := given("checkpoint", "compile", "openvino", "no_ap"):
             raise UsageError(f"{wrong[0]} is for --exported: add --exported FILE, or remove {wrong[0]}")
         return
     if wrong := given("size", "batch", "boxes", "amp", "eval_images"):

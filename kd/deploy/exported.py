@@ -110,7 +110,8 @@ def finish(boxes: Tensor, scores: Tensor, labels: Tensor, test: TestConfig, nms:
     return {"boxes": boxes, "scores": scores, "labels": labels}
 
 
-def open_with_data(cfg: Config, path: Path, device: str = "cpu") -> tuple[ExportedDetector, CocoDataset]:
+def open_with_data(cfg: Config, path: Path, device: str = "cpu", openvino: bool = False
+                   ) -> tuple[ExportedDetector, CocoDataset]:
     """An exported file as a detector of the classes of data.val, and data.val as the file needs it.
 
     The file's classes must be those of the data, as those of a checkpoint, see `load_with_data`; sizes of images come
@@ -120,7 +121,7 @@ def open_with_data(cfg: Config, path: Path, device: str = "cpu") -> tuple[Export
     """
     if cfg.data is None:
         raise ConfigError("data", "missing: give data.val, which is evaluated on")
-    file = open_exported(path, device)
+    file = open_exported(path, device, openvino)
     dataset, about = build_dataset(cfg.data, "val", training=False), file.about
     class_map = file_classes(cfg, path, about, dataset)
     say_differences(cfg, path, about)

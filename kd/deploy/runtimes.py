@@ -35,11 +35,12 @@ class ExportedFile:
     run: Run
 
 
-def open_exported(path: Path, device: str = "cpu") -> ExportedFile:
+def open_exported(path: Path, device: str = "cpu", openvino: bool = False) -> ExportedFile:
     """Open an exported file; what is in it decides on its kind, not its name.
 
     Args:
         device: "cpu", or "cuda" for an ONNX file.
+        openvino: runs an ONNX file with OpenVINO, which reads it itself.
     Raises:
         ExportedFileError: it is damaged, or not a file of scripts/export.py, or its weights are missing.
         MissingExtra, UsageError: what would run it is not installed, or the device is not there.
@@ -47,9 +48,9 @@ def open_exported(path: Path, device: str = "cpu") -> ExportedFile:
     kind = kind_of(path)
     if device != "cpu" and kind != "onnx":
         raise UsageError(f"--device {device}: only an ONNX file runs there, and {path} is another: use --device cpu")
-    if kind == "onnx":
+    if kind == "onnx" and not openvino:
         return open_onnx(path, device)
-    return open_pt2(path) if kind == "pt2" else open_openvino(path)
+    return open_pt2(path) if kind == "pt2" else open_openvino(path, kind)
 
 
 def kind_of(path: Path) -> str:
@@ -172,10 +173,12 @@ def quiet(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def open_openvino(path: Path) -> ExportedFile:
-    openvino = need("openvino", "openvino", "running an OpenVINO file")
+def open_openvino(path: Path, kind: str) -> ExportedFile:
+    openvino = need("openvino", "openvino", "running a file with OpenVINO")
     weights = path.with_suffix(".bin")
-    if not weights.is_file():
+    if kind == "onnx":
+        check_weights(path)
+    elif not weights.is_file():
         raise ExportedFileError(f"the weights of {path} are in {weights}, which is missing: keep both files in one "
                                 "folder")
     with opening(path, "an OpenVINO file"):

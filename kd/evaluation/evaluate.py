@@ -118,10 +118,15 @@ def evaluate_checkpoint(cfg: Config, checkpoint: str, device: torch.device, part
     return figures_on_first(detect_views(detector, cfg, dataset, device), dataset, curves)
 
 
-def evaluate_exported(cfg: Config, path: Path, device: torch.device, curves: Path | None = None) -> dict:
-    """The figures on data.val of an exported file, which runs on `device`; raises as `open_with_data`."""
+def evaluate_exported(cfg: Config, path: Path, device: torch.device, curves: Path | None = None,
+                      openvino: bool = False) -> dict:
+    """The figures on data.val of an exported file, which runs on `device`; raises as `open_with_data`.
+
+    Args:
+        openvino: see `open_exported`.
+    """
     on = distributed.start_processes(torch.device("cpu"))
-    detector, dataset = open_with_data(cfg, path, device.type)
+    detector, dataset = open_with_data(cfg, path, device.type, openvino)
     return figures_on_first(detect_views(detector, cfg, dataset, on), dataset, curves)
 
 

@@ -32,7 +32,7 @@ def int8(exports, tmp_path):
 def test_the_command(exports, int8, tmp_path, monkeypatch, capsys):
     cfg, checkpoint, _ = exports.model()
     files = [exports.file("any.onnx"), int8] + ([exports.file("openvino.xml")] if OPENVINO else [])
-    given = [word for file in files for word in ("--exported", file)]
+    given = [word for file in files for word in ("--exported", file)] + ["--openvino"] * OPENVINO
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -46,7 +46,8 @@ def test_the_command(exports, int8, tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = report["rows"]
     assert [name.split(str(exports.root))[0].split(str(tmp_path))[0] for name in rows] == [
-        "torch", "ONNX float ", "ONNX int8 ", "OpenVINO "][:len(files) + 1]
+        "torch", "ONNX float ", "ONNX int8 ", *["OpenVINO ", "ONNX float ", "ONNX int8 "] * OPENVINO]
+    assert [name for name in rows if name.endswith(", by OpenVINO")] == list(rows)[4:]
     assert report["threads"] == [1, 2] and report["images"] == 3  # all of data.val
     aps = [row["AP"] for row in rows.values()]
     assert aps[0] > 0.05 and aps == pytest.approx([aps[0]] * len(aps), abs=1e-6)
@@ -138,4 +139,5 @@ def test_options_that_contradict_each_other(tmp_path, monkeypatch, capsys, optio
 
 def test_the_recipe_of_an_int8_file(int8, exports):
     assert open_exported(int8).about.int8 and not open_exported(exports.file("any.onnx")).about.int8
-    assert benchmark.label(int8, open_exported(int8).about) == f"ONNX int8 {int8}"
+    assert benchmark.label(open_exported(int8), openvino=False) == f"ONNX int8 {int8}"
+    assert benchmark.label(open_exported(int8), openvino=True) == f"ONNX int8 {int8}, by OpenVINO"

@@ -4,7 +4,8 @@ import pytest
 from kd.config import parse_config
 from kd.config.late import never_reached
 
-MODEL = {"backbone": {"type": "ResNet", "depth": 18}, "neck": {"type": "FPN", "out_channels": 64, "num_outs": 5}, "head": {"type": "GFLHead"}}
+MODEL = {"backbone": {"type": "ResNet", "depth": 18}, "neck": {"type": "FPN", "out_channels": 64, "num_outs": 5},
+         "head": {"type": "GFLHead"}}
 
 
 def found(schedule: dict, **method) -> list[str]:
