@@ -137,7 +137,7 @@ def explain(search: Search, winner: dict, jobs: dict[str, list[Job]]) -> str:
     if len(jobs) == 1:
         lines.append("- it is the configuration of --cfg itself: the search found nothing better")
     lines.append(f"The search chose it by its AP of {points(chosen)} on data.val, as the best of "
-                 f"{counted(len(search.state['candidates']), 'candidate')}, so that figure is too high by luck. On "
+                 f"{counted(len(search.state['candidates']), 'candidate')}, so that figure may be too high by luck. On "
                  f"fresh seeds it has {points(mean(fresh)) if fresh else '-'} there.")
     lines.append(f"Gains are by pairs of one seed; ±: the {100 * CONFIDENCE:.0f}% confidence interval (Student's t), "
                  "or the standard deviation of an AP.")
