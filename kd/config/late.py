@@ -1,4 +1,4 @@
-"""Settings in epochs or steps that a run does not reach, because it ends before."""
+"""Settings of the schedule and of methods that a run does not reach, because it ends before."""
 from data.errors import counted, listed
 
 from .config import Config

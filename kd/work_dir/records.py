@@ -166,8 +166,9 @@ def with_figures(runs: Sequence[RunRecord], name: str | Path) -> tuple[list[RunR
             notes.append(f"{run.path} is left out: training has not ended, or there is no run.json in it")
             continue
         advice = f"write it with eval.py --out {path}"
-        line = run.evaluations[-1] | read_json(path, advice)
-        if "AP" not in read_json(path, advice) or not is_record(line):
+        figures = read_json(path, advice)
+        line = run.evaluations[-1] | figures
+        if "AP" not in figures or not is_record(line):
             raise DataError(f"{path} has no figures of an evaluation: {advice}")
         # A teacher's AP on data.val must not be taken for one on these images, so data.val is not that any more.
         config = run.config | {"data": run.config["data"] | {"val": str(name)}}
